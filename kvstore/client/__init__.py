@@ -1,0 +1,1 @@
+"""How engines talk to the daemon."""

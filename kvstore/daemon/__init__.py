@@ -1,0 +1,1 @@
+"""The data socket: sessions over a Unix socket, and their life."""

@@ -1,0 +1,64 @@
+"""Every bound of the system, in one place. Units are the last word of the name."""
+
+from __future__ import annotations
+
+from typing import Final
+
+KIB: Final = 1024
+MIB: Final = 1024 * KIB
+GIB: Final = 1024 * MIB
+TIB: Final = 1024 * GIB
+
+# --- keys ------------------------------------------------------------------------------
+DIGEST_SIZE_BYTES: Final = 32
+NAMESPACE_ID_SIZE_BYTES: Final = 16
+TOKEN_ID_MAX: Final = 2**32 - 1
+EXTRA_SIZE_MAX_BYTES: Final = 64 * KIB
+
+# --- wire ------------------------------------------------------------------------------
+FRAME_SIZE_MAX_BYTES: Final = MIB
+KEYS_PER_REQUEST_MAX: Final = 4096
+# A load or a reserve answers with an extent per key and shard, which is larger than a key.
+EXTENTS_PER_REPLY_MAX: Final = 8192
+SESSIONS_MAX: Final = 256
+IN_FLIGHT_PER_SESSION_MAX: Final = 64
+ATTACHMENTS_PER_SESSION_MAX: Final = 64
+LEASES_PER_SESSION_MAX: Final = 4096
+RESERVATIONS_PER_SESSION_MAX: Final = 16384
+CLIENT_NAME_SIZE_MAX_BYTES: Final = 128
+PING_PAYLOAD_MAX_BYTES: Final = 256 * KIB
+REQUEST_ID_MAX: Final = 2**63 - 1
+HELLO_DEADLINE_SECONDS: Final = 5.0
+DEADLINE_MAX_MS: Final = 600_000
+WRITE_BUFFER_MAX_BYTES: Final = 8 * MIB
+
+# --- manifests and geometry --------------------------------------------------------------
+MANIFEST_SIZE_MAX_BYTES: Final = 16 * KIB
+NAMESPACES_MAX: Final = 4096
+CHUNK_TOKENS_MAX: Final = 65_536
+LAYERS_MAX: Final = 1024
+KV_HEADS_MAX: Final = 1024
+HEAD_DIM_MAX: Final = 65_536
+CHUNK_SIZE_MAX_BYTES: Final = GIB
+
+# --- arena -----------------------------------------------------------------------------
+EXTENT_ALIGNMENT_BYTES: Final = 4 * KIB
+CHECKSUM_BLOCK_BYTES: Final = 64 * KIB
+CHECKSUM_SIZE_BYTES: Final = 8
+ARENA_SIZE_MIN_BYTES: Final = MIB
+ARENA_SIZE_MAX_BYTES: Final = 16 * TIB
+PREFAULT_STEP_BYTES: Final = 64 * MIB
+
+# --- leases ----------------------------------------------------------------------------
+LEASE_TTL_MIN_SECONDS: Final = 1.0
+LEASE_TTL_MAX_SECONDS: Final = 3600.0
+
+# --- client ----------------------------------------------------------------------------
+PROBE_INTERVAL_MIN_SECONDS: Final = 0.05
+PROBE_INTERVAL_MAX_SECONDS: Final = 2.0
+
+# A full request of keys, and a full reply of extents (at most 45 bytes each), fit one frame.
+assert KEYS_PER_REQUEST_MAX * (DIGEST_SIZE_BYTES + 2) < FRAME_SIZE_MAX_BYTES
+assert EXTENTS_PER_REPLY_MAX * 45 < FRAME_SIZE_MAX_BYTES
+assert CHUNK_SIZE_MAX_BYTES < 2**32
+assert ARENA_SIZE_MAX_BYTES // EXTENT_ALIGNMENT_BYTES <= 2**32

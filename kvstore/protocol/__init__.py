@@ -1,0 +1,1 @@
+"""The wire: messages, framing, the session state machine. No I/O."""
