@@ -1,0 +1,56 @@
+"""Frames: a 4-byte little-endian length, then that many bytes. Sans-I/O: bytes in, frames out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from kvstore.errors import FrameError
+from kvstore.limits import FRAME_SIZE_MAX_BYTES
+from kvstore.protocol.messages import Message, encode
+from kvstore.types import BytesLike
+
+HEADER_SIZE_BYTES: Final = 4
+
+
+def frame(message: Message) -> bytes:
+    """Return *message* as one frame; raises `FrameError` when it is over the limit."""
+    body = encode(message)
+    if len(body) > FRAME_SIZE_MAX_BYTES:
+        raise FrameError(f"frame of {len(body)} bytes, at most {FRAME_SIZE_MAX_BYTES} allowed")
+    return len(body).to_bytes(HEADER_SIZE_BYTES, "little") + body
+
+
+class FrameReader:
+    """Cuts a byte stream into frames.
+
+    Holds at most one frame and the bytes last fed. After a `FrameError` the stream cannot be
+    trusted any more and the reader must be dropped.
+    """
+
+    __slots__ = ("_buffer",)
+
+    def __init__(self) -> None:
+        self._buffer = bytearray()
+
+    def feed(self, data: BytesLike) -> Iterator[bytes]:
+        """Yield the bodies of all frames that *data* completes.
+
+        The length is judged as soon as its four bytes are there, before the body is kept.
+        Raises `FrameError` on a length of zero or over the limit.
+        """
+        buffer = self._buffer
+        buffer += data
+        start, end = 0, len(buffer)
+        try:
+            while end - start >= HEADER_SIZE_BYTES:
+                body = start + HEADER_SIZE_BYTES
+                size = int.from_bytes(buffer[start:body], "little")
+                if not 0 < size <= FRAME_SIZE_MAX_BYTES:
+                    raise FrameError(f"frame of {size} bytes, must lie in [1, {FRAME_SIZE_MAX_BYTES}]")
+                if end - body < size:
+                    return
+                start = body + size
+                yield bytes(buffer[body:start])
+        finally:
+            del buffer[:start]

@@ -1,0 +1,361 @@
+"""Every message of the data socket: MessagePack arrays whose first item is the tag.
+
+Requests carry an id chosen by the client and a deadline in milliseconds from receipt; the
+reply carries the same id. Lengths and ranges are checked while decoding, before any of it is
+used. Fields are only ever appended (protocol/VERSION.md), tags never reused.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Final
+
+import msgspec
+from msgspec import Meta
+
+from kvstore.errors import FrameError
+from kvstore.limits import (
+    CHUNK_SIZE_MAX_BYTES,
+    CLIENT_NAME_SIZE_MAX_BYTES,
+    DEADLINE_MAX_MS,
+    DIGEST_SIZE_BYTES,
+    KEYS_PER_REQUEST_MAX,
+    KV_HEADS_MAX,
+    LEASES_PER_SESSION_MAX,
+    MANIFEST_SIZE_MAX_BYTES,
+    PING_PAYLOAD_MAX_BYTES,
+    REQUEST_ID_MAX,
+)
+
+PROTOCOL_VERSION: Final = 1
+
+RequestId = Annotated[int, Meta(ge=0, le=REQUEST_ID_MAX)]
+DeadlineMs = Annotated[int, Meta(ge=1, le=DEADLINE_MAX_MS)]
+DigestField = Annotated[bytes, Meta(min_length=DIGEST_SIZE_BYTES, max_length=DIGEST_SIZE_BYTES)]
+DigestList = Annotated[list[DigestField], Meta(min_length=1, max_length=KEYS_PER_REQUEST_MAX)]
+Handle = Annotated[int, Meta(ge=0, le=REQUEST_ID_MAX)]
+HandleList = Annotated[list[Handle], Meta(min_length=1, max_length=LEASES_PER_SESSION_MAX)]
+Head = Annotated[int, Meta(ge=0, le=KV_HEADS_MAX)]
+Size = Annotated[int, Meta(ge=1, le=CHUNK_SIZE_MAX_BYTES)]
+U64 = Annotated[int, Meta(ge=0)]
+
+
+class Message(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What all messages share: the id that pairs a reply with its request."""
+
+    request_id: RequestId
+
+
+class Request(Message, frozen=True, gc=False):
+    """A message from client to daemon; unanswered after *deadline_ms*, it gets an error."""
+
+    deadline_ms: DeadlineMs
+
+
+# --- requests --------------------------------------------------------------------------
+
+
+class Hello(Request, tag=1, frozen=True, gc=False):
+    """First message of a session. The daemon refuses versions that it does not speak."""
+
+    version: int
+    client: Annotated[str, Meta(max_length=CLIENT_NAME_SIZE_MAX_BYTES)] = ""
+
+
+class Attach(Request, tag=2, frozen=True, gc=False):
+    """Enter the namespace of *manifest*; *chunk_bytes* is the client's own idea of its size.
+
+    The reply to the first attach of a session carries the arena's file descriptor.
+    """
+
+    manifest: Annotated[bytes, Meta(max_length=MANIFEST_SIZE_MAX_BYTES)]
+    chunk_bytes: Size
+
+
+class Lookup(Request, tag=3, frozen=True, gc=False):
+    """How many leading chunks are present?
+
+    With *window* w > 0: the largest n such that chunks [n - w, n) are present, the rule of
+    sliding-window groups. With *wait*, chunks that others are writing are waited for until
+    the deadline. With *lease*, the chunks counted are leased to this session.
+    """
+
+    space: Handle
+    digests: DigestList
+    window: Annotated[int, Meta(ge=0, le=KEYS_PER_REQUEST_MAX)] = 0
+    wait: bool = False
+    lease: bool = False
+
+
+class Load(Request, tag=4, frozen=True, gc=False):
+    """Lease the leading chunks present and say where the shards covering the heads lie.
+
+    *head_stop* 0 stands for all heads.
+    """
+
+    space: Handle
+    digests: DigestList
+    head_start: Head = 0
+    head_stop: Head = 0
+
+
+class Reserve(Request, tag=5, frozen=True, gc=False):
+    """Ask for room for consecutive chunks of one prefix; *parent* precedes the first.
+
+    *sizes* gives bytes per chunk when a codec makes them differ; empty means the shard size
+    of the namespace.
+    """
+
+    space: Handle
+    digests: DigestList
+    parent: Annotated[bytes, Meta(max_length=DIGEST_SIZE_BYTES)] = b""
+    head_start: Head = 0
+    head_stop: Head = 0
+    sizes: Annotated[list[Size], Meta(max_length=KEYS_PER_REQUEST_MAX)] = []
+
+
+class Filled(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """One reservation whose bytes are in place, with the root of their checksum tree."""
+
+    reservation: Handle
+    root: U64
+
+
+class Commit(Request, tag=6, frozen=True, gc=False):
+    """Publish filled reservations. Each succeeds or fails alone."""
+
+    filled: Annotated[list[Filled], Meta(min_length=1, max_length=KEYS_PER_REQUEST_MAX)]
+
+
+class Abort(Request, tag=7, frozen=True, gc=False):
+    """Give reservations back unpublished. All of them must be this session's."""
+
+    reservations: HandleList
+
+
+class Release(Request, tag=8, frozen=True, gc=False):
+    """End leases. All of them must be this session's."""
+
+    leases: HandleList
+
+
+class Pin(Request, tag=9, frozen=True, gc=False):
+    """Hold chunks beyond this session: hard never leaves, soft leaves last."""
+
+    space: Handle
+    digests: DigestList
+    hard: bool = False
+
+
+class Unpin(Request, tag=10, frozen=True, gc=False):
+    """End both kinds of pin."""
+
+    space: Handle
+    digests: DigestList
+
+
+class Delete(Request, tag=11, frozen=True, gc=False):
+    """Remove chunks now; those leased, hard-pinned or arriving stay and are counted as busy."""
+
+    space: Handle
+    digests: DigestList
+
+
+class Stats(Request, tag=12, frozen=True, gc=False):
+    """Ask what the daemon holds and has done."""
+
+
+class Ping(Request, tag=13, frozen=True, gc=False):
+    """Ask for *payload* back, through the same path as every other request."""
+
+    payload: Annotated[bytes, Meta(max_length=PING_PAYLOAD_MAX_BYTES)] = b""
+
+
+AnyRequest = (
+    Hello | Attach | Lookup | Load | Reserve | Commit | Abort | Release | Pin | Unpin | Delete | Stats | Ping
+)
+
+
+# --- replies ---------------------------------------------------------------------------
+
+
+class Welcome(Message, tag=65, frozen=True, gc=False):
+    """The session may go on."""
+
+    version: int
+    server: str
+
+
+class Attached(Message, tag=66, frozen=True, gc=False):
+    """The namespace is entered; *space* stands for it in this session's requests."""
+
+    space: Handle
+    namespace: bytes
+    arena_bytes: int
+    lease_ttl_ms: int
+    checksums: bool
+    verify_loads: bool
+
+
+class Found(Message, tag=67, frozen=True, gc=False):
+    """*hits* chunks count; *tiers* is run-length: [tier, chunks] in prefix order.
+
+    *arriving* chunks directly behind the hits are being written. *lease* is 0 when none was
+    asked for or nothing was found.
+    """
+
+    hits: int
+    arriving: int
+    tiers: list[tuple[int, int]]
+    lease: Handle = 0
+
+
+class Shard(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """Where one shard of a chunk lies in the arena, and the root of its checksum tree."""
+
+    head_start: int
+    head_stop: int
+    offset: int
+    size_bytes: int
+    root: int
+
+
+class Loaded(Message, tag=68, frozen=True, gc=False):
+    """The leading chunks present, shard by shard, held by *lease* (0 when there are none)."""
+
+    lease: Handle
+    chunks: list[list[Shard]]
+
+
+class Slot(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """What became of one key of a reserve; *offset* and *reservation* only when reserved."""
+
+    outcome: int
+    reservation: Handle = 0
+    offset: int = 0
+
+
+class Reserved(Message, tag=69, frozen=True, gc=False):
+    """One slot per key, in order."""
+
+    slots: list[Slot]
+
+
+class Failure(msgspec.Struct, array_like=True, frozen=True, gc=False):
+    """Why the commit of one reservation published nothing."""
+
+    reservation: Handle
+    code: int
+    message: str
+
+
+class Committed(Message, tag=70, frozen=True, gc=False):
+    """All filled reservations are published, but for those in *failures*."""
+
+    failures: list[Failure]
+
+
+class Done(Message, tag=71, frozen=True, gc=False):
+    """The request was carried out on *count* things; *busy* ones were left as they are."""
+
+    count: int
+    busy: int = 0
+
+
+class Pong(Message, tag=72, frozen=True, gc=False):
+    """The payload of the ping."""
+
+    payload: bytes
+
+
+class TierStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What one tier holds."""
+
+    tier: str
+    capacity_bytes: int
+    used_bytes: int
+    largest_free_bytes: int
+    chunks: int
+
+
+class NamespaceStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What one namespace holds."""
+
+    namespace: str
+    model: str
+    revision: str
+    dtype: str
+    group: str
+    chunk_tokens: int
+    chunk_bytes: int
+    chunks: int
+
+
+class ArenaStats(msgspec.Struct, frozen=True, kw_only=True):
+    """How the arena is made."""
+
+    kind: str
+    size_bytes: int
+    prefaulted_bytes: int
+    huge_pages: bool
+
+
+class DaemonStats(msgspec.Struct, frozen=True, kw_only=True):
+    """One look at the whole daemon. Counters only grow; their names are in metrics.py."""
+
+    version: str
+    pid: int
+    state: str
+    socket: str
+    uptime_seconds: float
+    resident_bytes: int
+    sessions: int
+    leases: int
+    reservations: int
+    tiers: list[TierStats]
+    namespaces: list[NamespaceStats]
+    arena: ArenaStats
+    counters: dict[str, int]
+
+
+class StatsReply(Message, tag=73, frozen=True, gc=False):
+    """The answer to stats."""
+
+    stats: DaemonStats
+
+
+class Error(Message, tag=127, frozen=True, gc=False):
+    """The request failed. Id 0 means the session as a whole, which then closes."""
+
+    code: int
+    message: str
+    retryable: bool
+
+
+AnyReply = (
+    Welcome | Attached | Found | Loaded | Reserved | Committed | Done | Pong | StatsReply | Error
+)
+
+_encoder = msgspec.msgpack.Encoder()
+_request_decoder = msgspec.msgpack.Decoder(AnyRequest)
+_reply_decoder = msgspec.msgpack.Decoder(AnyReply)
+
+
+def encode(message: Message) -> bytes:
+    """Return the MessagePack form of *message*, without the frame's length."""
+    return _encoder.encode(message)
+
+
+def decode_request(frame: bytes | memoryview) -> AnyRequest:
+    """Return the request in *frame*; raises `FrameError` on anything else."""
+    try:
+        return _request_decoder.decode(frame)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FrameError(f"frame is not a request: {error}") from error
+
+
+def decode_reply(frame: bytes | memoryview) -> AnyReply:
+    """Return the reply in *frame*; raises `FrameError` on anything else."""
+    try:
+        return _reply_decoder.decode(frame)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise FrameError(f"frame is not a reply: {error}") from error
