@@ -12,16 +12,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from kvstore.errors import RequestError
-from kvstore.limits import CHECKSUM_BLOCK_BYTES, EXTRA_SIZE_MAX_BYTES, TOKEN_ID_MAX
+from kvstore.limits import (
+    CHECKSUM_BLOCK_BYTES,
+    CHECKSUM_SIZE_BYTES,
+    EXTRA_SIZE_MAX_BYTES,
+    TOKEN_ID_MAX,
+)
 from kvstore.types import BytesLike, Digest, Root
 
 Digests64 = npt.NDArray[np.uint64]
+
+_TABLE_ALIGNMENT_BYTES: Final = 64
 
 
 def chunk_digests(
@@ -88,6 +96,16 @@ def _pack_fields(fields: Iterable[bytes]) -> bytes:
 def block_count(size_bytes: int) -> int:
     """Return how many checksum blocks *size_bytes* make."""
     return -(-size_bytes // CHECKSUM_BLOCK_BYTES)
+
+
+def table_offset(size_bytes: int) -> int:
+    """Return where the block digests of a stored chunk of *size_bytes* begin: behind its bytes."""
+    return -(-size_bytes // _TABLE_ALIGNMENT_BYTES) * _TABLE_ALIGNMENT_BYTES
+
+
+def stored_size(size_bytes: int) -> int:
+    """Return how many bytes a chunk of *size_bytes* and its block digests take together."""
+    return table_offset(size_bytes) + block_count(size_bytes) * CHECKSUM_SIZE_BYTES
 
 
 def block_digests(payload: BytesLike) -> Digests64:

@@ -1,0 +1,65 @@
+"""Which chunk makes room. Decides only; the store acts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from kvstore.store.index import NO_SLOT, Index
+from kvstore.store.policy import EvictionPolicy
+
+
+def next_victim(index: Index, policy: EvictionPolicy) -> int:
+    """Return the slot that leaves next, or `NO_SLOT` when everything left is held.
+
+    The policy names a chunk; what leaves is the end of a prefix through it, so that a prefix
+    loses its tail before its head. Held chunks never leave; soft-pinned ones only when there
+    is nothing else. The policy's order may change, nothing else does.
+    """
+    soft = NO_SLOT
+    for _ in range(2 * len(index)):
+        if index.held == len(index):
+            break
+        slot = policy.candidate()
+        if slot == NO_SLOT:
+            break
+        leaf = index.leaf_below(slot)
+        if not index.is_held(leaf):
+            if not index.is_soft_pinned(leaf):
+                return leaf
+            soft = leaf
+        policy.postpone(slot)
+    return soft
+
+
+def cheapest_window(
+    offsets: Sequence[int] | npt.NDArray[np.int64],
+    sizes: Sequence[int] | npt.NDArray[np.int64],
+    held: Sequence[bool] | npt.NDArray[np.bool_],
+    need_bytes: int,
+    capacity_bytes: int,
+) -> list[int] | None:
+    """Return which extents to clear for a run of *need_bytes*, or None when none can be had.
+
+    For arenas whose free bytes lie scattered: *offsets*, *sizes* (padded) and *held* describe
+    all extents; the answer are positions in them. Windows start at an extent or right behind
+    one, hold nothing that is held, and the one that clears the fewest bytes wins.
+    """
+    order = np.argsort(np.asarray(offsets, dtype=np.int64), kind="stable")
+    starts = np.asarray(offsets, dtype=np.int64)[order]
+    lengths = np.asarray(sizes, dtype=np.int64)[order]
+    ends = starts + lengths
+    begins = np.unique(np.concatenate(([0], starts, ends)))
+    begins = begins[begins + need_bytes <= capacity_bytes]
+    first = np.searchsorted(ends, begins, side="right")
+    last = np.searchsorted(starts, begins + need_bytes, side="left")
+    held_before = np.concatenate(([0], np.cumsum(np.asarray(held, dtype=np.int64)[order])))
+    bytes_before = np.concatenate(([0], np.cumsum(lengths)))
+    free_of_held = held_before[last] == held_before[first]
+    if not free_of_held.any():
+        return None
+    cost = np.where(free_of_held, bytes_before[last] - bytes_before[first], np.iinfo(np.int64).max)
+    best = int(np.argmin(cost))
+    return [int(position) for position in order[first[best] : last[best]]]
