@@ -248,7 +248,8 @@ int kvstore_use_kernel(const char *name) {
 
 /* --- the scattered side ---------------------------------------------------------------------- */
 
-/* Run i is inner_count pieces of piece_bytes, inner_stride apart, the first at addresses[i]. */
+/* Run i is inner_count pieces of piece_bytes, inner_stride apart, the first at addresses[i].
+ * Python fills this in (Pieces in native.py): the fields and their order are known there too. */
 typedef struct {
     const uint64_t *addresses;
     uint64_t count;
@@ -491,6 +492,9 @@ static void move_rest(const move *m, uint64_t position, uint64_t size) {
 
 static void move_all(const move *m, uint64_t *digests) {
     uint64_t size = m->pieces.count * m->pieces.inner_count * m->pieces.piece_bytes;
+    if (size == 0) {
+        return;
+    }
     uint64_t position = digests != NULL ? move_blocks(m, size, digests) : 0;
     move_rest(m, position, size);
     chosen->fence(); /* streaming stores are visible to other CPUs only after this */
@@ -502,18 +506,20 @@ static void move_all(const move *m, uint64_t *digests) {
  * last block is moved but not digested: its caller does that.
  */
 
-void kvstore_gather(uint8_t *target, const uint64_t *addresses, uint64_t count,
-                    uint64_t piece_bytes, uint64_t inner_count, uint64_t inner_stride,
-                    uint64_t *digests) {
-    move m = {GATHER, target, {addresses, count, piece_bytes, inner_count, inner_stride}};
+void kvstore_gather(uint8_t *target, const runs *pieces, uint64_t *digests) {
+    move m = {GATHER, target, *pieces};
     move_all(&m, digests);
 }
 
-void kvstore_scatter(uint8_t *source, const uint64_t *addresses, uint64_t count,
-                     uint64_t piece_bytes, uint64_t inner_count, uint64_t inner_stride,
-                     uint64_t *digests) {
-    move m = {SCATTER, source, {addresses, count, piece_bytes, inner_count, inner_stride}};
+void kvstore_scatter(uint8_t *source, const runs *pieces, uint64_t *digests) {
+    move m = {SCATTER, source, *pieces};
     move_all(&m, digests);
+}
+
+void kvstore_copy(uint8_t *target, const uint8_t *source, uint64_t size, uint64_t *digests) {
+    uint64_t address = (uint64_t)(uintptr_t)source;
+    runs whole = {&address, size > 0, size, 1, 0};
+    kvstore_gather(target, &whole, digests);
 }
 
 void kvstore_digest_blocks(uint8_t *source, uint64_t size, uint64_t *digests) {

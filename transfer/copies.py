@@ -8,7 +8,7 @@ bytes move. Buffers and runs must not overlap.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
@@ -18,17 +18,19 @@ import xxhash
 from kvstore.errors import RequestError
 from kvstore.hashing import block_count
 from kvstore.limits import CHECKSUM_BLOCK_BYTES
-from kvstore.transfer.native import Addresses, Shape, address_of, bytes_at, choose_movers
+from kvstore.transfer.native import Pieces, address_of, bytes_at, choose_movers
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvstore.hashing import Digests64
 
+Addresses = npt.NDArray[np.uint64]
+
 Buffer = bytes | bytearray | memoryview | npt.NDArray[Any]
 """Anything C-contiguous that offers its memory."""
 
-ADDRESS_MAX: Final = 2**56
+SIZE_MAX_BYTES: Final = 2**56
 
 _MOVERS: Final = choose_movers()
 
@@ -41,7 +43,8 @@ class Runs:
     """Equally shaped runs of memory, in the order in which their bytes count.
 
     Run i is *inner_count* pieces of *piece_bytes*, *inner_stride* bytes apart, the first at
-    `addresses[i]`. *owner* is kept alive for as long as the runs are; nothing else is.
+    `addresses[i]`; *size_bytes* counts the bytes of all. *owner* is kept alive for as long as the
+    runs are; nothing else is.
 
     Raises `RequestError` when the shape is empty, negative, overlapping or beyond any memory.
     """
@@ -52,8 +55,19 @@ class Runs:
     inner_stride: int = 0
     owner: object = None
     is_writable: bool = True
+    pieces: Pieces = field(init=False, repr=False)
+    size_bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
+        self._validate()
+        found, inner = self.addresses, self.inner_count
+        start = address_of(found.data)
+        pieces = Pieces(start, found.size, self.piece_bytes, inner, self.inner_stride)
+        # Made once here, because small chunks are moved in less time than this takes.
+        object.__setattr__(self, "pieces", pieces)
+        object.__setattr__(self, "size_bytes", found.size * inner * self.piece_bytes)
+
+    def _validate(self) -> None:
         found = self.addresses
         if found.ndim != 1 or found.dtype != np.uint64 or not found.flags.c_contiguous:
             raise RequestError("addresses of runs must be a flat contiguous array of uint64")
@@ -64,24 +78,14 @@ class Runs:
                 f"pieces of {self.piece_bytes} bytes overlap when {self.inner_stride} bytes apart"
             )
         reach = max(self.piece_bytes, self.inner_stride) * self.inner_count
-        if reach > ADDRESS_MAX or self.size_bytes > ADDRESS_MAX:
-            raise RequestError(f"runs of {self.size_bytes} bytes exceed any memory")
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of all runs together."""
-        return len(self.addresses) * self.inner_count * self.piece_bytes
-
-    @property
-    def shape(self) -> Shape:
-        """What all runs share."""
-        return self.piece_bytes, self.inner_count, self.inner_stride
+        if reach * max(1, found.size) > SIZE_MAX_BYTES:
+            raise RequestError(f"runs of {reach} bytes each exceed any memory")
 
     @classmethod
     def of_buffer(cls, buffer: Buffer) -> Runs:
         """Return *buffer* as one run (none when it is empty). It must be C-contiguous."""
         view = _contiguous(buffer)
-        starts = np.full(1 if view.nbytes else 0, address_of(view), dtype=np.uint64)
+        starts = np.array([address_of(view)] if view.nbytes else [], dtype=np.uint64)
         return cls(starts, view.nbytes or 1, owner=view, is_writable=not view.readonly)
 
     @classmethod
@@ -148,39 +152,57 @@ def scatter(runs: Runs, source: Buffer, *, checksums: bool) -> Digests64 | None:
 
 
 def copy(target: Buffer, source: Buffer, *, checksums: bool) -> Digests64 | None:
-    """Copy *source* to *target*; return the block digests when *checksums*."""
-    return gather(target, Runs.of_buffer(source), checksums=checksums)
+    """Copy *source* to *target*; return the block digests when *checksums*.
+
+    Raises `RequestError` unless *target* is writable and both are contiguous and of one size.
+    """
+    into, view = _writable(target), _contiguous(source)
+    if into.nbytes != view.nbytes:
+        raise RequestError(f"the target has {into.nbytes} bytes, the source {view.nbytes}")
+    return copy_at(address_of(into), address_of(view), view.nbytes, checksums=checksums)
 
 
 def digest_blocks(buffer: Buffer) -> Digests64:
     """Return the XXH3-64 of every 64 KiB block of *buffer* (the last may be shorter)."""
     view = _contiguous(buffer)
-    address = address_of(view)
-    digests = _room_for_digests(view.nbytes)
-    _MOVERS.digest_blocks(address, view.nbytes, digests)
-    _digest_tail(address, view.nbytes, digests)
-    return digests
+    return digest_blocks_at(address_of(view), view.nbytes)
+
+
+# The same by address, for callers that know where their buffer starts: a slice of a mapping is
+# found by adding its offset, which costs less than asking a memoryview, above all a read-only one.
+# The caller vouches for the addresses and keeps the memory alive.
 
 
 def gather_at(address: int, size_bytes: int, runs: Runs, *, checksums: bool) -> Digests64 | None:
-    """Gather into raw memory. The caller vouches for *address* and keeps the memory alive."""
+    """Gather into the *size_bytes* at *address*, like `gather`."""
     _check_size(runs, size_bytes)
     digests = _room_for_digests(size_bytes) if checksums else None
-    _MOVERS.gather(address, runs.addresses, runs.shape, digests)
-    if digests is not None:
-        _digest_tail(address, size_bytes, digests)
-    return digests
+    _MOVERS.gather(address, runs.pieces, digests)
+    return _digest_tail(address, size_bytes, digests)
 
 
 def scatter_from(address: int, size_bytes: int, runs: Runs, *, checksums: bool) -> Digests64 | None:
-    """Scatter from raw memory. The caller vouches for *address* and keeps the memory alive."""
+    """Scatter the *size_bytes* at *address*, like `scatter`."""
     _check_size(runs, size_bytes)
     if not runs.is_writable:
         raise RequestError("the runs are read-only")
     digests = _room_for_digests(size_bytes) if checksums else None
-    _MOVERS.scatter(address, runs.addresses, runs.shape, digests)
-    if digests is not None:
-        _digest_tail(address, size_bytes, digests)
+    _MOVERS.scatter(address, runs.pieces, digests)
+    return _digest_tail(address, size_bytes, digests)
+
+
+def copy_at(target: int, source: int, size_bytes: int, *, checksums: bool) -> Digests64 | None:
+    """Copy *size_bytes* from one address to another, like `copy`."""
+    digests = _room_for_digests(size_bytes) if checksums else None
+    _MOVERS.copy(target, source, size_bytes, digests)
+    return _digest_tail(target, size_bytes, digests)
+
+
+def digest_blocks_at(address: int, size_bytes: int) -> Digests64:
+    """Digest the *size_bytes* at *address*, like `digest_blocks`."""
+    digests = _room_for_digests(size_bytes)
+    _MOVERS.digest_blocks(address, size_bytes, digests)
+    _digest_tail(address, size_bytes, digests)
     return digests
 
 
@@ -207,8 +229,9 @@ def _room_for_digests(size_bytes: int) -> Digests64:
     return np.empty(block_count(size_bytes), dtype=np.uint64)
 
 
-def _digest_tail(address: int, size_bytes: int, digests: Digests64) -> None:
+def _digest_tail(address: int, size_bytes: int, digests: Digests64 | None) -> Digests64 | None:
     """Digest the last block when it is short: the movers digest whole blocks only."""
     tail = size_bytes % CHECKSUM_BLOCK_BYTES
-    if tail:
+    if digests is not None and tail:
         digests[-1] = xxhash.xxh3_64_intdigest(bytes_at(address + size_bytes - tail, tail))
+    return digests

@@ -1,8 +1,8 @@
 """The two ways to move bytes: the C library beside this file, and plain Python without it.
 
 Both are `Movers` and give the same bytes and the same digests. The *flat* side is a contiguous
-buffer; the *pieces* are found as `Runs` describes. Everything here takes raw addresses and trusts
-them: `kvstore.transfer.copies` checks sizes and keeps the owners alive.
+buffer, the other side is scattered `Pieces`. Everything here takes raw addresses and trusts them:
+`kvstore.transfer.copies` checks sizes and keeps the owners alive.
 
 Digests are filled in for whole checksum blocks only; the caller digests a shorter last one.
 """
@@ -15,50 +15,59 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import xxhash
 
 from kvstore.limits import CHECKSUM_BLOCK_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from kvstore.hashing import Digests64
-
-Addresses = npt.NDArray[np.uint64]
 
 LIBRARY_PATH: Final = Path(__file__).with_name("_copy.so")
 WITHOUT_LIBRARY: Final = "KVSTORE_NO_NATIVE"
 """Environment variable: when set to 1, the library is not loaded even where it was built."""
 
 
+class Pieces(ctypes.Structure):
+    """The scattered side as the C library reads it; its fields are those of `runs` in _copy.c."""
+
+    _fields_ = (
+        ("addresses", ctypes.c_uint64),
+        ("count", ctypes.c_uint64),
+        ("piece_bytes", ctypes.c_uint64),
+        ("inner_count", ctypes.c_uint64),
+        ("inner_stride", ctypes.c_uint64),
+    )
+
+    addresses: int
+    count: int
+    piece_bytes: int
+    inner_count: int
+    inner_stride: int
+
+
 class Movers(Protocol):
-    """What both ways offer."""
+    """What both ways offer. Digests are None, or have room for every block."""
 
     @property
     def kernel(self) -> str:
         """Which inner loop runs: avx512, avx2, portable (C), or numpy (no library)."""
         ...
 
-    def gather(
-        self, flat: int, addresses: Addresses, shape: Shape, digests: Digests64 | None
-    ) -> None:
+    def gather(self, flat: int, pieces: Pieces, digests: Digests64 | None) -> None:
         """Fill the flat side from the pieces, in order."""
         ...
 
-    def scatter(
-        self, flat: int, addresses: Addresses, shape: Shape, digests: Digests64 | None
-    ) -> None:
+    def scatter(self, flat: int, pieces: Pieces, digests: Digests64 | None) -> None:
         """Fill the pieces from the flat side, in order."""
+        ...
+
+    def copy(self, to: int, start: int, size_bytes: int, digests: Digests64 | None) -> None:
+        """Copy between two contiguous places."""
         ...
 
     def digest_blocks(self, flat: int, size_bytes: int, digests: Digests64) -> None:
         """Digest the whole blocks of the flat side without moving anything."""
         ...
-
-
-Shape = tuple[int, int, int]
-"""`(piece_bytes, inner_count, inner_stride)`, the same for every run."""
 
 
 def address_of(view: memoryview) -> int:
@@ -99,21 +108,20 @@ class NativeMovers:
     """The C library. Calls release the GIL."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        pointer, word = ctypes.c_void_p, ctypes.c_uint64
+        pointer, pieces = ctypes.c_void_p, ctypes.POINTER(Pieces)
         self._gather = library.kvstore_gather
+        self._gather.argtypes, self._gather.restype = [pointer, pieces, pointer], None
         self._scatter = library.kvstore_scatter
-        for function in (self._gather, self._scatter):
-            function.argtypes = [pointer, pointer, word, word, word, word, pointer]
-            function.restype = None
-        self._digest_blocks = library.kvstore_digest_blocks
-        self._digest_blocks.argtypes = [pointer, word, pointer]
-        self._digest_blocks.restype = None
+        self._scatter.argtypes, self._scatter.restype = [pointer, pieces, pointer], None
+        self._copy = library.kvstore_copy
+        self._copy.argtypes = [pointer, pointer, ctypes.c_uint64, pointer]
+        self._copy.restype = None
+        self._digest = library.kvstore_digest_blocks
+        self._digest.argtypes, self._digest.restype = [pointer, ctypes.c_uint64, pointer], None
         self._use_kernel = library.kvstore_use_kernel
-        self._use_kernel.argtypes = [ctypes.c_char_p]
-        self._use_kernel.restype = ctypes.c_int
+        self._use_kernel.argtypes, self._use_kernel.restype = [ctypes.c_char_p], ctypes.c_int
         self._kernel = library.kvstore_kernel
-        self._kernel.argtypes = []
-        self._kernel.restype = ctypes.c_char_p
+        self._kernel.argtypes, self._kernel.restype = [], ctypes.c_char_p
 
     @property
     def kernel(self) -> str:
@@ -125,23 +133,22 @@ class NativeMovers:
         """Switch to a lesser kernel, to compare; return whether this CPU has it."""
         return bool(self._use_kernel(name.encode()))
 
-    def gather(
-        self, flat: int, addresses: Addresses, shape: Shape, digests: Digests64 | None
-    ) -> None:
+    def gather(self, flat: int, pieces: Pieces, digests: Digests64 | None) -> None:
         """Fill the flat side from the pieces, in order."""
-        into = None if digests is None else address_of(digests.data)
-        self._gather(flat, address_of(addresses.data), len(addresses), *shape, into)
+        self._gather(flat, pieces, None if digests is None else address_of(digests.data))
 
-    def scatter(
-        self, flat: int, addresses: Addresses, shape: Shape, digests: Digests64 | None
-    ) -> None:
+    def scatter(self, flat: int, pieces: Pieces, digests: Digests64 | None) -> None:
         """Fill the pieces from the flat side, in order."""
+        self._scatter(flat, pieces, None if digests is None else address_of(digests.data))
+
+    def copy(self, to: int, start: int, size_bytes: int, digests: Digests64 | None) -> None:
+        """Copy between two contiguous places."""
         into = None if digests is None else address_of(digests.data)
-        self._scatter(flat, address_of(addresses.data), len(addresses), *shape, into)
+        self._copy(to, start, size_bytes, into)
 
     def digest_blocks(self, flat: int, size_bytes: int, digests: Digests64) -> None:
         """Digest the whole blocks of the flat side without moving anything."""
-        self._digest_blocks(flat, size_bytes, address_of(digests.data))
+        self._digest(flat, size_bytes, address_of(digests.data))
 
 
 class PlainMovers:
@@ -149,23 +156,27 @@ class PlainMovers:
 
     kernel = "numpy"
 
-    def gather(
-        self, flat: int, addresses: Addresses, shape: Shape, digests: Digests64 | None
-    ) -> None:
+    def gather(self, flat: int, pieces: Pieces, digests: Digests64 | None) -> None:
         """Fill the flat side from the pieces, in order."""
-        for offset, piece in _pieces(addresses, shape):
-            ctypes.memmove(flat + offset, piece, shape[0])
+        starts = _piece_addresses(pieces)
+        for index, start in enumerate(starts):
+            ctypes.memmove(flat + index * pieces.piece_bytes, start, pieces.piece_bytes)
         if digests is not None:
-            self.digest_blocks(flat, _size_bytes(addresses, shape), digests)
+            self.digest_blocks(flat, len(starts) * pieces.piece_bytes, digests)
 
-    def scatter(
-        self, flat: int, addresses: Addresses, shape: Shape, digests: Digests64 | None
-    ) -> None:
+    def scatter(self, flat: int, pieces: Pieces, digests: Digests64 | None) -> None:
         """Fill the pieces from the flat side, in order."""
-        for offset, piece in _pieces(addresses, shape):
-            ctypes.memmove(piece, flat + offset, shape[0])
+        starts = _piece_addresses(pieces)
+        for index, start in enumerate(starts):
+            ctypes.memmove(start, flat + index * pieces.piece_bytes, pieces.piece_bytes)
         if digests is not None:
-            self.digest_blocks(flat, _size_bytes(addresses, shape), digests)
+            self.digest_blocks(flat, len(starts) * pieces.piece_bytes, digests)
+
+    def copy(self, to: int, start: int, size_bytes: int, digests: Digests64 | None) -> None:
+        """Copy between two contiguous places."""
+        ctypes.memmove(to, start, size_bytes)
+        if digests is not None:
+            self.digest_blocks(to, size_bytes, digests)
 
     def digest_blocks(self, flat: int, size_bytes: int, digests: Digests64) -> None:
         """Digest the whole blocks of the flat side without moving anything."""
@@ -174,14 +185,11 @@ class PlainMovers:
             digests[index] = xxhash.xxh3_64_intdigest(block)
 
 
-def _size_bytes(addresses: Addresses, shape: Shape) -> int:
-    piece_bytes, inner_count, _ = shape
-    return len(addresses) * inner_count * piece_bytes
-
-
-def _pieces(addresses: Addresses, shape: Shape) -> Iterator[tuple[int, int]]:
-    """Yield the flat offset and the address of every piece."""
-    piece_bytes, inner_count, inner_stride = shape
-    inner = np.arange(inner_count, dtype=np.uint64) * np.uint64(inner_stride)
-    pieces: list[int] = (addresses[:, None] + inner).ravel().tolist()
-    return zip(range(0, len(pieces) * piece_bytes, piece_bytes), pieces, strict=True)
+def _piece_addresses(pieces: Pieces) -> list[int]:
+    """Return the address of every piece, in order."""
+    if pieces.count == 0:
+        return []
+    runs = np.frombuffer(bytes_at(pieces.addresses, pieces.count * 8), dtype=np.uint64)
+    inner = np.arange(pieces.inner_count, dtype=np.uint64) * np.uint64(pieces.inner_stride)
+    addresses: list[int] = (runs[:, None] + inner).ravel().tolist()
+    return addresses

@@ -31,7 +31,7 @@ def layouts(draw):
 def guarded(size_bytes: int, skew: int):
     """Return guard bytes all over, and the part of them to work in, *skew* bytes off a line."""
     memory = np.full(size_bytes + 2 * GUARD_SIZE_BYTES + 128, GUARD, np.uint8)
-    start = GUARD_SIZE_BYTES + -(address_of(memoryview(memory)) + GUARD_SIZE_BYTES) % 64 + skew
+    start = GUARD_SIZE_BYTES + -(address_of(memory.data) + GUARD_SIZE_BYTES) % 64 + skew
     return memory, memory[start : start + size_bytes]
 
 
@@ -45,7 +45,7 @@ def test_gather_then_scatter_is_the_identity_and_guards_stay(layout, checksums):
     before = memory.copy()
     pieces = inside.reshape(order.size, inner, stride)[:, :, :piece]
     wanted = pieces[order].tobytes()
-    starts = np.uint64(address_of(memoryview(inside))) + order.astype(np.uint64) * np.uint64(
+    starts = np.uint64(address_of(inside.data)) + order.astype(np.uint64) * np.uint64(
         inner * stride
     )
     runs = Runs(starts, *shape, owner=memory)

@@ -76,7 +76,7 @@ def scattered(shape: tuple[int, int, int], run_count: int, *, skew: int = 0, see
     piece, inner, stride = shape
     span = max(piece, stride) * inner
     memory = noise(span * run_count + 2 * 4096, seed)
-    start = address_of(memoryview(memory))
+    start = address_of(memory.data)
     start += -start % 4096 + skew
     order = np.random.default_rng(seed).permutation(run_count).astype(np.uint64)
     return memory, Runs(np.uint64(start) + order * np.uint64(span), *shape, owner=memory)
@@ -84,7 +84,7 @@ def scattered(shape: tuple[int, int, int], run_count: int, *, skew: int = 0, see
 
 def expected_bytes(memory: np.ndarray, runs: Runs) -> bytes:
     """Return what a gather must give, from Python slices alone."""
-    base = address_of(memoryview(memory))
+    base = address_of(memory.data)
     starts = [
         int(address) - base + i * runs.inner_stride
         for address in runs.addresses
@@ -153,9 +153,9 @@ def test_a_scatter_fills_the_pieces_and_nothing_between_them(each_kernel, shape,
     memory, runs = scattered(shape, run_count, skew=skew)
     source = noise(runs.size_bytes, seed=1)
     expected = memory.copy()
-    shift = np.uint64(address_of(memoryview(expected))) - np.uint64(address_of(memoryview(memory)))
-    moved = Runs(runs.addresses + shift, *runs.shape)
-    PlainMovers().scatter(address_of(memoryview(source)), moved.addresses, moved.shape, None)
+    shift = np.uint64(address_of(expected.data)) - np.uint64(address_of(memory.data))
+    moved = Runs(runs.addresses + shift, *shape)
+    PlainMovers().scatter(address_of(source.data), moved.pieces, None)
     digests = copies.scatter(runs, source, checksums=checksums)
     assert np.array_equal(memory, expected)
     assert expected_bytes(memory, runs) == source.tobytes()
@@ -167,7 +167,7 @@ def test_a_scatter_fills_the_pieces_and_nothing_between_them(each_kernel, shape,
 def test_the_raw_address_face_does_the_same(each_kernel):
     memory, runs = scattered((4096, 1, 0), 40)
     target = np.zeros(runs.size_bytes, np.uint8)
-    address = address_of(memoryview(target))
+    address = address_of(target.data)
     digests = copies.gather_at(address, runs.size_bytes, runs, checksums=True)
     assert target.tobytes() == expected_bytes(memory, runs)
     memory[:] = 0
@@ -176,6 +176,16 @@ def test_the_raw_address_face_does_the_same(each_kernel):
     assert back is not None
     assert back.tolist() == digests.tolist()
     assert expected_bytes(memory, runs) == target.tobytes()
+
+
+def test_copies_and_digests_by_raw_address_do_the_same(each_kernel):
+    source, target = noise(200_000), np.zeros(200_000, np.uint8)
+    places = address_of(target.data), address_of(source.data)
+    digests = copies.copy_at(*places, 200_000, checksums=True)
+    assert np.array_equal(target, source)
+    assert digests is not None
+    assert digests.tolist() == copies.digest_blocks_at(places[0], 200_000).tolist()
+    assert digests.tolist() == block_digests(source.tobytes()).tolist()
 
 
 def test_runs_of_arrays_are_gathered_array_by_array():
@@ -191,7 +201,7 @@ def test_runs_of_pages_are_in_the_order_plane_head_page():
     memory = noise(planes * pages * tokens * heads * row)
     cache = memory.reshape(planes, pages, tokens, heads, row)
     plane_bytes = pages * tokens * heads * row
-    base = address_of(memoryview(memory))
+    base = address_of(memory.data)
     runs = Runs.of_pages(
         [base + plane * plane_bytes for plane in range(planes)],
         table,
@@ -210,7 +220,7 @@ def test_runs_of_pages_are_in_the_order_plane_head_page():
 
 def test_runs_of_whole_pages_need_no_heads():
     memory = noise(20 * 4096)
-    base = address_of(memoryview(memory))
+    base = address_of(memory.data)
     runs = Runs.of_pages([base], [3, 1], page_stride_bytes=4096, piece_bytes=4096, owner=memory)
     target = bytearray(2 * 4096)
     copies.gather(target, runs, checksums=False)
