@@ -1,0 +1,379 @@
+"""Prefix reuse for transformers models, against a store in memory.
+
+The oracle is the engine itself: a prompt computed as "prefix, then suffix" in one plain
+`DynamicCache` must give the same bits as "loaded prefix, then suffix". (One forward pass over
+everything gives other rounding: matrix products are summed in another order.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from tests.engine import models
+from tests.engine.standin import MemoryStore
+from transformers import DynamicCache, PreTrainedModel
+
+from kvstore.connectors.huggingface import PrefixReuse
+from kvstore.errors import RequestError
+
+CHUNK_TOKENS = 16
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    return MemoryStore()
+
+
+@pytest.fixture(params=models.FAMILIES)
+def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+    return models.FAMILIES[request.param]()
+
+
+def prompt(tokens: int, *, seed: int = 1) -> torch.Tensor:
+    return torch.randint(2, 300, (1, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def reuse(model: PreTrainedModel, store: MemoryStore, **options: object) -> PrefixReuse:
+    return PrefixReuse(model, chunk_tokens=CHUNK_TOKENS, open_cache=store.open, **options)
+
+
+def compute(model: PreTrainedModel, ids: torch.Tensor, past: DynamicCache) -> torch.Tensor:
+    """Run what *past* does not hold yet; return the logits."""
+    with torch.inference_mode():
+        return model(ids[:, past.get_seq_length() :], past_key_values=past).logits
+
+
+def split_prefill(model: PreTrainedModel, ids: torch.Tensor, prefix: int) -> torch.Tensor:
+    past = DynamicCache(config=model.config)
+    compute(model, ids[:, :prefix], past)
+    return compute(model, ids, past)
+
+
+def remember(prefixes: PrefixReuse, model: PreTrainedModel, ids: torch.Tensor, **scope: object) -> None:
+    with prefixes.begin(ids, **scope) as past:
+        compute(model, ids, past)
+
+
+def reused(prefixes: PrefixReuse, ids: torch.Tensor, **scope: object) -> int:
+    return prefixes.begin(ids, **scope).report.reused_tokens
+
+
+def generate(model: PreTrainedModel, ids: torch.Tensor, **options: object) -> torch.Tensor:
+    return model.generate(ids, max_new_tokens=20, do_sample=False, **options)
+
+
+def test_a_loaded_prefix_gives_the_same_bits_as_the_engines_own(model, store):
+    ids = prompt(150)
+    remember(reuse(model, store), model, ids[:, :144])
+
+    past = reuse(model, store).begin(ids)
+
+    assert past.report.reused_tokens == past.get_seq_length() == 144
+    assert torch.equal(compute(model, ids, past), split_prefill(model, ids, 144))
+
+
+def test_generate_gives_the_same_tokens(model, store):
+    ids = prompt(150)
+    prefixes = reuse(model, store)
+    expected = generate(model, ids)
+    for expected_reuse in (0, 144):
+        with prefixes.begin(ids) as past:
+            tokens = generate(model, ids, past_key_values=past)
+        assert past.report.reused_tokens == expected_reuse
+        assert torch.equal(tokens, expected)
+
+
+def test_every_prefix_of_a_longer_stored_prompt_is_reused(model, store):
+    """Also where a sliding window begins in the middle of a chunk."""
+    ids = prompt(200)
+    prefixes = reuse(model, store)
+    remember(prefixes, model, ids)
+    for length in (17, 33, 52, 90, 161):
+        part = ids[:, :length]
+        past = prefixes.begin(part)
+        prefix = (length - 1) // CHUNK_TOKENS * CHUNK_TOKENS
+        assert past.report.reused_tokens == prefix
+        assert torch.equal(compute(model, part, past), split_prefill(model, part, prefix))
+
+
+@pytest.mark.parametrize("make", [models.llama, models.gemma3], ids=lambda make: make.__name__)
+def test_turns_of_a_conversation_build_on_each_other(make, store):
+    model = make()
+    prefixes = reuse(model, store)
+    ids, reports = prompt(40), []
+    for _ in range(4):
+        with prefixes.begin(ids) as past:
+            ids = torch.cat([generate(model, ids, past_key_values=past), prompt(25)], dim=1)
+        reports.append(past.report)
+    assert [report.reused_tokens for report in reports] == [0, 32, 80, 128]
+    assert all(not report.chunks_present and not report.chunks_refused for report in reports)
+
+
+def test_finish_with_the_output_stores_the_answer_too(model, store):
+    ids = prompt(40)
+    prefixes = reuse(model, store)
+    past = prefixes.begin(ids)
+    output = generate(model, ids, past_key_values=past)
+
+    past.finish(output)
+
+    # The last token was chosen but never computed.
+    assert output.shape[1] == 60
+    assert reused(prefixes, output) == 48
+    own = DynamicCache(config=model.config)
+    generate(model, ids, past_key_values=own)
+    again = prefixes.begin(output)
+    compute(model, output[:, :59], again)
+    kept = [layer for layer in own.layers if layer.keys is not None]
+    loaded = [layer for layer in again.layers if layer.keys is not None]
+    for one, other in zip(kept, loaded, strict=True):
+        torch.testing.assert_close(one.keys, other.keys)
+        torch.testing.assert_close(one.values, other.values)
+
+
+def test_finish_refuses_tokens_that_are_not_the_prompt_and_its_answer(store):
+    model = models.llama()
+    past = reuse(model, store).begin(prompt(40))
+    with pytest.raises(RequestError, match="do not begin with the prompt"):
+        past.finish(prompt(60, seed=2))
+
+
+def test_a_prompt_shorter_than_a_chunk_is_neither_loaded_nor_stored(model, store):
+    prefixes = reuse(model, store)
+    for _ in range(2):
+        with prefixes.begin(prompt(CHUNK_TOKENS - 1)) as past:
+            compute(model, prompt(CHUNK_TOKENS - 1), past)
+        assert dataclasses.asdict(past.report) | {"prompt_tokens": 0} == dict.fromkeys(
+            dataclasses.asdict(past.report), 0
+        )
+
+
+def test_one_token_is_always_left_to_compute(store):
+    model = models.llama()
+    prefixes = reuse(model, store)
+    ids = prompt(3 * CHUNK_TOKENS)
+    remember(prefixes, model, ids)
+    assert len(store.chunks) == 3
+    assert reused(prefixes, ids) == 2 * CHUNK_TOKENS
+
+
+def test_a_gap_ends_the_hit(store):
+    model = models.llama()
+    prefixes = reuse(model, store)
+    ids = prompt(100)
+    remember(prefixes, model, ids)
+    third = list(store.chunks)[2]
+    del store.chunks[third]
+    with prefixes.begin(ids) as past:
+        compute(model, ids, past)
+    assert past.report.reused_tokens == 32
+    # What lay behind the gap is still there.
+    assert (past.report.chunks_stored, past.report.chunks_present) == (1, 3)
+
+
+def test_a_sliding_window_needs_only_its_last_chunks(store):
+    model = models.mistral_sliding()
+    prefixes = reuse(model, store)
+    ids = prompt(150)
+    remember(prefixes, model, ids)
+    for key in list(store.chunks)[:6]:
+        del store.chunks[key]
+    past = prefixes.begin(ids)
+    assert past.report.reused_tokens == 144
+    assert torch.equal(compute(model, ids, past), split_prefill(model, ids, 144))
+
+
+def test_groups_agree_on_the_longest_prefix_that_all_can_serve(store):
+    model = models.gemma3()
+    prefixes = reuse(model, store)
+    ids = prompt(150)
+    remember(prefixes, model, ids)
+    sliding = next(key for key, found in store.manifests.items() if "sliding" in found.group)
+    of_sliding = [key for key in store.chunks if key[0] == sliding]
+    # A hit needs three chunks in a row: without the fifth, hits of 5, 6 and 7 chunks are gone.
+    del store.chunks[of_sliding[4]]
+    assert reused(prefixes, ids) == 144
+    assert reused(prefixes, ids[:, :120]) == 64
+
+
+def test_chunks_are_canonical(store):
+    """`X[layer][k|v][kv_head][token][head_dim]`, as the engine computed them."""
+    model = models.llama()
+    ids = prompt(40)
+    remember(reuse(model, store), model, ids)
+    own = DynamicCache(config=model.config)
+    compute(model, ids, own)
+    for index, payload in enumerate(store.chunks.values()):
+        chunk = torch.from_numpy(payload).view(torch.float32).view(4, 2, 2, CHUNK_TOKENS, 16)
+        span = slice(index * CHUNK_TOKENS, (index + 1) * CHUNK_TOKENS)
+        for layer, cached in enumerate(own.layers):
+            assert torch.equal(chunk[layer, 0], cached.keys[0, :, span])
+            assert torch.equal(chunk[layer, 1], cached.values[0, :, span])
+
+
+def test_parents_link_the_chunks_of_a_prefix(store):
+    model = models.llama()
+    prefixes = reuse(model, store)
+    ids = prompt(100)
+    remember(prefixes, model, ids[:, :50])
+    remember(prefixes, model, ids)
+    digests = [digest for _, digest in store.chunks]
+    assert list(store.parents.values()) == [None, *digests[:-1]]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_kept_as_it_is(store, dtype):
+    model = models.gemma3().to(dtype)
+    ids = prompt(150)
+    prefixes = reuse(model, store)
+    remember(prefixes, model, ids[:, :144])
+    past = prefixes.begin(ids)
+    assert past.report.reused_tokens == 144
+    assert torch.equal(compute(model, ids, past), split_prefill(model, ids, 144))
+
+
+OTHER_MODELS = {
+    "weights": lambda: models.llama(seed=1),
+    "dtype": lambda: models.llama().to(torch.bfloat16),
+    "rope base": lambda: models.llama(rope_parameters={"rope_type": "default", "rope_theta": 5e5}),
+    "rope scaling": lambda: models.llama(
+        rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+    ),
+    "norm": lambda: models.llama(rms_norm_eps=1e-5),
+}
+
+
+@pytest.mark.parametrize("make", OTHER_MODELS.values(), ids=OTHER_MODELS)
+def test_models_that_compute_other_kv_never_meet(make, store):
+    model, ids = models.llama(), prompt(100)
+    remember(reuse(model, store), model, ids)
+    assert reused(reuse(model, store), ids) == 96
+    assert reused(reuse(make(), store), ids) == 0
+
+
+def test_a_revision_stands_for_the_weights(store):
+    model, ids = models.llama(), prompt(100)
+    remember(reuse(model, store, revision="tiny@1"), model, ids)
+    assert reused(reuse(model, store, revision="tiny@1"), ids) == 96
+    assert reused(reuse(model, store, revision="tiny@2"), ids) == 0
+    assert reused(reuse(model, store), ids) == 0
+
+
+SCOPES = [
+    {},
+    {"salt": b"tenant-1"},
+    {"salt": b"tenant-2"},
+    {"adapter": "poet"},
+    {"adapter": "poet", "adapter_revision": "2"},
+]
+
+
+def test_adapters_and_salts_never_meet(store):
+    model, ids = models.llama(), prompt(100)
+    prefixes = reuse(model, store)
+    for scope in SCOPES:
+        assert reused(prefixes, ids, **scope) == 0
+        remember(prefixes, model, ids, **scope)
+    assert [reused(prefixes, ids, **scope) for scope in SCOPES] == [96] * len(SCOPES)
+    assert reused(prefixes, ids, adapter="") == 96
+
+
+def test_a_model_with_adapters_must_say_which_is_active(store):
+    model = models.llama()
+    prefixes = reuse(model, store)
+    model.peft_config = {}
+    with pytest.raises(RequestError, match="say which is active"):
+        prefixes.begin(prompt(40))
+    assert reused(prefixes, prompt(40), adapter="poet") == 0
+
+
+def test_a_batch_is_refused(store):
+    with pytest.raises(RequestError, match=r"\(2, 40\); prefix reuse takes one prompt"):
+        reuse(models.llama(), store).begin(prompt(40).expand(2, -1))
+
+
+def test_media_tokens_are_refused(store):
+    model = models.llama()
+    model.config.image_token_id = 310
+    ids = prompt(40)
+    ids[0, 7] = 310
+    with pytest.raises(RequestError, match="image_token_id 310"):
+        reuse(model, store).begin(ids)
+
+
+def test_a_model_in_training_is_refused(store):
+    model = models.llama()
+    prefixes = reuse(model, store)
+    model.train()
+    with pytest.raises(RequestError, match="training"):
+        prefixes.begin(prompt(40))
+
+
+def test_linear_attention_is_refused(store):
+    with pytest.raises(RequestError, match="layer 0 keeps its state in LinearAttentionLayer"):
+        reuse(models.qwen3_next(), store)
+
+
+def test_rope_that_moves_old_positions_is_refused(store):
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(RequestError, match="'dynamic' moves old positions"):
+        reuse(models.llama(rope_parameters=rope), store)
+
+
+def test_an_error_in_the_block_stores_nothing(store):
+    model, ids = models.llama(), prompt(100)
+    with pytest.raises(ZeroDivisionError), reuse(model, store).begin(ids) as past:
+        compute(model, ids, past)
+        raise ZeroDivisionError
+    assert not store.chunks
+
+
+def test_what_was_never_computed_is_not_stored(store):
+    model, ids = models.gemma3(), prompt(100)
+    prefixes = reuse(model, store)
+    with prefixes.begin(ids):
+        pass
+    with prefixes.begin(ids) as past:
+        compute(model, ids[:, :50], past)
+    assert past.report.chunks_stored == 2 * 3
+
+
+def test_a_cropped_cache_stores_only_what_is_left(store):
+    model, ids = models.gemma3(), prompt(100)
+    prefixes = reuse(model, store)
+    with prefixes.begin(ids) as past:
+        compute(model, ids[:, :36], past)
+        past.crop(-10)
+        assert past.get_seq_length() == 26
+        compute(model, ids[:, :39], past)
+    assert past.report.chunks_stored == 2 * 2
+    later = prefixes.begin(ids[:, :39])
+    assert torch.equal(compute(model, ids[:, :39], later), split_prefill(model, ids[:, :39], 32))
+
+
+def test_beams_are_never_stored(store):
+    model, ids = models.llama(), prompt(40)
+    prefixes = reuse(model, store)
+    with prefixes.begin(ids) as past:
+        compute(model, ids, past)
+        past.batch_repeat_interleave(2)
+        compute(model, torch.cat([prompt(41).expand(2, -1)]), past)
+    assert not store.chunks
+
+
+def test_long_answers_outgrow_the_room_made_for_the_prompt(store):
+    model, ids = models.llama(), prompt(40)
+    with reuse(model, store).begin(ids) as past:
+        tokens = model.generate(ids, past_key_values=past, max_new_tokens=400, do_sample=False)
+    assert torch.equal(tokens, model.generate(ids, max_new_tokens=400, do_sample=False))
+
+
+def test_a_backward_pass_works_through_a_loaded_prefix(store):
+    model, ids = models.llama(), prompt(60)
+    prefixes = reuse(model, store)
+    remember(prefixes, model, ids)
+    past = prefixes.begin(ids)
+    model(ids[:, 48:], past_key_values=past, labels=ids[:, 48:]).loss.backward()
+    assert model.model.embed_tokens.weight.grad.abs().sum() > 0
