@@ -122,6 +122,17 @@ class Store:
         granted = self._lease(session, slots, now) if lease and slots else NO_LEASE
         return Hits(hits, arriving, tiers, granted)
 
+    def arriving_next(
+        self, space: Namespace, digests: Sequence[Digest], window: int
+    ) -> Digest | None:
+        """Return the chunk right behind the hits when it is being written; counts nothing."""
+        if window:
+            hits = self.index.window_hits(space, digests, window)
+        else:
+            hits = len(self.index.leading(space, digests))
+        behind = digests[hits : hits + 1]
+        return behind[0] if behind and self.reservations.is_arriving(space, behind[0]) else None
+
     def load(
         self,
         session: SessionId,
@@ -317,7 +328,8 @@ class Store:
         size_bytes: int,
     ) -> Place:
         counters = self.counters
-        if digest in space.ready or self._has_shard(space, digest, heads):
+        slot = space.find(digest)
+        if slot != NO_SLOT and self._has_shard(slot, heads):
             counters.reserve_chunks_present += 1
             return Place(ReserveOutcome.PRESENT)
         if self.reservations.is_arriving(space, digest, heads):
@@ -331,16 +343,16 @@ class Store:
         counters.reserve_chunks_reserved += 1
         return Place(ReserveOutcome.RESERVED, self.reservations.make(record), extent)
 
-    def _has_shard(self, space: Namespace, digest: Digest, heads: HeadRange) -> bool:
-        slot = space.partial.get(digest)
-        if slot is None:
-            return False
+    def _has_shard(self, slot: int, heads: HeadRange) -> bool:
         return covers([shard.heads for shard in self.index.shards(slot)], heads)
 
     def _publish(self, record: Reservation, root: Root) -> None:
         space, shard = record.space, ShardRecord(record.heads, record.extent, root)
         slot = space.find(record.digest)
-        if slot == NO_SLOT:
+        if slot != NO_SLOT and self._has_shard(slot, record.heads):
+            # Shards cut otherwise got here first; this copy would only take up room.
+            self.host.free(record.extent)
+        elif slot == NO_SLOT:
             parent = NO_SLOT if record.parent is None else space.find(record.parent)
             slot = self.index.add(space, record.digest, parent, shard)
             self._policy.admit(slot, space.manifest.chunk_bytes, fingerprint(record.digest))

@@ -1,0 +1,106 @@
+"""The composition root: configuration -> objects -> tasks. The only file that wires."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+from kvstore.config import Config
+from kvstore.daemon.address import SocketAddress
+from kvstore.daemon.lifecycle import keep_house, notify, prefault, until_stopped
+from kvstore.daemon.peers import Admission
+from kvstore.daemon.server import Server
+from kvstore.errors import ConfigError
+from kvstore.limits import EXTENT_ALIGNMENT_BYTES
+from kvstore.metrics import Counters
+from kvstore.store.policy import make_policy
+from kvstore.store.store import Store
+from kvstore.tiers.host import HostTier
+from kvstore.transfer.arena import Arena
+
+log = logging.getLogger(__name__)
+
+
+def run(config: Config) -> int:
+    """Serve until SIGTERM or SIGINT; return the exit status.
+
+    Raises `ConfigError` and `AddressInUseError` before anything is served.
+    """
+    if not __debug__:
+        raise ConfigError("kvstore does not run under python -O: its assertions guard the data")
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(config))
+    return 0
+
+
+async def _serve(config: Config) -> None:
+    address = SocketAddress(config.server.socket, config.server.socket_mode)
+    listening = address.bind()
+    try:
+        store = _make_store(config)
+        try:
+            server = _make_server(config, store, address)
+            await server.start(listening)
+            log.info(
+                "ready", extra={"socket": str(address.path), "arena_bytes": store.host.arena.size_bytes}
+            )
+            notify("READY=1")
+            await _live(config, server)
+        finally:
+            store.host.close()
+    finally:
+        listening.close()
+        address.release()
+
+
+async def _live(config: Config, server: Server) -> None:
+    """Run the background tasks until a signal comes, then drain."""
+    async with asyncio.TaskGroup() as group:
+        tasks = [group.create_task(keep_house(server.store), name="housekeeping")]
+        if config.tiers.host.prefault:
+            tasks.append(group.create_task(prefault(server.store.host.arena), name="prefault"))
+        stopped_by = await until_stopped()
+        log.info("draining", extra={"signal": stopped_by})
+        notify("STOPPING=1")
+        await server.drain(config.server.drain_timeout_seconds)
+        for task in tasks:
+            task.cancel()
+
+
+def _make_store(config: Config) -> Store:
+    host = config.tiers.host
+    size_bytes = host.capacity_bytes - host.capacity_bytes % EXTENT_ALIGNMENT_BYTES
+    arena = Arena.create(
+        size_bytes,
+        path=None if host.arena == "memfd" else Path(host.arena),
+        huge_pages=host.huge_pages == "auto",
+    )
+    tier = HostTier(arena, checksums=host.checksum == "xxh3", verification=host.verify_commit)
+    return Store(
+        tier,
+        make_policy(host.eviction, size_bytes),
+        lease_ttl_seconds=config.leases.ttl_seconds,
+        counters=Counters(),
+    )
+
+
+def _make_server(config: Config, store: Store, address: SocketAddress) -> Server:
+    return Server(
+        store,
+        address,
+        Admission(config.server.allowed_uids, config.server.allowed_gids),
+        sessions_max=config.server.sessions_max,
+        orphan_grace_seconds=config.leases.orphan_grace_seconds,
+        verify_loads=config.tiers.host.verify_load,
+    )
+
+
+def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """Return uvloop's factory when it is installed, else asyncio's."""
+    try:
+        import uvloop  # noqa: PLC0415  # optional
+    except ImportError:
+        return asyncio.new_event_loop
+    return uvloop.new_event_loop

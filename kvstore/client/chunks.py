@@ -1,0 +1,241 @@
+"""Chunks as engines see them: views into the arena, filled and read in place, with checksums.
+
+Shared by the synchronous and the asynchronous client. Nothing here talks to the daemon.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final, Self
+
+import numpy as np
+
+from kvstore.errors import ChecksumError, LeaseError, RequestError, ReservationError
+from kvstore.hashing import Digests64, block_count, root_of, table_offset
+from kvstore.limits import CHECKSUM_BLOCK_BYTES, CHECKSUM_SIZE_BYTES
+from kvstore.transfer.copies import Runs, digest_blocks, gather, scatter
+from kvstore.types import Digest, HeadRange, ReserveOutcome, Root
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kvstore.protocol import messages as m
+    from kvstore.protocol.manifest import Manifest
+    from kvstore.transfer.arena import Arena
+
+_ROOT_OFF: Final = Root(0)
+
+
+class AttachedSpace:
+    """What a client knows of a namespace that it has entered."""
+
+    def __init__(self, manifest: Manifest, attached: m.Attached, arena: Arena) -> None:
+        self.manifest = manifest
+        self.number = attached.space
+        self.arena = arena
+        self.checksums = attached.checksums
+        self.verify_loads = attached.verify_loads
+        self.lease_ttl_seconds = attached.lease_ttl_ms / 1000
+
+
+class Vacancy:
+    """Room for one shard of one chunk. Fill it, then commit it through its reservation."""
+
+    __slots__ = ("_space", "digest", "offset", "outcome", "reservation", "root", "size_bytes")
+
+    def __init__(self, space: AttachedSpace, digest: Digest, slot: m.Slot, size_bytes: int) -> None:
+        self._space = space
+        self.digest = digest
+        self.outcome = ReserveOutcome(slot.outcome)
+        self.reservation = slot.reservation
+        self.offset = slot.offset
+        self.size_bytes = size_bytes
+        self.root: Root | None = None
+
+    @property
+    def is_reserved(self) -> bool:
+        """Whether there is room to fill; else the chunk is present, arriving or does not fit."""
+        return self.outcome is ReserveOutcome.RESERVED
+
+    @property
+    def view(self) -> memoryview:
+        """The room itself, writable. After writing to it directly, call `seal`."""
+        self._check_reserved()
+        return self._space.arena.view[self.offset : self.offset + self.size_bytes]
+
+    def fill(self, source: Runs) -> None:
+        """Copy *source* in and seal it, in one pass over memory."""
+        self._finish(gather(self.view, source, checksums=self._space.checksums))
+
+    def seal(self) -> None:
+        """Take the checksum of what was written to `view`."""
+        self._finish(digest_blocks(self.view) if self._space.checksums else None)
+
+    def _finish(self, blocks: Digests64 | None) -> None:
+        if blocks is None:
+            self.root = _ROOT_OFF
+            return
+        table = blocks.astype("<u8", copy=False).tobytes()
+        start = self.offset + table_offset(self.size_bytes)
+        self._space.arena.view[start : start + len(table)] = table
+        self.root = root_of(blocks)
+
+    def _check_reserved(self) -> None:
+        if not self.is_reserved:
+            raise ReservationError(f"no room was reserved: the chunk is {self.outcome.name.lower()}")
+
+
+class StoredShard:
+    """One shard of a loaded chunk, readable in place for as long as its lease lasts."""
+
+    __slots__ = ("_shard", "_space", "heads")
+
+    def __init__(self, space: AttachedSpace, shard: m.Shard) -> None:
+        self._space = space
+        self._shard = shard
+        self.heads = HeadRange(shard.head_start, shard.head_stop)
+
+    @property
+    def view(self) -> memoryview:
+        """The bytes of the shard, read-only and not yet verified."""
+        start = self._shard.offset
+        return self._space.arena.view[start : start + self._shard.size_bytes].toreadonly()
+
+    def verify(self) -> None:
+        """Raise `ChecksumError` unless all bytes match the checksum tree."""
+        if self._space.checksums:
+            self._compare(digest_blocks(self.view), 0)
+
+    def copy_to(self, target: Runs, *, verify: bool) -> None:
+        """Copy the whole shard to *target*, verifying the same bytes in the same pass.
+
+        Raises `ChecksumError` when they are not what was committed; *target* then holds
+        rubbish.
+        """
+        verify = verify and self._space.checksums
+        found = scatter(target, self.view, checksums=verify)
+        if found is not None:
+            self._compare(found, 0)
+
+    def verify_range(self, start: int, stop: int) -> None:
+        """Raise `ChecksumError` unless the blocks that hold bytes `[start, stop)` are right."""
+        if self._space.checksums:
+            first = start // CHECKSUM_BLOCK_BYTES
+            last = block_count(stop)
+            blocks = self.view[first * CHECKSUM_BLOCK_BYTES : last * CHECKSUM_BLOCK_BYTES]
+            self._compare(digest_blocks(blocks), first)
+
+    def _compare(self, found: Digests64, first_block: int) -> None:
+        table = self._table()
+        expected = table[first_block : first_block + len(found)]
+        if root_of(table) != self._shard.root or not np.array_equal(found, expected):
+            raise ChecksumError(f"shard at {self._shard.offset} is not what was committed")
+
+    def _table(self) -> Digests64:
+        size = self._shard.size_bytes
+        start = self._shard.offset + table_offset(size)
+        length = block_count(size) * CHECKSUM_SIZE_BYTES
+        return np.frombuffer(bytes(self._space.arena.view[start : start + length]), dtype="<u8")
+
+
+class StoredChunk:
+    """A chunk that is loaded: its shards, which together hold the heads asked for."""
+
+    __slots__ = ("digest", "heads", "shards")
+
+    def __init__(self, digest: Digest, heads: HeadRange, shards: Sequence[StoredShard]) -> None:
+        self.digest = digest
+        self.heads = heads
+        self.shards = shards
+
+
+class LoadedChunks:
+    """Leased chunks. Leave the `with` block, or call `release`, to let go of them."""
+
+    def __init__(
+        self,
+        space: AttachedSpace,
+        digests: Sequence[Digest],
+        heads: HeadRange,
+        loaded: m.Loaded,
+        *,
+        asked_at: float,
+        let_go: Callable[[int], None],
+        is_open: Callable[[], bool],
+    ) -> None:
+        self.space = space
+        self.chunks = [
+            StoredChunk(digest, heads, [StoredShard(space, shard) for shard in shards])
+            for digest, shards in zip(digests, loaded.chunks, strict=False)
+        ]
+        self._lease = loaded.lease
+        # Counted from before the request was sent, so it ends here no later than there.
+        self._ends_at = asked_at + space.lease_ttl_seconds
+        self._let_go = let_go
+        self._is_open = is_open
+
+    def __len__(self) -> int:
+        """Return the number of chunks."""
+        return len(self.chunks)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    @property
+    def is_valid(self) -> bool:
+        """Whether the lease still stands; bytes read before now are then the right ones."""
+        return self._is_open() and time.monotonic() < self._ends_at
+
+    def copy_to(self, targets: Sequence[Runs], *, verify: bool | None = None) -> None:
+        """Copy chunk i to `targets[i]`, heads in order.
+
+        *verify* defaults to what the daemon recommends. Raises `ChecksumError` when bytes
+        are not what was committed, and, without verification, `LeaseError` when the lease
+        ended meanwhile; targets then hold rubbish.
+        """
+        verify = self.space.verify_loads if verify is None else verify
+        for chunk, target in zip(self.chunks, targets, strict=True):
+            copy_chunk(self.space, chunk, target, verify=verify)
+        if not (verify and self.space.checksums) and not self.is_valid:
+            raise LeaseError("the lease ended while its chunks were being copied")
+
+    def release(self) -> None:
+        """Let go of the chunks. Idempotent, and silent when the session is gone."""
+        if self._lease:
+            lease, self._lease = self._lease, 0
+            self._let_go(lease)
+
+
+def copy_chunk(space: AttachedSpace, chunk: StoredChunk, target: Runs, *, verify: bool) -> None:
+    """Copy the heads of *chunk* to *target*; raises `ChecksumError`."""
+    shards = chunk.shards
+    if len(shards) == 1 and shards[0].heads == chunk.heads:
+        shards[0].copy_to(target, verify=verify)
+        return
+    # Shards cut otherwise: each plane (layer, k or v) takes a run of heads from each of them.
+    assembled = memoryview(bytearray(space.manifest.shard_bytes(chunk.heads)))
+    for shard in shards:
+        if verify:
+            shard.verify()
+        _take_heads(space.manifest, shard, chunk.heads, assembled)
+    scatter(target, assembled, checksums=False)
+
+
+def _take_heads(manifest: Manifest, shard: StoredShard, wanted: HeadRange, into: memoryview) -> None:
+    """Copy what *shard* has of the heads *wanted* to their places in *into*."""
+    start, stop = max(shard.heads.start, wanted.start), min(shard.heads.stop, wanted.stop)
+    planes = manifest.layers * (2 if manifest.values == "k|v" else 1)
+    source = np.frombuffer(shard.view, dtype=np.uint8).reshape(planes, shard.heads.count, -1)
+    target = np.frombuffer(into, dtype=np.uint8).reshape(planes, wanted.count, -1)
+    target[:, start - wanted.start : stop - wanted.start] = source[
+        :, start - shard.heads.start : stop - shard.heads.start
+    ]
+
+
+def check_sources(digests: Sequence[Digest], sources: Sequence[Runs]) -> None:
+    """Raise `RequestError` unless there is one source for each digest."""
+    if len(digests) != len(sources):
+        raise RequestError(f"{len(sources)} sources for {len(digests)} digests")

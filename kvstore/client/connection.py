@@ -1,0 +1,217 @@
+"""One connection to the daemon, shared by any number of threads.
+
+Requests are sent as they come; whichever waiting thread holds the reader's place reads for
+all. Any failure ends the connection for good, and with it the session: a reply that is still
+outstanding can then never be taken for another's, and the daemon frees what it had promised.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import socket
+import struct
+import threading
+import time
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from kvstore.errors import FrameError, KVStoreError, UnavailableError, from_code
+from kvstore.limits import DEADLINE_MAX_MS
+from kvstore.protocol import messages as m
+from kvstore.protocol.framing import FrameReader, frame
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+Reply = TypeVar("Reply", bound=m.Message)
+
+_RECEIVE_BYTES: Final = 256 * 1024
+_UNWANTED: Final = None
+# How often a thread that waits for bytes looks at its deadline. The kernel does the waiting,
+# in the one system call that also receives.
+_RECEIVE_TICK_SECONDS: Final = 0.01
+
+
+class _Waiter:
+    """The place where one reply will be put."""
+
+    __slots__ = ("reply", "wake")
+
+    def __init__(self) -> None:
+        self.reply: m.AnyReply | None = None
+        self.wake = threading.Event()
+
+
+class Connection:
+    """A session with the daemon at *path*. Thread-safe. All failures are typed errors."""
+
+    def __init__(self, path: Path, *, client: str, timeout_seconds: float) -> None:
+        self.path = path
+        self.arena_fd: int | None = None
+        self._ids = itertools.count(1)
+        self._waiters: dict[int, _Waiter | None] = {}
+        self._frames = FrameReader()
+        self._reading = threading.Lock()
+        self._sending = threading.RLock()
+        self._failure: str | None = None
+        self._socket = _connect(path, timeout_seconds)
+        self._pid = os.getpid()
+        hello = m.Hello(self.next_id(), deadline_ms(timeout_seconds), m.PROTOCOL_VERSION, client)
+        try:
+            self.server = self.call(hello, m.Welcome, timeout_seconds).server
+        except KVStoreError:
+            self.close()
+            raise
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the session still stands, as far as is known here."""
+        return self._failure is None
+
+    def next_id(self) -> int:
+        """Return a request id that this session has not used."""
+        return next(self._ids)
+
+    def call(self, request: m.Request, kind: type[Reply], timeout_seconds: float) -> Reply:
+        """Send *request* and return its reply, which is of *kind*.
+
+        Raises the error that the daemon answered with, or `UnavailableError` when there is
+        no answer in time, which also ends the connection.
+        """
+        waiter = _Waiter()
+        self._send(request, waiter)
+        return checked(self._wait(waiter, timeout_seconds), kind)
+
+    def post(self, request: m.Request) -> None:
+        """Send *request* and take no interest in its reply."""
+        self._send(request, _UNWANTED)
+
+    def close(self) -> None:
+        """End the session. Idempotent."""
+        self._fail("the connection was closed")
+
+    def _send(self, request: m.Request, waiter: _Waiter | None) -> None:
+        data = frame(request)
+        with self._sending:
+            if self._failure is not None:
+                raise UnavailableError(self._failure)
+            if os.getpid() != self._pid:
+                raise UnavailableError("a connection cannot be used across fork; open a new one")
+            if waiter is not _UNWANTED:
+                self._waiters[request.request_id] = waiter
+            try:
+                self._socket.sendall(data)
+            except OSError as error:
+                self._fail(f"{self.path}: {error}")
+                raise UnavailableError(f"{self.path}: {error}") from error
+
+    def _wait(self, waiter: _Waiter, timeout_seconds: float) -> m.AnyReply:
+        ends_at = time.monotonic() + timeout_seconds
+        while waiter.reply is None:
+            if self._failure is not None:
+                raise UnavailableError(self._failure)
+            left = ends_at - time.monotonic()
+            if left <= 0:
+                self._fail(f"{self.path}: no answer within {timeout_seconds} s")
+            elif self._reading.acquire(blocking=False):
+                try:
+                    self._read_until(waiter, ends_at)
+                finally:
+                    if self._failure is not None:
+                        self._close_socket()
+                    self._reading.release()
+                    self._pass_on()
+            else:
+                waiter.wake.wait(left)
+                waiter.wake.clear()
+        return waiter.reply
+
+    def _read_until(self, waiter: _Waiter, ends_at: float) -> None:
+        """Read for all threads until *waiter* has its reply; failures end the connection."""
+        while waiter.reply is None and self._failure is None and time.monotonic() < ends_at:
+            try:
+                for body in self._frames.feed(self._receive()):
+                    self._deliver(m.decode_reply(body))
+            except BlockingIOError:
+                continue
+            except (OSError, FrameError) as error:
+                self._fail(f"{self.path}: {error}")
+
+    def _receive(self) -> bytes:
+        if self.arena_fd is not None:
+            data = self._socket.recv(_RECEIVE_BYTES)
+        else:
+            data, fds, _, _ = socket.recv_fds(self._socket, _RECEIVE_BYTES, 1)
+            if fds:
+                self.arena_fd = fds[0]
+        if not data:
+            raise ConnectionResetError("the daemon closed the session")
+        return data
+
+    def _deliver(self, reply: m.AnyReply) -> None:
+        if reply.request_id == 0 and isinstance(reply, m.Error):
+            self._fail(f"{self.path}: {reply.message}")
+            return
+        waiter = self._waiters.pop(reply.request_id, _UNWANTED)
+        if waiter is not _UNWANTED:
+            waiter.reply = reply
+            waiter.wake.set()
+
+    def _pass_on(self) -> None:
+        """Wake the others: one of them reads on, or all learn of the failure."""
+        for waiter in list(self._waiters.values()):
+            if waiter is not _UNWANTED:
+                waiter.wake.set()
+
+    def _fail(self, reason: str) -> None:
+        if self._failure is None:
+            self._failure = reason
+            # Wakes a thread that is reading or sending; that thread then closes the socket.
+            with contextlib.suppress(OSError):
+                self._socket.shutdown(socket.SHUT_RDWR)
+        if self._reading.acquire(blocking=False):
+            try:
+                self._close_socket()
+            finally:
+                self._reading.release()
+        self._pass_on()
+
+    def _close_socket(self) -> None:
+        """Close, while no other thread can be inside a call on the descriptor."""
+        with self._sending:
+            self._socket.close()
+
+
+def deadline_ms(timeout_seconds: float) -> int:
+    """Return the deadline that goes with a wait of *timeout_seconds*, within its limits."""
+    return min(max(1, int(timeout_seconds * 1000)), DEADLINE_MAX_MS)
+
+
+def checked(reply: m.AnyReply, kind: type[Reply]) -> Reply:
+    """Return *reply* as the *kind* it must be; raises the error that it stands for."""
+    if isinstance(reply, kind):
+        return reply
+    if isinstance(reply, m.Error):
+        raise from_code(reply.code, reply.message)
+    raise FrameError(f"the daemon answered with {type(reply).__name__}, not {kind.__name__}")
+
+
+def _connect(path: Path, timeout_seconds: float) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection.settimeout(timeout_seconds)
+        connection.connect(os.fspath(path))
+        connection.settimeout(None)
+        _set_timeout(connection, socket.SO_RCVTIMEO, _RECEIVE_TICK_SECONDS)
+        _set_timeout(connection, socket.SO_SNDTIMEO, timeout_seconds)
+    except OSError as error:
+        connection.close()
+        raise UnavailableError(f"{path}: {error.strerror or error}") from error
+    return connection
+
+
+def _set_timeout(connection: socket.socket, option: int, seconds: float) -> None:
+    whole = int(seconds)
+    value = struct.pack("ll", whole, int((seconds - whole) * 1_000_000))
+    connection.setsockopt(socket.SOL_SOCKET, option, value)

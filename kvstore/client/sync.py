@@ -1,0 +1,253 @@
+"""The client for engine threads: blocking, thread-safe, one round trip a call.
+
+    with Client.connect(path) as client:
+        space = client.attach(manifest)
+        space.store(digests, sources)
+        with space.load(digests) as loaded:
+            loaded.copy_to(targets)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import TYPE_CHECKING, NamedTuple, Self
+
+from kvstore.client.chunks import AttachedSpace, LoadedChunks, Vacancy, check_sources
+from kvstore.client.connection import Connection, deadline_ms
+from kvstore.errors import KVStoreError, UnavailableError, from_code
+from kvstore.protocol import messages as m
+from kvstore.transfer.arena import Arena
+from kvstore.types import Digest, HeadRange, ReserveOutcome
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+    from kvstore.protocol.manifest import Manifest
+    from kvstore.transfer.copies import Runs
+
+_TIMEOUT_SECONDS = 5.0
+
+
+class StoreReport(NamedTuple):
+    """The truth about a store: *stored* new, *present* or arriving anyway, *refused* for want of room."""
+
+    stored: int
+    present: int
+    refused: int
+    bytes_stored: int
+
+
+class Client:
+    """A session with the daemon. Safe to share between threads; every error is typed."""
+
+    def __init__(self, connection: Connection, timeout_seconds: float) -> None:
+        self._connection = connection
+        self._timeout_seconds = timeout_seconds
+        self._arena: Arena | None = None
+
+    @classmethod
+    def connect(
+        cls, path: Path, *, name: str = "", timeout_seconds: float = _TIMEOUT_SECONDS
+    ) -> Self:
+        """Open a session at the socket *path*.
+
+        *timeout_seconds* bounds this and every later call. Raises `UnavailableError`,
+        `RefusedError`, `VersionError` or `LimitError`.
+        """
+        return cls(Connection(path, client=name, timeout_seconds=timeout_seconds), timeout_seconds)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the session still stands, as far as is known here."""
+        return self._connection.is_open
+
+    def attach(self, manifest: Manifest) -> Space:
+        """Enter the namespace of *manifest*; raises `ManifestError` or `TooLargeError`."""
+        request = m.Attach(*self._head(), manifest.encode(), manifest.chunk_bytes)
+        attached = self._connection.call(request, m.Attached, self._timeout_seconds)
+        if self._arena is None:
+            if self._connection.arena_fd is None:
+                raise UnavailableError("the daemon did not pass its arena")
+            self._arena = Arena.open(self._connection.arena_fd)
+        space = AttachedSpace(manifest, attached, self._arena)
+        return Space(self._connection, space, self._timeout_seconds)
+
+    def ping(self, payload: bytes = b"") -> bytes:
+        """Return *payload* as it comes back from the daemon."""
+        request = m.Ping(*self._head(), payload)
+        return self._connection.call(request, m.Pong, self._timeout_seconds).payload
+
+    def stats(self) -> m.DaemonStats:
+        """Return what the daemon holds and has done."""
+        request = m.Stats(*self._head())
+        return self._connection.call(request, m.StatsReply, self._timeout_seconds).stats
+
+    def close(self) -> None:
+        """End the session; the daemon frees all that it held. Idempotent."""
+        self._connection.close()
+        if self._arena is not None:
+            arena, self._arena = self._arena, None
+            with contextlib.suppress(BufferError):
+                arena.close()
+
+    def _head(self) -> tuple[int, int]:
+        return self._connection.next_id(), deadline_ms(self._timeout_seconds)
+
+
+class Space:
+    """One namespace, entered through one client."""
+
+    def __init__(self, connection: Connection, space: AttachedSpace, timeout_seconds: float) -> None:
+        self.attached = space
+        self.manifest = space.manifest
+        self._connection = connection
+        self._timeout_seconds = timeout_seconds
+
+    def lookup(
+        self,
+        digests: Sequence[Digest],
+        *,
+        window: int = 0,
+        wait: bool = False,
+        lease: bool = False,
+        timeout_seconds: float | None = None,
+    ) -> m.Found:
+        """Count the leading chunks present, or those of a sliding window (see `messages.Lookup`).
+
+        With *lease*, they stay until `release(found.lease)`.
+        """
+        timeout_seconds = timeout_seconds or self._timeout_seconds
+        # A look-up that waits is answered by the daemon, a little before this side gives up.
+        deadline = deadline_ms(timeout_seconds * 0.9 if wait else timeout_seconds)
+        request = m.Lookup(
+            self._connection.next_id(),
+            deadline,
+            self.attached.number,
+            list(digests),
+            window,
+            wait,
+            lease,
+        )
+        return self._connection.call(request, m.Found, timeout_seconds)
+
+    def load(self, digests: Sequence[Digest], *, heads: HeadRange | None = None) -> LoadedChunks:
+        """Lease the leading chunks present and return them, with the shards that hold *heads*."""
+        wanted = heads or self.manifest.all_heads
+        asked_at = time.monotonic()
+        request = m.Load(*self._head(), list(digests), *wanted)
+        loaded = self._connection.call(request, m.Loaded, self._timeout_seconds)
+        return LoadedChunks(
+            self.attached,
+            digests,
+            wanted,
+            loaded,
+            asked_at=asked_at,
+            let_go=self._let_go,
+            is_open=lambda: self._connection.is_open,
+        )
+
+    def release(self, lease: int) -> None:
+        """End *lease*; raises `LeaseError` when this session does not hold it."""
+        request = m.Release(self._connection.next_id(), deadline_ms(self._timeout_seconds), [lease])
+        self._connection.call(request, m.Done, self._timeout_seconds)
+
+    @contextlib.contextmanager
+    def reserve(
+        self,
+        digests: Sequence[Digest],
+        *,
+        parent: Digest | None = None,
+        heads: HeadRange | None = None,
+        sizes: Sequence[int] = (),
+    ) -> Iterator[list[Vacancy]]:
+        """Reserve room for consecutive chunks; fill it inside the block.
+
+        On leaving, what was filled is committed and the rest given back; after an exception
+        all of it is given back. Raises the error of the first commit that failed.
+        """
+        wanted = heads or self.manifest.all_heads
+        request = m.Reserve(*self._head(), list(digests), parent or b"", *wanted, list(sizes))
+        reserved = self._connection.call(request, m.Reserved, self._timeout_seconds)
+        lengths = sizes or [self.manifest.shard_bytes(wanted)] * len(digests)
+        vacancies = [
+            Vacancy(self.attached, digest, slot, size)
+            for digest, slot, size in zip(digests, reserved.slots, lengths, strict=True)
+        ]
+        try:
+            yield vacancies
+        except BaseException:
+            self._abort([v.reservation for v in vacancies if v.is_reserved])
+            raise
+        self._abort([v.reservation for v in vacancies if v.is_reserved and v.root is None])
+        self.commit([m.Filled(v.reservation, v.root) for v in vacancies if v.root is not None])
+
+    def commit(self, filled: Sequence[m.Filled]) -> None:
+        """Publish filled reservations; raises the error of the first that failed."""
+        if not filled:
+            return
+        request = m.Commit(
+            self._connection.next_id(), deadline_ms(self._timeout_seconds), list(filled)
+        )
+        committed = self._connection.call(request, m.Committed, self._timeout_seconds)
+        for failure in committed.failures:
+            raise from_code(failure.code, failure.message)
+
+    def store(
+        self,
+        digests: Sequence[Digest],
+        sources: Sequence[Runs],
+        *,
+        parent: Digest | None = None,
+        heads: HeadRange | None = None,
+    ) -> StoreReport:
+        """Store chunk i from `sources[i]`; what is stored already costs no copy."""
+        check_sources(digests, sources)
+        with self.reserve(digests, parent=parent, heads=heads) as vacancies:
+            for vacancy, source in zip(vacancies, sources, strict=True):
+                if vacancy.is_reserved:
+                    vacancy.fill(source)
+        stored = sum(vacancy.is_reserved for vacancy in vacancies)
+        refused = sum(vacancy.outcome is ReserveOutcome.NO_SPACE for vacancy in vacancies)
+        size = sum(vacancy.size_bytes for vacancy in vacancies if vacancy.is_reserved)
+        return StoreReport(stored, len(vacancies) - stored - refused, refused, size)
+
+    def pin(self, digests: Sequence[Digest], *, hard: bool = False) -> int:
+        """Pin the chunks that are present; return their number."""
+        request = m.Pin(*self._head(), list(digests), hard)
+        return self._connection.call(request, m.Done, self._timeout_seconds).count
+
+    def unpin(self, digests: Sequence[Digest]) -> int:
+        """End the pins on chunks; return how many had one."""
+        request = m.Unpin(*self._head(), list(digests))
+        return self._connection.call(request, m.Done, self._timeout_seconds).count
+
+    def delete(self, digests: Sequence[Digest]) -> m.Done:
+        """Remove chunks; those in use are counted as busy and stay."""
+        request = m.Delete(*self._head(), list(digests))
+        return self._connection.call(request, m.Done, self._timeout_seconds)
+
+    def _head(self) -> tuple[int, int, int]:
+        number = self.attached.number
+        return self._connection.next_id(), deadline_ms(self._timeout_seconds), number
+
+    def _abort(self, reservations: list[int]) -> None:
+        if reservations:
+            request = m.Abort(
+                self._connection.next_id(), deadline_ms(self._timeout_seconds), reservations
+            )
+            # The session may have ended, and the reservations with it.
+            with contextlib.suppress(KVStoreError):
+                self._connection.post(request)
+
+    def _let_go(self, lease: int) -> None:
+        request = m.Release(self._connection.next_id(), deadline_ms(self._timeout_seconds), [lease])
+        with contextlib.suppress(UnavailableError):
+            self._connection.post(request)
