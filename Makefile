@@ -1,0 +1,80 @@
+# Every target sets up what it needs below .venv and can be run first, on a machine that has
+# only python3 >= 3.11, make and (for the fast copies) a C compiler.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP_VERSION := 26.3
+NATIVE := $(wildcard hatch_build.py transfer/*.c transfer/*.h)
+
+.PHONY: help demo test check coverage lint format bench setup clean
+
+help:
+	@echo "make demo      a real model skips its prefill in a second process"
+	@echo "make test      all tests that need no GPU, with the engines' libraries"
+	@echo "make check     the quick tests: unit, property, protocol"
+	@echo "make coverage  all tests of the daemon and its client, with branch coverage"
+	@echo "make lint      style, types, floors"
+	@echo "make bench     transfer and look-up against floors measured in the same run"
+	@echo "make clean     remove everything that was made here, .venv included"
+
+demo: $(VENV)/hf.stamp
+	$(BIN)/python deploy/demo/conversation.py
+
+test: $(VENV)/hf.stamp
+	$(BIN)/python -m pytest -m "not gpu"
+
+check: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest tests/unit tests/property tests/protocol
+
+coverage: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/engine --cov --cov-report=term
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/python -m pytest -q tests/unit/test_repository.py
+
+format: $(VENV)/dev.stamp
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/dev.stamp
+	$(BIN)/kvstore bench transfer
+	$(BIN)/kvstore bench lookup
+
+setup: $(VENV)/dev.stamp
+
+clean:
+	rm -rf $(VENV) build dist .coverage .coverage.* htmlcov transfer/_copy.so
+	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .grimp_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# --- what the targets need ---------------------------------------------------------
+
+# An environment that works is kept as it is, whoever made it. Debian splits venv off python3.
+$(VENV)/venv.stamp:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "kvstore needs Python 3.11 or newer; name one with PYTHON=..." >&2; exit 1; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 \
+	    || $(PYTHON) -m venv --clear $(VENV) \
+	    || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
+	         && apt-get update -qq && apt-get install -qq --yes python3-venv \
+	         && $(PYTHON) -m venv --clear $(VENV); } \
+	    || { echo "python3 cannot make a virtual environment; install python3-venv" >&2; exit 1; }
+	$(PIP) pip==$(PIP_VERSION)
+	@touch $@
+
+# kvstore itself, editable, with its C library, and the pinned tools.
+$(VENV)/dev.stamp: $(VENV)/venv.stamp pyproject.toml $(NATIVE)
+	$(PIP) --group dev --editable .
+	@touch $@
+
+# torch first and alone: this exact version has a light build for machines without a GPU.
+$(VENV)/hf.stamp: $(VENV)/dev.stamp
+	$(PIP) torch==2.13.0
+	$(PIP) --group hf-test
+	@touch $@
