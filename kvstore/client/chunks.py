@@ -189,17 +189,32 @@ class LoadedChunks:
         """Whether the lease still stands; bytes read before now are then the right ones."""
         return self._is_open() and time.monotonic() < self._ends_at
 
-    def copy_to(self, targets: Sequence[Runs], *, verify: bool | None = None) -> None:
-        """Copy chunk i to `targets[i]`, heads in order.
+    @property
+    def is_trusted(self) -> bool:
+        """Whether what `copy_one` has delivered is right.
 
-        *verify* defaults to what the daemon recommends. Raises `ChecksumError` when bytes
-        are not what was committed, and, without verification, `LeaseError` when the lease
-        ended meanwhile; targets then hold rubbish.
+        Bytes that were verified are right whatever happened since; others are so only if
+        their lease has lasted until now.
         """
-        verify = self.space.verify_loads if verify is None else verify
+        return (self.space.verify_loads and self.space.checksums) or self.is_valid
+
+    def copy_one(self, chunk: StoredChunk, target: Runs) -> None:
+        """Copy *chunk* to *target*, heads in order; raises `ChecksumError`.
+
+        Ask `is_trusted` behind the last copy.
+        """
+        copy_chunk(self.space, chunk, target, verify=self.space.verify_loads)
+
+    def copy_to(self, targets: Sequence[Runs]) -> None:
+        """Copy chunk i to `targets[i]`.
+
+        Raises `ChecksumError` when bytes are not what was committed, and, where the daemon
+        does not ask for verification, `LeaseError` when the lease ended meanwhile. Targets
+        then hold rubbish.
+        """
         for chunk, target in zip(self.chunks, targets, strict=True):
-            copy_chunk(self.space, chunk, target, verify=verify)
-        if not (verify and self.space.checksums) and not self.is_valid:
+            self.copy_one(chunk, target)
+        if not self.is_trusted:
             raise LeaseError("the lease ended while its chunks were being copied")
 
     def release(self) -> None:

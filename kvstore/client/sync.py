@@ -111,6 +111,10 @@ class Space:
         self._connection = connection
         self._timeout_seconds = timeout_seconds
 
+    def with_timeout(self, timeout_seconds: float) -> Space:
+        """Return the same space with another bound for its calls."""
+        return Space(self._connection, self.attached, timeout_seconds)
+
     def lookup(
         self,
         digests: Sequence[Digest],
