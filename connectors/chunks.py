@@ -24,13 +24,24 @@ class StoreCounts(Protocol):
     """What became of the chunks of one store call."""
 
     @property
-    def stored(self) -> int: ...
+    def stored(self) -> int:
+        """How many are new."""
+        ...
+
     @property
-    def present(self) -> int: ...
+    def present(self) -> int:
+        """How many were there already."""
+        ...
+
     @property
-    def refused(self) -> int: ...
+    def refused(self) -> int:
+        """How many found no room."""
+        ...
+
     @property
-    def bytes_stored(self) -> int: ...
+    def bytes_stored(self) -> int:
+        """Bytes of the new ones."""
+        ...
 
 
 class ChunkCache(Protocol):
@@ -47,7 +58,7 @@ class ChunkCache(Protocol):
     def store(
         self, digests: Sequence[Digest], sources: Sequence[Runs], *, parent: Digest | None = None
     ) -> StoreCounts:
-        """Keep the chunks in *sources*; *parent* is the digest before the first, None at the root."""
+        """Keep the chunks in *sources*; *parent* is the digest before the first, if any."""
         ...
 
     def close(self) -> None:
@@ -108,4 +119,6 @@ def chunk_runs(
     of one head lie behind each other, *token_bytes* apart. *owner* keeps the memory alive.
     """
     size = token_bytes * chunk_tokens
-    return [Runs(heads + np.uint64(index * size), piece_bytes=size, owner=owner) for index in chunks]
+    return [
+        Runs(heads + np.uint64(index * size), piece_bytes=size, owner=owner) for index in chunks
+    ]

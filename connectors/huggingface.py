@@ -15,14 +15,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Final, Self
+from typing import Any, Final, Self, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
-# TMP
+from kvstore.client.cache import PrefixCache
 from kvstore.connectors.chunks import ChunkCache, Group, StoreCounts, joint_hit, window_chunks
 from kvstore.connectors.huggingface_groups import ModelGroup, Planes
 from kvstore.connectors.huggingface_layers import HEADROOM_TOKENS, SlidingLayer, own_layer
@@ -36,9 +36,14 @@ CHUNK_TOKENS_DEFAULT: Final = 256
 # A chunk that fails its checksum shortens the hit; after that often, the prompt is computed.
 _LOAD_ATTEMPTS_MAX: Final = 3
 # Tokens that stand for something else than text: their KV depends on what the digest cannot see.
-_MEDIA_TOKEN_NAMES: Final = ("image_token_id", "video_token_id", "audio_token_id", "image_token_index")
+_MEDIA_TOKEN_NAMES: Final = (
+    "image_token_id",
+    "video_token_id",
+    "audio_token_id",
+    "image_token_index",
+)
 
-TokenIds = torch.Tensor | Sequence[int] | npt.NDArray[np.integer]
+TokenIds: TypeAlias = torch.Tensor | Sequence[int] | npt.NDArray[np.integer]
 OpenCache = Callable[[Manifest], ChunkCache]
 
 
@@ -75,8 +80,9 @@ class PrefixReuse:
         open_cache: OpenCache | None = None,
     ) -> None:
         def connect(manifest: Manifest) -> ChunkCache:
-            from kvstore.client.cache import PrefixCache
-            return PrefixCache(manifest, socket=socket, timeout_seconds=timeout_seconds, name="huggingface")
+            return PrefixCache(
+                manifest, socket=socket, timeout_seconds=timeout_seconds, name="huggingface"
+            )
 
         self._model = model
         self._chunk_tokens = chunk_tokens
@@ -125,7 +131,9 @@ class PrefixReuse:
         manifest = manifest_of(
             self._model, geometry, revision=self._revision, chunk_tokens=self._chunk_tokens
         )
-        window = geometry.window_tokens and window_chunks(geometry.window_tokens, self._chunk_tokens)
+        window = geometry.window_tokens and window_chunks(
+            geometry.window_tokens, self._chunk_tokens
+        )
         return ModelGroup(geometry, Group(self._open_cache(manifest), window), self._chunk_tokens)
 
     def _load(self, digests: Sequence[Digest], *, room_tokens: int) -> tuple[Planes, int]:
@@ -149,21 +157,31 @@ class PrefixReuse:
     def _refuse_unfit(self, tokens: npt.NDArray[np.integer], adapter: str | None) -> None:
         model = self._model
         if model.training:
-            raise RequestError("the model is in training mode; call model.eval() before its KV is kept")
-        has_adapters = getattr(model, "_hf_peft_config_loaded", False) or hasattr(model, "peft_config")
+            raise RequestError(
+                "the model is in training mode; call model.eval() before its KV is kept"
+            )
+        has_adapters = hasattr(model, "peft_config") or getattr(
+            model, "_hf_peft_config_loaded", False
+        )
         if has_adapters and adapter is None:
-            raise RequestError("the model has adapters; say which is active: adapter='name', or '' for none")
+            raise RequestError(
+                "the model has adapters; say which is active: adapter='name', or '' for none"
+            )
         for name in _MEDIA_TOKEN_NAMES:
             media = getattr(model.config, name, None)
             if media is not None and media in tokens:
-                raise RequestError(f"the prompt has media tokens ({name} {media}); only text is reused")
+                raise RequestError(
+                    f"the prompt has media tokens ({name} {media}); only text is reused"
+                )
 
 
-class PrefixedCache(DynamicCache):  # type: ignore[misc]
+class PrefixedCache(DynamicCache):
     """A `DynamicCache` that begins with a stored prefix, and stores what is computed after it.
 
     As a context it calls `finish` at the end, unless the block raised.
     """
+
+    layers: list[Any]
 
     def __init__(
         self,
@@ -214,7 +232,10 @@ class PrefixedCache(DynamicCache):  # type: ignore[misc]
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         if error is None:
             self.finish()
@@ -251,5 +272,7 @@ def _flat_tokens(token_ids: TokenIds) -> npt.NDArray[np.integer]:
     if ids.ndim == 2 and ids.shape[0] == 1:
         ids = ids[0]
     if ids.ndim != 1:
-        raise RequestError(f"token ids of shape {ids.shape}; prefix reuse takes one prompt at a time")
+        raise RequestError(
+            f"token ids of shape {ids.shape}; prefix reuse takes one prompt at a time"
+        )
     return ids

@@ -56,7 +56,9 @@ class ModelGroup:
         names = [(plane.layer, plane.side) for plane in self.geometry.planes]
         return dict(zip(names, rooms, strict=True)), first + good
 
-    def store(self, layers: Sequence[Any], digests: Sequence[Digest], first: int) -> StoreCounts | None:
+    def store(
+        self, layers: Sequence[Any], digests: Sequence[Digest], first: int
+    ) -> StoreCounts | None:
         """Store the chunks from *first* on that *layers* hold whole; None when there are none."""
         states = [layers[plane.layer].states(plane.side) for plane in self.geometry.planes]
         held = [state for state in states if state is not None]
@@ -95,11 +97,16 @@ class ModelGroup:
         """Whether *tensor* is what this group stores, and of one prompt (beams are not)."""
         shape = self.geometry
         batch, heads, _, head_dim = tensor.shape
-        return (batch, heads, head_dim, tensor.dtype) == (1, shape.heads, shape.head_dim, shape.dtype)
+        return (batch, heads, head_dim, tensor.dtype) == (
+            1,
+            shape.heads,
+            shape.head_dim,
+            shape.dtype,
+        )
 
 
 def _host_rows(tensor: torch.Tensor, start: int, span: slice) -> torch.Tensor:
-    """Return the tokens *span* of a tensor that begins at token *start*, in memory, rows adjacent."""
+    """Return tokens *span* of a tensor that begins at token *start*: on the host, rows adjacent."""
     part = tensor.detach()[:, :, span.start - start : span.stop - start].cpu()
     rows_adjacent = part.stride(-1) == 1 and part.stride(-2) == part.shape[-1]
     return part if rows_adjacent else part.contiguous()
@@ -109,7 +116,8 @@ def _head_addresses(tensors: Sequence[torch.Tensor]) -> Addresses:
     """Return the address of token 0 of every head of every tensor."""
     per_tensor = [
         tensor.data_ptr()
-        + np.arange(tensor.shape[1], dtype=np.uint64) * np.uint64(tensor.stride(1) * tensor.itemsize)
+        + np.arange(tensor.shape[1], dtype=np.uint64)
+        * np.uint64(tensor.stride(1) * tensor.itemsize)
         for tensor in tensors
     ]
     return np.concatenate(per_tensor)

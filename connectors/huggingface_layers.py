@@ -17,14 +17,16 @@ HEADROOM_TOKENS: Final = 256
 States = tuple[torch.Tensor, torch.Tensor]
 
 
-def make_room(heads: int, tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def make_room(
+    heads: int, tokens: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
     """Return an unfilled tensor `[1, heads, tokens, head_dim]` that any mode may write to."""
     # An inference tensor could not be written to outside of inference mode.
     with torch.inference_mode(mode=False):
         return torch.empty((1, heads, tokens, head_dim), dtype=dtype, device=device)
 
 
-class FullLayer(DynamicLayer):  # type: ignore[misc]
+class FullLayer(DynamicLayer):
     """Full attention that appends in place while its room lasts, and then makes more."""
 
     def __init__(self, prompt_tokens: int) -> None:
@@ -40,7 +42,7 @@ class FullLayer(DynamicLayer):  # type: ignore[misc]
         self.keys, self.values = keys[:, :, :tokens], values[:, :, :tokens]
 
     def states(self, side: str) -> tuple[torch.Tensor, int] | None:
-        """Return the keys or values held, and 0: the position of the first; None when there are none."""
+        """Return the keys or values held and the position of the first; None when empty."""
         return (getattr(self, side), 0) if self.get_seq_length() else None
 
     def update(
@@ -51,7 +53,7 @@ class FullLayer(DynamicLayer):  # type: ignore[misc]
             self.lazy_initialization(key_states, value_states)
         needs_graph = torch.is_grad_enabled() and key_states.requires_grad
         if needs_graph or key_states.dtype != self.dtype:
-            # A backward pass needs the states unchanged, and autocast promotes: no writing in place.
+            # Nothing in place: a backward pass needs old states, and autocast promotes.
             self._rooms = None
             joined: States = super().update(key_states, value_states, *args, **kwargs)
             return joined
@@ -78,7 +80,7 @@ class FullLayer(DynamicLayer):  # type: ignore[misc]
         return self._rooms
 
 
-class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
+class SlidingLayer(DynamicSlidingWindowLayer):
     """Sliding attention that records every new token until `stop_recording`."""
 
     def __init__(self, sliding_window: int) -> None:
@@ -123,7 +125,7 @@ class SlidingLayer(DynamicSlidingWindowLayer):  # type: ignore[misc]
         self._recorded = None
 
     def states(self, side: str) -> tuple[torch.Tensor, int] | None:
-        """Return the keys or values recorded, joined, and the position of the first; None without."""
+        """Return the keys or values recorded and the position of the first; None when empty."""
         if not self._recorded:
             return None
         index = ("keys", "values").index(side)
@@ -145,11 +147,10 @@ def own_layer(layer: Any, prompt_tokens: int) -> Any:
 
 def _continues(room: torch.Tensor, held: torch.Tensor, states: torch.Tensor, needed: int) -> bool:
     """Whether *held* is still the beginning of *room*, and *states* fit behind it."""
-    return (
+    return bool(
         held.data_ptr() == room.data_ptr()
         and needed <= room.shape[-2]
         and room.shape[:2] == states.shape[:2]
-        and room.dtype == states.dtype
     )
 
 

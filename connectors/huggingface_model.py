@@ -65,7 +65,7 @@ class Geometry:
     @property
     def token_bytes(self) -> int:
         """Bytes of one token in one head of one plane."""
-        return self.head_dim * self.dtype.itemsize
+        return self.head_dim * int(self.dtype.itemsize)
 
 
 def observe(model: PreTrainedModel) -> list[Geometry]:
@@ -148,14 +148,16 @@ def _canonical_json(value: object) -> str:
 
 def _refuse_unsupported(model: PreTrainedModel) -> None:
     config = model.config.get_text_config(decoder=True)
+    name = type(model).__name__
     if model.config.is_encoder_decoder:
-        raise RequestError(f"{type(model).__name__} is an encoder-decoder; only decoders have prefixes")
+        raise RequestError(f"{name} is an encoder-decoder; only decoders have prefixes")
     if getattr(config, "use_bidirectional_attention", None):
-        raise RequestError(f"{type(model).__name__} attends in both directions; it has no prefixes")
+        raise RequestError(f"{name} attends in both directions; it has no prefixes")
     for kind in _rope_types(getattr(config, "rope_parameters", None)):
         if kind in _LENGTH_DEPENDENT_ROPE:
             raise RequestError(
-                f"rope scaling {kind!r} moves old positions when the text grows, so no prefix keeps its KV"
+                f"rope scaling {kind!r} moves old positions when the text grows,"
+                " so no prefix keeps its KV"
             )
 
 
@@ -178,7 +180,7 @@ def _planes_of(index: int, layer: Any) -> Iterable[tuple[tuple[object, ...], Pla
             " attention can be cut into chunks of tokens"
         )
     if not layer.is_initialized or layer.get_seq_length() != 1:
-        raise RequestError(f"layer {index} does not keep its keys and values in the cache it is given")
+        raise RequestError(f"layer {index} does not keep its KV in the cache it is given")
     window = layer.sliding_window if layer.is_sliding else 0
     # Keys and values of different width are kept in two groups.
     apart = layer.keys.shape != layer.values.shape

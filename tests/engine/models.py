@@ -8,18 +8,18 @@ import torch
 import transformers
 from transformers import PreTrainedModel
 
-COMMON = dict(
-    vocab_size=320,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=4,
-    num_attention_heads=4,
-    max_position_embeddings=4096,
-    bos_token_id=1,
-    eos_token_id=None,
-    pad_token_id=0,
-)
-GQA = COMMON | dict(num_key_value_heads=2, head_dim=16)
+COMMON = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+GQA = COMMON | {"num_key_value_heads": 2, "head_dim": 16}
 ALTERNATING = ["sliding_attention", "full_attention"] * 2
 
 
@@ -63,7 +63,7 @@ def gemma3n_shared() -> PreTrainedModel:
     """The last two layers use the KV of the first two."""
     return build(
         transformers.Gemma3nTextConfig(
-            **(GQA | dict(intermediate_size=[96] * 4)),
+            **(GQA | {"intermediate_size": [96] * 4}),
             sliding_window=40,
             layer_types=ALTERNATING,
             num_kv_shared_layers=2,
@@ -120,6 +120,10 @@ def qwen3_next() -> PreTrainedModel:
     """Three of four layers are linear attention: not supported."""
     return build(
         transformers.Qwen3NextConfig(
-            **GQA, linear_num_value_heads=2, linear_num_key_heads=2, num_experts=2, num_experts_per_tok=1
+            **GQA,
+            linear_num_value_heads=2,
+            linear_num_key_heads=2,
+            num_experts=2,
+            num_experts_per_tok=1,
         )
     )

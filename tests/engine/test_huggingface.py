@@ -11,12 +11,12 @@ import dataclasses
 
 import pytest
 import torch
-from tests.engine import models
-from tests.engine.standin import MemoryStore
 from transformers import DynamicCache, PreTrainedModel
 
 from kvstore.connectors.huggingface import PrefixReuse
 from kvstore.errors import RequestError
+from tests.engine import models
+from tests.engine.standin import MemoryStore
 
 CHUNK_TOKENS = 16
 
@@ -51,7 +51,9 @@ def split_prefill(model: PreTrainedModel, ids: torch.Tensor, prefix: int) -> tor
     return compute(model, ids, past)
 
 
-def remember(prefixes: PrefixReuse, model: PreTrainedModel, ids: torch.Tensor, **scope: object) -> None:
+def remember(
+    prefixes: PrefixReuse, model: PreTrainedModel, ids: torch.Tensor, **scope: object
+) -> None:
     with prefixes.begin(ids, **scope) as past:
         compute(model, ids, past)
 
@@ -324,8 +326,9 @@ def test_rope_that_moves_old_positions_is_refused(store):
 
 def test_an_error_in_the_block_stores_nothing(store):
     model, ids = models.llama(), prompt(100)
-    with pytest.raises(ZeroDivisionError), reuse(model, store).begin(ids) as past:
-        compute(model, ids, past)
+    past = reuse(model, store).begin(ids)
+    compute(model, ids, past)
+    with pytest.raises(ZeroDivisionError), past:
         raise ZeroDivisionError
     assert not store.chunks
 
