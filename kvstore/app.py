@@ -44,7 +44,8 @@ async def _serve(config: Config) -> None:
             server = _make_server(config, store, address)
             await server.start(listening)
             log.info(
-                "ready", extra={"socket": str(address.path), "arena_bytes": store.host.arena.size_bytes}
+                "ready",
+                extra={"socket": str(address.path), "arena_bytes": store.host.arena.size_bytes},
             )
             notify("READY=1")
             await _live(config, server)

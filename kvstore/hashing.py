@@ -60,7 +60,9 @@ def chunk_digests(
     return digests
 
 
-def scope_digest(*, adapter: str = "", adapter_revision: str = "", salt: bytes = b"") -> Digest | None:
+def scope_digest(
+    *, adapter: str = "", adapter_revision: str = "", salt: bytes = b""
+) -> Digest | None:
     """Return the parent of a first chunk, or None when nothing sets this prefix apart.
 
     The scope keeps prefixes of different adapters and of different tenant salts from ever
@@ -77,7 +79,9 @@ def _pack_tokens(token_ids: Sequence[int] | npt.NDArray[np.integer]) -> memoryvi
     if ids.size == 0:
         return memoryview(b"")
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise RequestError(f"token ids must be a flat list of integers, got {ids.dtype} {ids.shape}")
+        raise RequestError(
+            f"token ids must be a flat list of integers, got {ids.dtype} {ids.shape}"
+        )
     if int(ids.min()) < 0 or int(ids.max()) > TOKEN_ID_MAX:
         raise RequestError(f"token ids must lie in [0, {TOKEN_ID_MAX}]")
     return memoryview(ids.astype("<u4", copy=False).tobytes())
@@ -88,7 +92,9 @@ def _pack_fields(fields: Iterable[bytes]) -> bytes:
     parts: list[bytes] = []
     for field in fields:
         if len(field) > EXTRA_SIZE_MAX_BYTES:
-            raise RequestError(f"an extra has {len(field)} bytes, at most {EXTRA_SIZE_MAX_BYTES} allowed")
+            raise RequestError(
+                f"an extra has {len(field)} bytes, at most {EXTRA_SIZE_MAX_BYTES} allowed"
+            )
         parts += [len(field).to_bytes(4, "little"), field]
     return b"".join(parts)
 

@@ -28,7 +28,7 @@ class HeadRange(NamedTuple):
     stop: int
 
     @property
-    def count(self) -> int:
+    def width(self) -> int:
         """Number of heads."""
         return self.stop - self.start
 

@@ -48,39 +48,52 @@ class Arena:
         """Make an arena of *size_bytes*: a memfd, or a fresh file at *path*.
 
         With *huge_pages*, a memfd comes from the reserved 2 MiB pages when enough are free,
-        and otherwise asks for transparent ones. Raises `ConfigError` with both numbers when memory or the file system cannot hold it.
+        and otherwise asks for transparent ones. Raises `ConfigError` with both numbers when
+        memory or the file system cannot hold it.
         """
         if size_bytes < ARENA_SIZE_MIN_BYTES:
-            raise ConfigError(f"an arena of {size_bytes} bytes; at least {ARENA_SIZE_MIN_BYTES} needed")
+            raise ConfigError(
+                f"an arena of {size_bytes} bytes; at least {ARENA_SIZE_MIN_BYTES} needed"
+            )
         if path is not None:
             return cls._create_file(size_bytes, path)
         available = memory_limit_bytes()
         if size_bytes > available:
             raise ConfigError(
-                f"tiers.host.capacity is {size_bytes} bytes, but this machine has {available} bytes of memory"
+                f"tiers.host.capacity is {size_bytes} bytes, memory has {available} bytes"
             )
         flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
-        if huge_pages and _reserved_huge_bytes() >= size_bytes and size_bytes % _HUGE_PAGE_BYTES == 0:
+        if (
+            huge_pages
+            and _reserved_huge_bytes() >= size_bytes
+            and size_bytes % _HUGE_PAGE_BYTES == 0
+        ):
             flags |= os.MFD_HUGETLB | _MFD_HUGE_2MB
         fd = os.memfd_create("kvstore-arena", flags)
         os.ftruncate(fd, size_bytes)
-        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+        fcntl.fcntl(
+            fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+        )
         return cls(fd, size_bytes, kind="memfd")
 
     @classmethod
     def _create_file(cls, size_bytes: int, path: Path) -> Self:
         try:
             stat = os.statvfs(path.parent)
-            room = stat.f_bavail * stat.f_frsize + (path.stat().st_blocks * 512 if path.exists() else 0)
+            room = stat.f_bavail * stat.f_frsize + (
+                path.stat().st_blocks * 512 if path.exists() else 0
+            )
             if size_bytes > room:
                 raise ConfigError(
-                    f"tiers.host.capacity is {size_bytes} bytes, but {path.parent} has room for {room}"
+                    f"tiers.host.capacity is {size_bytes} bytes, {path.parent} has room for {room}"
                 )
             path.unlink(missing_ok=True)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             fd = os.open(path, flags, 0o600)
         except OSError as error:
-            raise ConfigError(f"tiers.host.arena {path} cannot be made: {error.strerror}") from error
+            raise ConfigError(
+                f"tiers.host.arena {path} cannot be made: {error.strerror}"
+            ) from error
         os.ftruncate(fd, size_bytes)
         return cls(fd, size_bytes, kind="file", path=path)
 
@@ -115,8 +128,8 @@ class Arena:
 
     def close(self) -> None:
         """Unmap and close; views that are still out keep the mapping until they go."""
-        self.view.release()
         with contextlib.suppress(BufferError):
+            self.view.release()
             self._map.close()
         os.close(self.fd)
         if self._path is not None:

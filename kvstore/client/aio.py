@@ -283,7 +283,9 @@ class AsyncSpace:
             self._abort([v.reservation for v in vacancies if v.is_reserved])
             raise
         self._abort([v.reservation for v in vacancies if v.is_reserved and v.root is None])
-        await self._commit([m.Filled(v.reservation, v.root) for v in vacancies if v.root is not None])
+        await self._commit(
+            [m.Filled(v.reservation, v.root) for v in vacancies if v.root is not None]
+        )
 
     async def pin(self, digests: Sequence[Digest], *, hard: bool = False) -> int:
         """Pin the chunks that are present; return their number."""

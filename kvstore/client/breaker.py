@@ -1,8 +1,8 @@
 """The breaker: after one failure the daemon is not asked again until a probe has found it.
 
-    closed --failure--> open --probe succeeds--> closed
-                        ^  |
-                        +--+ probe fails: twice the pause, up to a limit
+closed --failure--> open --probe succeeds--> closed
+                    ^  |
+                    +--+ probe fails: twice the pause, up to a limit
 """
 
 from __future__ import annotations

@@ -97,7 +97,9 @@ class PrefixCache:
         """
         if not digests:
             return _NOTHING_STORED
-        return self._ask(lambda space: space.store(digests, sources, parent=parent), _NOTHING_STORED)
+        return self._ask(
+            lambda space: space.store(digests, sources, parent=parent), _NOTHING_STORED
+        )
 
     def close(self) -> None:
         """End the session. Idempotent."""
@@ -117,7 +119,9 @@ class PrefixCache:
             return miss
 
     def _connect(self) -> _Link:
-        client = Client.connect(self._path, name=self._name, timeout_seconds=_CONNECT_TIMEOUT_SECONDS)
+        client = Client.connect(
+            self._path, name=self._name, timeout_seconds=_CONNECT_TIMEOUT_SECONDS
+        )
         try:
             space = client.attach(self.manifest)
         except KVStoreError:

@@ -82,7 +82,9 @@ class Vacancy:
 
     def _check_reserved(self) -> None:
         if not self.is_reserved:
-            raise ReservationError(f"no room was reserved: the chunk is {self.outcome.name.lower()}")
+            raise ReservationError(
+                f"no room was reserved: the chunk is {self.outcome.name.lower()}"
+            )
 
 
 class StoredShard:
@@ -239,12 +241,14 @@ def copy_chunk(space: AttachedSpace, chunk: StoredChunk, target: Runs, *, verify
     scatter(target, assembled, checksums=False)
 
 
-def _take_heads(manifest: Manifest, shard: StoredShard, wanted: HeadRange, into: memoryview) -> None:
+def _take_heads(
+    manifest: Manifest, shard: StoredShard, wanted: HeadRange, into: memoryview
+) -> None:
     """Copy what *shard* has of the heads *wanted* to their places in *into*."""
     start, stop = max(shard.heads.start, wanted.start), min(shard.heads.stop, wanted.stop)
     planes = manifest.layers * (2 if manifest.values == "k|v" else 1)
-    source = np.frombuffer(shard.view, dtype=np.uint8).reshape(planes, shard.heads.count, -1)
-    target = np.frombuffer(into, dtype=np.uint8).reshape(planes, wanted.count, -1)
+    source = np.frombuffer(shard.view, dtype=np.uint8).reshape(planes, shard.heads.width, -1)
+    target = np.frombuffer(into, dtype=np.uint8).reshape(planes, wanted.width, -1)
     target[:, start - wanted.start : stop - wanted.start] = source[
         :, start - shard.heads.start : stop - shard.heads.start
     ]

@@ -118,7 +118,7 @@ class Connection:
                 try:
                     self._read_until(waiter, ends_at)
                 finally:
-                    if self._failure is not None:
+                    if not self.is_open:
                         self._close_socket()
                     self._reading.release()
                     self._pass_on()

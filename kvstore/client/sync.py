@@ -1,10 +1,10 @@
 """The client for engine threads: blocking, thread-safe, one round trip a call.
 
-    with Client.connect(path) as client:
-        space = client.attach(manifest)
-        space.store(digests, sources)
-        with space.load(digests) as loaded:
-            loaded.copy_to(targets)
+with Client.connect(path) as client:
+    space = client.attach(manifest)
+    space.store(digests, sources)
+    with space.load(digests) as loaded:
+        loaded.copy_to(targets)
 """
 
 from __future__ import annotations
@@ -31,7 +31,10 @@ _TIMEOUT_SECONDS = 5.0
 
 
 class StoreReport(NamedTuple):
-    """The truth about a store: *stored* new, *present* or arriving anyway, *refused* for want of room."""
+    """The truth about a store, in chunks.
+
+    *stored* are new, *present* were here or on their way, *refused* found no room.
+    """
 
     stored: int
     present: int
@@ -95,8 +98,7 @@ class Client:
         self._connection.close()
         if self._arena is not None:
             arena, self._arena = self._arena, None
-            with contextlib.suppress(BufferError):
-                arena.close()
+            arena.close()
 
     def _head(self) -> tuple[int, int]:
         return self._connection.next_id(), deadline_ms(self._timeout_seconds)
@@ -105,7 +107,9 @@ class Client:
 class Space:
     """One namespace, entered through one client."""
 
-    def __init__(self, connection: Connection, space: AttachedSpace, timeout_seconds: float) -> None:
+    def __init__(
+        self, connection: Connection, space: AttachedSpace, timeout_seconds: float
+    ) -> None:
         self.attached = space
         self.manifest = space.manifest
         self._connection = connection

@@ -41,7 +41,9 @@ class SocketAddress:
             return self._listen()
         except OSError as error:
             self.release()
-            raise ConfigError(f"server.socket {self.path} cannot be used: {error.strerror}") from error
+            raise ConfigError(
+                f"server.socket {self.path} cannot be used: {error.strerror}"
+            ) from error
 
     def release(self) -> None:
         """Remove the socket file and give the path up; only what this daemon has claimed."""
@@ -60,7 +62,9 @@ class SocketAddress:
         except BlockingIOError:
             owner = os.read(lock, 32).decode(errors="replace").strip() or "unknown"
             os.close(lock)
-            raise AddressInUseError(f"another daemon (pid {owner}) already serves {self.path}") from None
+            raise AddressInUseError(
+                f"another daemon (pid {owner}) already serves {self.path}"
+            ) from None
         os.ftruncate(lock, 0)
         os.write(lock, f"{os.getpid()}\n".encode())
         self._lock = lock
@@ -72,7 +76,9 @@ class SocketAddress:
             return
         if not stat.S_ISSOCK(mode):
             self.release()
-            raise ConfigError(f"server.socket {self.path} exists and is not a socket; remove it or choose another")
+            raise ConfigError(
+                f"server.socket {self.path} exists and is not a socket; remove it or choose another"
+            )
         self.path.unlink()
 
     def _listen(self) -> socket.socket:

@@ -43,8 +43,9 @@ async def keep_house(store: Store) -> None:
 
 async def prefault(arena: Arena) -> None:
     """Back the whole arena with memory, in the background and in steps."""
-    while await asyncio.to_thread(arena.prefault_step):
-        await asyncio.sleep(0)
+    more = True
+    while more:
+        more = await asyncio.to_thread(arena.prefault_step)
     if arena.prefaulted_bytes < arena.size_bytes:
         log.warning(
             "arena not wholly backed by memory",

@@ -51,7 +51,9 @@ class PeerProcess:
         with contextlib.suppress(OSError):
             self._fd = os.pidfd_open(pid)
 
-    def when_gone(self, loop: asyncio.AbstractEventLoop, grace_seconds: float, act: Callable[[], None]) -> None:
+    def when_gone(
+        self, loop: asyncio.AbstractEventLoop, grace_seconds: float, act: Callable[[], None]
+    ) -> None:
         """Call *act* once: when the process has ended, or after *grace_seconds*."""
         timer = loop.call_later(grace_seconds, self._finish, loop, act)
         if self._fd is not None:
@@ -63,7 +65,9 @@ class PeerProcess:
             os.close(self._fd)
             self._fd = None
 
-    def _ended(self, loop: asyncio.AbstractEventLoop, timer: asyncio.TimerHandle, act: Callable[[], None]) -> None:
+    def _ended(
+        self, loop: asyncio.AbstractEventLoop, timer: asyncio.TimerHandle, act: Callable[[], None]
+    ) -> None:
         timer.cancel()
         self._finish(loop, act)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import socket
@@ -52,6 +53,7 @@ class Server:
         self._last_session = 0
         self._started_at = time.monotonic()
         self._listener: asyncio.Server | None = None
+        self._settled = asyncio.Event()
 
     async def start(self, listening: socket.socket) -> None:
         """Accept sessions on *listening*, a bound Unix socket."""
@@ -65,9 +67,10 @@ class Server:
         self.draining = True
         if self._listener is not None:
             self._listener.close()
-        ends_at = self.loop.time() + timeout_seconds
-        while self._busy() and self.loop.time() < ends_at:
-            await asyncio.sleep(min(0.02, timeout_seconds))
+        self.settle()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_seconds):
+                await self._settled.wait()
         for session in list(self._sessions.values()):
             session.close(DrainingError("the daemon is shutting down"))
 
@@ -77,7 +80,9 @@ class Server:
             self.store.counters.sessions_refused += 1
             if peer.uid not in self._refused_uids:
                 self._refused_uids.add(peer.uid)
-                log.warning("user refused", extra={"uid": peer.uid, "gid": peer.gid, "pid": peer.pid})
+                log.warning(
+                    "user refused", extra={"uid": peer.uid, "gid": peer.gid, "pid": peer.pid}
+                )
             raise RefusedError(f"uid {peer.uid} may not use this daemon (server.allowed_uids)")
         if len(self._sessions) >= self._sessions_max:
             self.store.counters.sessions_refused += 1
@@ -100,6 +105,12 @@ class Server:
             )
         else:
             session.peer.close()
+        self.settle()
+
+    def settle(self) -> None:
+        """While draining, note when nothing is leased or being written any more."""
+        if self.draining and not len(self.store.leases) and not len(self.store.reservations):
+            self._settled.set()
 
     def stats(self) -> m.DaemonStats:
         """Return one look at everything."""
@@ -150,9 +161,6 @@ class Server:
     def _new_session(self) -> Session:
         self._last_session += 1
         return Session(self, SessionId(self._last_session))
-
-    def _busy(self) -> bool:
-        return len(self.store.leases) > 0 or len(self.store.reservations) > 0
 
 
 def _resident_bytes() -> int:

@@ -24,7 +24,11 @@ from kvstore.errors import (
     ProtocolError,
     RequestError,
 )
-from kvstore.limits import ATTACHMENTS_PER_SESSION_MAX, EXTENTS_PER_REPLY_MAX, HELLO_DEADLINE_SECONDS
+from kvstore.limits import (
+    ATTACHMENTS_PER_SESSION_MAX,
+    EXTENTS_PER_REPLY_MAX,
+    HELLO_DEADLINE_SECONDS,
+)
 from kvstore.protocol import messages as m
 from kvstore.protocol.framing import FrameReader, frame
 from kvstore.protocol.machine import SessionMachine, SessionState
@@ -61,6 +65,7 @@ class Session(asyncio.Protocol):
     # --- the connection -----------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Judge the peer; an unwelcome one is told why and closed."""
         self._transport = cast("asyncio.Transport", transport)
         # uvloop shows a stand-in for the socket; a duplicate of the descriptor is a real one.
         self._socket = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
@@ -74,6 +79,7 @@ class Session(asyncio.Protocol):
         self._server.loop.call_later(HELLO_DEADLINE_SECONDS, self._expect_hello)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        """Free all that the session held."""
         for timer in self._waits.values():
             timer.cancel()
         self._waits.clear()
@@ -82,14 +88,16 @@ class Session(asyncio.Protocol):
         self._server.ended(self)
 
     def pause_writing(self) -> None:
-        # A client that does not read its replies is not read either.
+        """Stop reading a client that does not read its replies."""
         self._transport.pause_reading()
 
     def resume_writing(self) -> None:
+        """Read on."""
         if not self._closing:
             self._transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
+        """Answer all requests that *data* completes; what breaks the protocol ends the session."""
         try:
             for body in self._reader.feed(data):
                 if self._closing:
@@ -122,11 +130,15 @@ class Session(asyncio.Protocol):
             counters.request_errors += 1
             reply = _error(request.request_id, error)
         except Exception:
-            log.exception("request failed", extra={"session": self.id, "request": type(request).__name__})
+            log.exception(
+                "request failed", extra={"session": self.id, "request": type(request).__name__}
+            )
             counters.request_errors += 1
             reply = _error(request.request_id, InternalError("the daemon's log says why"))
         if reply is not None:
             self._reply(reply)
+        if self._server.draining:
+            self._server.settle()
 
     def _answer(self, request: m.AnyRequest) -> m.AnyReply | None:
         """Return the reply to *request*, or None when it will be sent later."""
@@ -170,7 +182,9 @@ class Session(asyncio.Protocol):
         space, digests = self._space(request.space), _digests(request.digests)
         match request:
             case m.Pin():
-                return m.Done(request.request_id, self._store.pin(space, digests, hard=request.hard))
+                return m.Done(
+                    request.request_id, self._store.pin(space, digests, hard=request.hard)
+                )
             case m.Unpin():
                 return m.Done(request.request_id, self._store.unpin(space, digests))
             case m.Delete():
@@ -312,7 +326,9 @@ class Session(asyncio.Protocol):
         if self._closing:
             return
         self._store.counters.session_errors += 1
-        log.info("session ends", extra={"session": self.id, "client": self.client, "reason": str(error)})
+        log.info(
+            "session ends", extra={"session": self.id, "client": self.client, "reason": str(error)}
+        )
         self._send(_error(request_id, error))
         self._closing = True
         self._transport.close()

@@ -47,7 +47,9 @@ class FrameReader:
                 body = start + HEADER_SIZE_BYTES
                 size = int.from_bytes(buffer[start:body], "little")
                 if not 0 < size <= FRAME_SIZE_MAX_BYTES:
-                    raise FrameError(f"frame of {size} bytes, must lie in [1, {FRAME_SIZE_MAX_BYTES}]")
+                    raise FrameError(
+                        f"frame of {size} bytes, must lie in [1, {FRAME_SIZE_MAX_BYTES}]"
+                    )
                 if end - body < size:
                     return
                 start = body + size

@@ -1,7 +1,7 @@
 """The session's state machine: which message may come when. No I/O, no clock.
 
-    NEW --hello--> GREETED --attach--> ATTACHED
-                   ping, stats         every other request
+NEW --hello--> GREETED --attach--> ATTACHED
+               ping, stats         every other request
 """
 
 from __future__ import annotations

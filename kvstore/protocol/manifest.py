@@ -12,6 +12,7 @@ from typing import Final, Literal
 
 import msgspec
 
+from kvstore.compression.codecs import CODECS
 from kvstore.errors import ManifestError
 from kvstore.limits import (
     CHUNK_SIZE_MAX_BYTES,
@@ -50,7 +51,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     head_dim: int
     chunk_tokens: int
     layout: Literal["canonical", "opaque"] = "canonical"
-    codec: Literal["raw"] = "raw"
+    codec: str = "raw"
     rope: str = ""
     group: str = ""
     values: Literal["k|v", "k"] = "k|v"
@@ -63,6 +64,9 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if self.dtype not in DTYPE_SIZE_BYTES:
             known = ", ".join(DTYPE_SIZE_BYTES)
             raise ManifestError(f"manifest.dtype {self.dtype!r} is unknown; known are {known}")
+        if self.codec not in CODECS:
+            known = ", ".join(CODECS)
+            raise ManifestError(f"manifest.codec {self.codec!r} is unknown; known are {known}")
         _check_range("layers", self.layers, LAYERS_MAX)
         _check_range("kv_heads", self.kv_heads, KV_HEADS_MAX)
         _check_range("head_dim", self.head_dim, HEAD_DIM_MAX)
@@ -71,7 +75,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             _check_range("opaque_bytes", self.opaque_bytes, CHUNK_SIZE_MAX_BYTES)
             if self.kv_heads != 1:
                 raise ManifestError(
-                    f"manifest.kv_heads is {self.kv_heads}; an opaque layout cannot be cut by heads, use 1"
+                    f"manifest.kv_heads is {self.kv_heads}; an opaque layout has no heads, use 1"
                 )
         elif self.opaque_bytes:
             raise ManifestError("manifest.opaque_bytes is only for layout 'opaque'")
@@ -83,12 +87,14 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         if self.layout == "opaque":
             return self.opaque_bytes
         sides = 2 if self.values == "k|v" else 1
-        return self.layers * sides * self.chunk_tokens * self.head_dim * DTYPE_SIZE_BYTES[self.dtype]
+        return (
+            self.layers * sides * self.chunk_tokens * self.head_dim * DTYPE_SIZE_BYTES[self.dtype]
+        )
 
     @property
     def chunk_bytes(self) -> int:
-        """Bytes of one chunk with all its heads."""
-        return self.head_bytes * self.kv_heads
+        """Bytes of one chunk with all its heads, as it is stored."""
+        return self.shard_bytes(self.all_heads)
 
     @property
     def all_heads(self) -> HeadRange:
@@ -96,8 +102,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return HeadRange(0, self.kv_heads)
 
     def shard_bytes(self, heads: HeadRange) -> int:
-        """Bytes of the shard *heads* of one chunk."""
-        return self.head_bytes * heads.count
+        """Bytes of the shard *heads* of one chunk, as it is stored."""
+        return CODECS[self.codec].encoded_size_bytes(self.head_bytes * heads.width)
 
     def encode(self) -> bytes:
         """Return the canonical form, the one that is hashed."""
@@ -114,7 +120,9 @@ _decoder = msgspec.json.Decoder(Manifest)
 def decode_manifest(raw: bytes) -> Manifest:
     """Return the manifest in *raw*; raises `ManifestError` saying which field is wrong and why."""
     if len(raw) > MANIFEST_SIZE_MAX_BYTES:
-        raise ManifestError(f"manifest has {len(raw)} bytes, at most {MANIFEST_SIZE_MAX_BYTES} allowed")
+        raise ManifestError(
+            f"manifest has {len(raw)} bytes, at most {MANIFEST_SIZE_MAX_BYTES} allowed"
+        )
     try:
         return _decoder.decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:

@@ -72,7 +72,7 @@ class Attach(Request, tag=2, frozen=True, gc=False):
 
 
 class Lookup(Request, tag=3, frozen=True, gc=False):
-    """How many leading chunks are present?
+    """Count the leading chunks that are present.
 
     With *window* w > 0: the largest n such that chunks [n - w, n) are present, the rule of
     sliding-window groups. With *wait*, chunks that others are writing are waited for until
@@ -171,7 +171,19 @@ class Ping(Request, tag=13, frozen=True, gc=False):
 
 
 AnyRequest = (
-    Hello | Attach | Lookup | Load | Reserve | Commit | Abort | Release | Pin | Unpin | Delete | Stats | Ping
+    Hello
+    | Attach
+    | Lookup
+    | Load
+    | Reserve
+    | Commit
+    | Abort
+    | Release
+    | Pin
+    | Unpin
+    | Delete
+    | Stats
+    | Ping
 )
 
 
@@ -348,14 +360,16 @@ def encode(message: Message) -> bytes:
 def decode_request(frame: bytes | memoryview) -> AnyRequest:
     """Return the request in *frame*; raises `FrameError` on anything else."""
     try:
-        return _request_decoder.decode(frame)
+        request: AnyRequest = _request_decoder.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FrameError(f"frame is not a request: {error}") from error
+    return request
 
 
 def decode_reply(frame: bytes | memoryview) -> AnyReply:
     """Return the reply in *frame*; raises `FrameError` on anything else."""
     try:
-        return _reply_decoder.decode(frame)
+        reply: AnyReply = _reply_decoder.decode(frame)
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FrameError(f"frame is not a reply: {error}") from error
+    return reply

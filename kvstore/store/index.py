@@ -239,7 +239,9 @@ class Index:
         child = self._child[slot]
         while child != NO_SLOT:
             following = self._next_sibling[child]
-            self._parent[child] = self._previous_sibling[child] = self._next_sibling[child] = NO_SLOT
+            self._parent[child] = self._previous_sibling[child] = self._next_sibling[child] = (
+                NO_SLOT
+            )
             child = following
         previous, following = self._previous_sibling[slot], self._next_sibling[slot]
         if previous != NO_SLOT:

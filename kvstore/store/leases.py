@@ -43,7 +43,9 @@ class Leases:
         """Return a new lease; raises `LimitError` when the session has too many."""
         owned = self._of_session.setdefault(session, set())
         if len(owned) >= LEASES_PER_SESSION_MAX:
-            raise LimitError(f"session holds {len(owned)} leases, at most {LEASES_PER_SESSION_MAX} allowed")
+            raise LimitError(
+                f"session holds {len(owned)} leases, at most {LEASES_PER_SESSION_MAX} allowed"
+            )
         self._last_id += 1
         lease = LeaseId(self._last_id)
         self._all[lease] = Lease(session, slots, now + self.ttl_seconds)

@@ -65,7 +65,12 @@ class Store:
     """Namespaces, chunks, leases and reservations of one daemon over its host tier."""
 
     def __init__(
-        self, host: HostTier, policy: EvictionPolicy, *, lease_ttl_seconds: float, counters: Counters
+        self,
+        host: HostTier,
+        policy: EvictionPolicy,
+        *,
+        lease_ttl_seconds: float,
+        counters: Counters,
     ) -> None:
         self.host = host
         self.index = Index()
@@ -90,7 +95,9 @@ class Store:
             return space
         self._check_fits(manifest.chunk_bytes)
         if len(self._spaces) >= NAMESPACES_MAX:
-            raise LimitError(f"{len(self._spaces)} namespaces exist, at most {NAMESPACES_MAX} allowed")
+            raise LimitError(
+                f"{len(self._spaces)} namespaces exist, at most {NAMESPACES_MAX} allowed"
+            )
         space = self.index.open_namespace(manifest)
         self._spaces[manifest.namespace_id()] = space
         return space
@@ -198,7 +205,9 @@ class Store:
         if not self.host.verify(record.extent, root):
             self.counters.checksum_failures += 1
             self._abandon(reservation)
-            raise ChecksumError(f"reservation {reservation}: its bytes do not match root {root:#018x}")
+            raise ChecksumError(
+                f"reservation {reservation}: its bytes do not match root {root:#018x}"
+            )
         self.reservations.end(reservation)
         self._publish(record, root)
         self._announce(record.space, record.digest)
@@ -441,7 +450,9 @@ class Store:
 
     def _check_parent(self, parent: Digest | None) -> None:
         if parent is not None and len(parent) != DIGEST_SIZE_BYTES:
-            raise RequestError(f"a parent digest of {len(parent)} bytes, {DIGEST_SIZE_BYTES} needed")
+            raise RequestError(
+                f"a parent digest of {len(parent)} bytes, {DIGEST_SIZE_BYTES} needed"
+            )
 
 
 def fingerprint(digest: Digest) -> int:
