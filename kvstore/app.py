@@ -95,6 +95,7 @@ def _make_server(config: Config, store: Store, address: SocketAddress) -> Server
         sessions_max=config.server.sessions_max,
         orphan_grace_seconds=config.leases.orphan_grace_seconds,
         verify_loads=config.tiers.host.verify_load,
+        prefaults=config.tiers.host.prefault,
     )
 
 

@@ -35,6 +35,9 @@ WRITE_BUFFER_MAX_BYTES: Final = 8 * MIB
 # --- manifests and geometry --------------------------------------------------------------
 MANIFEST_SIZE_MAX_BYTES: Final = 16 * KIB
 NAMESPACES_MAX: Final = 4096
+# Stats list the namespaces with most chunks, and cut long names.
+STATS_NAMESPACES_MAX: Final = 256
+STATS_NAME_MAX_CHARS: Final = 128
 CHUNK_TOKENS_MAX: Final = 65_536
 LAYERS_MAX: Final = 1024
 KV_HEADS_MAX: Final = 1024
@@ -48,6 +51,7 @@ CHECKSUM_SIZE_BYTES: Final = 8
 ARENA_SIZE_MIN_BYTES: Final = MIB
 ARENA_SIZE_MAX_BYTES: Final = 16 * TIB
 PREFAULT_STEP_BYTES: Final = 64 * MIB
+MAP_STEP_BYTES: Final = 4 * MIB
 
 # --- leases ----------------------------------------------------------------------------
 LEASE_TTL_MIN_SECONDS: Final = 1.0

@@ -8,22 +8,27 @@ daemon fault on its own memory; a file arena (tmpfs or hugetlbfs) is always a fr
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import fcntl
 import mmap
 import os
+import threading
 from pathlib import Path
 from typing import Final, Self
 
 from kvstore.errors import ConfigError
-from kvstore.limits import ARENA_SIZE_MIN_BYTES, MIB, PREFAULT_STEP_BYTES
+from kvstore.limits import ARENA_SIZE_MIN_BYTES, MAP_STEP_BYTES, MIB, PREFAULT_STEP_BYTES
 
 _MADV_HUGEPAGE: Final = 14
-_MADV_POPULATE_READ: Final = 22
+_MADV_POPULATE_WRITE: Final = 23
 _HUGE_PAGE_BYTES: Final = 2 * MIB
 _HUGETLB_FREE: Final = Path("/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages")
 _MFD_HUGE_2MB: Final = 21 << 26
 _THP_SHMEM: Final = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
+
+_madvise = ctypes.CDLL(None, use_errno=True).madvise
+_madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class Arena:
@@ -39,6 +44,8 @@ class Arena:
         self.kind = kind
         self.prefaulted_bytes = 0
         self._path = path
+        self._mapper: threading.Thread | None = None
+        self._closing = threading.Event()
         self._map = mmap.mmap(fd, size_bytes, flags=mmap.MAP_SHARED)
         self.huge_pages = os.fstatvfs(fd).f_bsize == _HUGE_PAGE_BYTES or _advise_huge(self._map)
         self.view = memoryview(self._map)
@@ -120,14 +127,30 @@ class Arena:
         self.prefaulted_bytes += length
         return self.prefaulted_bytes < self.size_bytes
 
-    def map_in(self, offset: int, length: int) -> None:
-        """Fill this process's page tables for a stretch that is already backed by memory."""
-        start = offset - offset % mmap.PAGESIZE
-        with contextlib.suppress(OSError):  # kernels before 5.14: pages are mapped on first use
-            self._map.madvise(_MADV_POPULATE_READ, start, offset + length - start)
+    def map_in(self) -> None:
+        """Fill this process's page tables, in the background and once.
+
+        The first pass through a mapping costs a page fault every 4 KiB, which halves the
+        speed of copies; a client of an arena that is prefaulted has them done ahead.
+        """
+        if self._mapper is None:
+            self._mapper = threading.Thread(target=self._map_in, name="kvstore-map", daemon=True)
+            self._mapper.start()
+
+    def _map_in(self) -> None:
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        for offset in range(0, self.size_bytes, MAP_STEP_BYTES):
+            length = min(MAP_STEP_BYTES, self.size_bytes - offset)
+            # Not mmap.madvise: that one holds the GIL. Before Linux 5.14 it is refused, and
+            # pages are mapped on first use.
+            if self._closing.is_set() or _madvise(base + offset, length, _MADV_POPULATE_WRITE):
+                return
 
     def close(self) -> None:
         """Unmap and close; views that are still out keep the mapping until they go."""
+        self._closing.set()
+        if self._mapper is not None:
+            self._mapper.join()
         with contextlib.suppress(BufferError):
             self.view.release()
             self._map.close()

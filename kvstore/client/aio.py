@@ -186,6 +186,8 @@ class AsyncClient:
             if self._connection.arena_fd is None:
                 raise UnavailableError("the daemon did not pass its arena")
             self._arena = Arena.open(self._connection.arena_fd)
+            if attached.prefaulted:
+                self._arena.map_in()
         space = AttachedSpace(manifest, attached, self._arena)
         return AsyncSpace(self._connection, space, self._timeout_seconds)
 

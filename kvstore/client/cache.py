@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, Self, TypeVar
 
@@ -52,7 +53,7 @@ class PrefixCache:
         name: str = "",
     ) -> None:
         self.manifest = manifest
-        self._path = default_socket_path() if socket is None else Path(socket)
+        self._path = default_socket_path(os.environ) if socket is None else Path(socket)
         self._timeout_seconds = timeout_seconds
         self._name = name
         self._breaker = Breaker(self._connect, lambda link: link.client.close())

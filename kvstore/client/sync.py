@@ -80,6 +80,8 @@ class Client:
             if self._connection.arena_fd is None:
                 raise UnavailableError("the daemon did not pass its arena")
             self._arena = Arena.open(self._connection.arena_fd)
+            if attached.prefaulted:
+                self._arena.map_in()
         space = AttachedSpace(manifest, attached, self._arena)
         return Space(self._connection, space, self._timeout_seconds)
 

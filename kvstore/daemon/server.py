@@ -15,6 +15,7 @@ from kvstore.daemon.address import SocketAddress
 from kvstore.daemon.peers import Admission, Credentials
 from kvstore.daemon.session import Session
 from kvstore.errors import DrainingError, LimitError, RefusedError
+from kvstore.limits import STATS_NAME_MAX_CHARS, STATS_NAMESPACES_MAX
 from kvstore.protocol import messages as m
 from kvstore.types import SessionId
 
@@ -38,10 +39,12 @@ class Server:
         sessions_max: int,
         orphan_grace_seconds: float,
         verify_loads: bool,
+        prefaults: bool,
     ) -> None:
         self.store = store
         self.address = address
         self.verify_loads = verify_loads
+        self.prefaults = prefaults
         self.draining = False
         self.name = f"kvstore {__version__}"
         self.loop: asyncio.AbstractEventLoop
@@ -126,19 +129,8 @@ class Server:
             leases=len(store.leases),
             reservations=len(store.reservations),
             tiers=[self._host_stats()],
-            namespaces=[
-                m.NamespaceStats(
-                    namespace=space.manifest.namespace_id().hex(),
-                    model=space.manifest.model,
-                    revision=space.manifest.revision,
-                    dtype=space.manifest.dtype,
-                    group=space.manifest.group,
-                    chunk_tokens=space.manifest.chunk_tokens,
-                    chunk_bytes=space.manifest.chunk_bytes,
-                    chunks=len(space.ready),
-                )
-                for space in store.index.namespaces
-            ],
+            namespaces=self._namespace_stats(),
+            namespaces_count=len(store.index.namespaces),
             arena=m.ArenaStats(
                 kind=arena.kind,
                 size_bytes=arena.size_bytes,
@@ -147,6 +139,22 @@ class Server:
             ),
             counters=store.counters.as_dict(),
         )
+
+    def _namespace_stats(self) -> list[m.NamespaceStats]:
+        largest = sorted(self.store.index.namespaces, key=lambda space: -len(space.ready))
+        return [
+            m.NamespaceStats(
+                namespace=space.id.hex(),
+                model=space.manifest.model[:STATS_NAME_MAX_CHARS],
+                revision=space.manifest.revision[:STATS_NAME_MAX_CHARS],
+                dtype=space.manifest.dtype,
+                group=space.manifest.group[:STATS_NAME_MAX_CHARS],
+                chunk_tokens=space.manifest.chunk_tokens,
+                chunk_bytes=space.manifest.chunk_bytes,
+                chunks=len(space.ready),
+            )
+            for space in largest[:STATS_NAMESPACES_MAX]
+        ]
 
     def _host_stats(self) -> m.TierStats:
         usage = self.store.host.usage()

@@ -83,6 +83,8 @@ class Session(asyncio.Protocol):
         for timer in self._waits.values():
             timer.cancel()
         self._waits.clear()
+        for space in self._spaces:
+            self._store.leave(space)
         self._socket.close()
         self._closing = True
         self._server.ended(self)
@@ -203,7 +205,7 @@ class Session(asyncio.Protocol):
                 f"attach.chunk_bytes is {request.chunk_bytes}, but by its manifest a chunk has "
                 f"{manifest.chunk_bytes} bytes"
             )
-        space = self._store.open_namespace(manifest)
+        space = self._store.enter(manifest)
         self._spaces.append(space)
         self._machine.attached()
         host = self._store.host
@@ -215,6 +217,7 @@ class Session(asyncio.Protocol):
             round(self._store.leases.ttl_seconds * 1000),
             host.checksums,
             host.checksums and self._server.verify_loads,
+            self._server.prefaults,
         )
         if self._arena_sent:
             return reply

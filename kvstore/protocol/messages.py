@@ -198,7 +198,10 @@ class Welcome(Message, tag=65, frozen=True, gc=False):
 
 
 class Attached(Message, tag=66, frozen=True, gc=False):
-    """The namespace is entered; *space* stands for it in this session's requests."""
+    """The namespace is entered; *space* stands for it in this session's requests.
+
+    *prefaulted* says that the arena is, or is being, backed by memory as a whole.
+    """
 
     space: Handle
     namespace: bytes
@@ -206,6 +209,7 @@ class Attached(Message, tag=66, frozen=True, gc=False):
     lease_ttl_ms: int
     checksums: bool
     verify_loads: bool
+    prefaulted: bool = False
 
 
 class Found(Message, tag=67, frozen=True, gc=False):
@@ -312,7 +316,10 @@ class ArenaStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DaemonStats(msgspec.Struct, frozen=True, kw_only=True):
-    """One look at the whole daemon. Counters only grow; their names are in metrics.py."""
+    """One look at the whole daemon. Counters only grow; their names are in metrics.py.
+
+    *namespaces* lists those with most chunks, *namespaces_count* counts all.
+    """
 
     version: str
     pid: int
@@ -325,6 +332,7 @@ class DaemonStats(msgspec.Struct, frozen=True, kw_only=True):
     reservations: int
     tiers: list[TierStats]
     namespaces: list[NamespaceStats]
+    namespaces_count: int
     arena: ArenaStats
     counters: dict[str, int]
 

@@ -12,7 +12,8 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
-from kvstore.limits import EXTENT_ALIGNMENT_BYTES
+from kvstore.errors import LimitError
+from kvstore.limits import EXTENT_ALIGNMENT_BYTES, NAMESPACES_MAX
 from kvstore.protocol.manifest import Manifest
 from kvstore.types import Digest, Extent, HeadRange, Root, TierKind
 
@@ -31,15 +32,25 @@ class ShardRecord(NamedTuple):
 
 
 class Namespace:
-    """The chunks of one manifest. *ready* ones have all their heads, *partial* ones do not."""
+    """The chunks of one manifest. *ready* ones have all their heads, *partial* ones do not.
 
-    __slots__ = ("manifest", "number", "partial", "ready")
+    *entered* counts the sessions that are in it.
+    """
+
+    __slots__ = ("entered", "id", "manifest", "number", "partial", "ready")
 
     def __init__(self, number: int, manifest: Manifest) -> None:
         self.number = number
         self.manifest = manifest
+        self.id = manifest.namespace_id()
+        self.entered = 0
         self.ready: dict[Digest, int] = {}
         self.partial: dict[Digest, int] = {}
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether nobody would miss it: no chunks, no sessions."""
+        return not (self.ready or self.partial or self.entered)
 
     def find(self, digest: Digest) -> int:
         """Return the slot of *digest*, whole or partial, or `NO_SLOT`."""
@@ -79,10 +90,15 @@ class Index:
         return (slot for slot, digest in enumerate(self._digest) if digest is not None)
 
     def open_namespace(self, manifest: Manifest) -> Namespace:
-        """Add a namespace for *manifest*."""
-        space = Namespace(len(self.namespaces), manifest)
-        self.namespaces.append(space)
-        return space
+        """Add a namespace for *manifest*; raises `LimitError` when all there may be are in use."""
+        if len(self.namespaces) < NAMESPACES_MAX:
+            self.namespaces.append(Namespace(len(self.namespaces), manifest))
+            return self.namespaces[-1]
+        for number, space in enumerate(self.namespaces):
+            if space.is_unused:
+                self.namespaces[number] = Namespace(number, manifest)
+                return self.namespaces[number]
+        raise LimitError(f"{NAMESPACES_MAX} namespaces are in use, no more are allowed")
 
     # --- finding ------------------------------------------------------------------------
 

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
-from kvstore.errors import ChecksumError, LimitError, RequestError, TooLargeError
-from kvstore.limits import DIGEST_SIZE_BYTES, NAMESPACES_MAX
+from kvstore.errors import ChecksumError, RequestError, TooLargeError
+from kvstore.limits import DIGEST_SIZE_BYTES
 from kvstore.metrics import Counters
 from kvstore.protocol.manifest import Manifest
 from kvstore.store.index import (
@@ -84,23 +84,24 @@ class Store:
 
     # --- namespaces ---------------------------------------------------------------------
 
-    def open_namespace(self, manifest: Manifest) -> Namespace:
-        """Return the namespace of *manifest*, new or known.
+    def enter(self, manifest: Manifest) -> Namespace:
+        """Return the namespace of *manifest*, new or known, with one more session in it.
 
         Raises `TooLargeError` when one chunk is larger than the arena, `LimitError` when
         there are too many namespaces.
         """
         space = self._spaces.get(manifest.namespace_id())
-        if space is not None:
-            return space
-        self._check_fits(manifest.chunk_bytes)
-        if len(self._spaces) >= NAMESPACES_MAX:
-            raise LimitError(
-                f"{len(self._spaces)} namespaces exist, at most {NAMESPACES_MAX} allowed"
-            )
-        space = self.index.open_namespace(manifest)
-        self._spaces[manifest.namespace_id()] = space
+        if space is None:
+            self._check_fits(manifest.chunk_bytes)
+            space = self.index.open_namespace(manifest)
+            self._spaces = {known.id: known for known in self.index.namespaces}
+        space.entered += 1
         return space
+
+    def leave(self, space: Namespace) -> None:
+        """Count one session less in *space*. Its chunks stay."""
+        assert space.entered > 0, "a namespace is left as often as it was entered"
+        space.entered -= 1
 
     # --- reading ------------------------------------------------------------------------
 
