@@ -10,14 +10,15 @@
  *
  * Words: the *flat* side is the contiguous buffer; *pieces* are the scattered side; a *lane* is
  * one consecutive part of the flat buffer; a *unit* is 1 KiB, the step in which a lane advances
- * and also the block after which XXH3 scrambles its accumulators.
+ * and also the block after which XXH3 scrambles its accumulators; a *span* is a quarter of a unit
+ * and the least that moves straight between a piece and the flat side.
  */
 
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
-enum { LANES = 4, LINE = 64, UNIT = 1024, BLOCK = 64 * 1024 };
+enum { LANES = 4, LINE = 64, SPAN = 256, SPANS = 4, UNIT = SPANS * SPAN, BLOCK = 64 * 1024 };
 
 /* --- XXH3-64, long inputs, seed 0 ------------------------------------------------------------
  *
@@ -81,10 +82,12 @@ static uint64_t digest_finish(const uint64_t *acc) {
 enum { STORE_NONE, STORE_PLAIN, STORE_STREAM };
 enum { NO_DIGEST, DIGEST_FIRST, DIGEST_MIDDLE, DIGEST_LAST };
 
+/* Lines are prefetched this many spans before they are read. */
+enum { PREFETCH_SPANS = 2 };
+
 typedef struct {
-    const uint8_t *from[LANES];
-    uint8_t *to[LANES];
-    const uint8_t *ahead[LANES]; /* what the next round will read */
+    const uint8_t *from[LANES][SPANS + PREFETCH_SPANS]; /* then the first spans of the next round */
+    uint8_t *to[LANES][SPANS];
     uint64_t acc[LANES][ACCUMULATORS] __attribute__((aligned(64)));
 } lanes;
 
@@ -347,6 +350,7 @@ typedef struct {
     uint64_t lane_bytes;
     int width;
     cursor at[LANES];
+    cursor after[LANES]; /* where a lane's cursor stands once its unit was stored directly */
     lanes all;
     uint8_t staging[LANES][UNIT] __attribute__((aligned(64)));
 } group;
@@ -354,89 +358,119 @@ typedef struct {
 static int is_line_aligned(const void *address) { return (uintptr_t)address % LINE == 0; }
 
 static void open_group(group *g) {
-    for (int i = 0; i < g->width; i++) {
+    for (int lane = 0; lane < g->width; lane++) {
         if (g->of->way != DIGEST_ONLY) {
-            g->at[i] = cursor_at(&g->of->pieces, g->position + i * g->lane_bytes);
+            g->at[lane] = cursor_at(&g->of->pieces, g->position + lane * g->lane_bytes);
         }
-        digest_start(g->all.acc[i]);
+        digest_start(g->all.acc[lane]);
     }
 }
 
-/* Point the lanes at their unit of the flat side and at the one that follows it. After the last
- * unit of a lane comes the first of the same lane in the next group. */
-static uint8_t *flat_unit(const group *g, int lane, uint64_t offset, uint8_t **next) {
-    uint8_t *here = g->of->flat + g->position + lane * g->lane_bytes + offset;
+/* Where a lane's unit begins on the flat side. */
+static uint8_t *flat_unit(const group *g, int lane, uint64_t offset) {
+    return g->of->flat + g->position + lane * g->lane_bytes + offset;
+}
+
+/* Where the unit after that begins: behind the last of a lane comes the next group's first. */
+static uint8_t *flat_unit_after(const group *g, int lane, uint64_t offset) {
     uint64_t jump = offset + UNIT == g->lane_bytes ? (g->width - 1) * g->lane_bytes : 0;
-    *next = here + UNIT + jump;
+    return flat_unit(g, lane, offset) + UNIT + jump;
+}
+
+static void read_from_flat(group *g, int lane, uint64_t offset) {
+    uint8_t *here = flat_unit(g, lane, offset);
+    uint8_t *after = flat_unit_after(g, lane, offset);
+    for (int i = 0; i < SPANS; i++) {
+        g->all.from[lane][i] = here + i * SPAN;
+    }
+    for (int i = 0; i < PREFETCH_SPANS; i++) {
+        g->all.from[lane][SPANS + i] = after + i * SPAN;
+    }
+}
+
+/* Read a span straight from its piece, or put it together from several. */
+static const uint8_t *read_span(cursor *at, uint8_t *staging) {
+    if (cursor_room(at) < SPAN) {
+        read_pieces(at, staging, SPAN);
+        return staging;
+    }
+    const uint8_t *here = cursor_address(at);
+    cursor_skip(at, SPAN);
     return here;
 }
 
-/* Choose where lane reads its unit: straight from a piece, or from pieces put together. */
-static void aim_gather(group *g, int lane, uint64_t offset) {
-    uint8_t *next_flat;
-    cursor *at = &g->at[lane];
-    g->all.to[lane] = flat_unit(g, lane, offset, &next_flat);
-    if (cursor_room(at) >= UNIT) {
-        g->all.from[lane] = cursor_address(at);
-        cursor_skip(at, UNIT);
-    } else {
-        read_pieces(at, g->staging[lane], UNIT);
-        g->all.from[lane] = g->staging[lane];
-    }
-    if (offset + UNIT == g->lane_bytes) {
-        *at = cursor_at(at->of, (uint64_t)(next_flat - g->of->flat));
-    }
-    g->all.ahead[lane] = g->all.from[lane];
-    if (cursor_ended(at)) {
-        return;
-    }
-    if (cursor_room(at) >= UNIT) {
-        g->all.ahead[lane] = cursor_address(at);
-    } else {
-        prefetch_pieces(*at, UNIT);
+/* Say where the next round will read, so that this one prefetches it. */
+static void look_ahead(cursor at, const uint8_t **spans) {
+    for (int i = 0; i < PREFETCH_SPANS && !cursor_ended(&at); i++) {
+        if (cursor_room(&at) < SPAN) {
+            prefetch_pieces(at, UNIT - i * SPAN);
+            return;
+        }
+        spans[i] = cursor_address(&at);
+        cursor_skip(&at, SPAN);
     }
 }
 
+static void read_from_pieces(group *g, int lane, uint64_t offset) {
+    cursor *at = &g->at[lane];
+    const uint8_t **from = g->all.from[lane];
+    for (int i = 0; i < SPANS; i++) {
+        from[i] = read_span(at, g->staging[lane] + i * SPAN);
+    }
+    for (int i = 0; i < PREFETCH_SPANS; i++) {
+        from[SPANS + i] = from[0]; /* nothing to prefetch, unless look_ahead finds some */
+    }
+    if (offset + UNIT == g->lane_bytes) {
+        *at = cursor_at(at->of, (uint64_t)(flat_unit_after(g, lane, offset) - g->of->flat));
+    }
+    look_ahead(*at, from + SPANS);
+}
+
 static void gather_unit(group *g, uint64_t offset, int digest) {
-    for (int i = 0; i < g->width; i++) {
-        aim_gather(g, i, offset);
+    for (int lane = 0; lane < g->width; lane++) {
+        read_from_pieces(g, lane, offset);
+        for (int i = 0; i < SPANS; i++) {
+            g->all.to[lane][i] = flat_unit(g, lane, offset) + i * SPAN;
+        }
     }
     int store = is_line_aligned(g->of->flat) ? STORE_STREAM : STORE_PLAIN;
     chosen->round(&g->all, g->width, store, digest);
 }
 
-/* Whether a whole unit can be stored straight into the next piece of every lane. */
-static int pieces_take_units(const group *g) {
-    for (int i = 0; i < g->width; i++) {
-        if (cursor_room(&g->at[i]) < UNIT || !is_line_aligned(cursor_address(&g->at[i]))) {
+/* Let the lane store straight into its pieces; return 0 when they are too small or unaligned. */
+static int write_to_pieces(group *g, int lane) {
+    cursor at = g->at[lane];
+    for (int i = 0; i < SPANS; i++) {
+        uint8_t *here = cursor_address(&at);
+        if (cursor_room(&at) < SPAN || !is_line_aligned(here)) {
             return 0;
         }
+        g->all.to[lane][i] = here;
+        cursor_skip(&at, SPAN);
     }
+    g->after[lane] = at;
     return 1;
 }
 
 static void scatter_unit(group *g, uint64_t offset, int digest) {
-    int direct = pieces_take_units(g);
-    for (int i = 0; i < g->width; i++) {
-        uint8_t *next;
-        g->all.from[i] = flat_unit(g, i, offset, &next);
-        g->all.ahead[i] = next;
-        if (direct) {
-            g->all.to[i] = cursor_address(&g->at[i]);
-            cursor_skip(&g->at[i], UNIT);
-        }
+    int direct = 1;
+    for (int lane = 0; lane < g->width; lane++) {
+        read_from_flat(g, lane, offset);
+        direct = direct && write_to_pieces(g, lane);
     }
     chosen->round(&g->all, g->width, direct ? STORE_STREAM : STORE_NONE, digest);
-    for (int i = 0; !direct && i < g->width; i++) {
-        write_pieces(&g->at[i], g->all.from[i], UNIT); /* the round left the unit in the cache */
+    for (int lane = 0; lane < g->width; lane++) {
+        if (direct) {
+            g->at[lane] = g->after[lane];
+        } else { /* the round left the unit in the cache */
+            write_pieces(&g->at[lane], g->all.from[lane][0], UNIT);
+        }
     }
 }
 
 static void digest_unit(group *g, uint64_t offset, int digest) {
-    for (int i = 0; i < g->width; i++) {
-        uint8_t *next;
-        g->all.from[i] = flat_unit(g, i, offset, &next);
-        g->all.ahead[i] = next;
+    for (int lane = 0; lane < g->width; lane++) {
+        read_from_flat(g, lane, offset);
     }
     chosen->round(&g->all, g->width, STORE_NONE, digest);
 }

@@ -20,16 +20,17 @@ TARGET static inline __attribute__((always_inline)) void NAME(advance)(lanes *al
     for (int stripe = 0; stripe < STRIPES; stripe++) {
         int is_last = digest == DIGEST_LAST && stripe == STRIPES - 1;
         const uint8_t *key = SECRET + (is_last ? LAST_STRIPE_KEY : 8 * stripe);
+        int span = stripe / (SPAN / LINE), at = stripe % (SPAN / LINE) * LINE;
         VEC line[LANES];
         for (int i = 0; i < width; i++) {
-            __builtin_prefetch(all->ahead[i] + stripe * LINE);
-            line[i] = NAME(load)(all->from[i] + stripe * LINE);
+            __builtin_prefetch(all->from[i][span + PREFETCH_SPANS] + at);
+            line[i] = NAME(load)(all->from[i][span] + at);
         }
         for (int i = 0; i < width; i++) {
             if (store == STORE_STREAM) {
-                NAME(put_streaming)(all->to[i] + stripe * LINE, line[i]);
+                NAME(put_streaming)(all->to[i][span] + at, line[i]);
             } else if (store == STORE_PLAIN) {
-                NAME(put)(all->to[i] + stripe * LINE, line[i]);
+                NAME(put)(all->to[i][span] + at, line[i]);
             }
             if (digest != NO_DIGEST) {
                 acc[i] = NAME(accumulate)(acc[i], line[i], key);
