@@ -147,7 +147,9 @@ class Arena:
                 return
 
     def close(self) -> None:
-        """Unmap and close; views that are still out keep the mapping until they go."""
+        """Unmap and close, once; views that are still out keep the mapping until they go."""
+        if self._closing.is_set():
+            return
         self._closing.set()
         if self._mapper is not None:
             self._mapper.join()
