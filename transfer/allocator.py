@@ -16,8 +16,6 @@ from kvstore.types import Extent
 
 _CLASS_BITS: Final = 4
 _CLASSES_AN_OCTAVE: Final = 1 << _CLASS_BITS
-# Sizes of one class differ by at most 1/16, so few distinct ones are looked through.
-_OWN_CLASS_TRIES_MAX: Final = 32
 
 
 def _class_of(pages: int) -> int:
@@ -105,7 +103,11 @@ class Allocator:
         assert self._free_pages == sum(self._size_at.values()), "free pages are miscounted"
 
     def _find(self, pages: int) -> int | None:
-        """Return the size of a free run of at least *pages*: exact, else the next class."""
+        """Return the size of a free run of at least *pages*: exact, else the next class.
+
+        Only when every higher class is empty are the sizes of the own one looked through.
+        They differ by at most 1/16, so they are few.
+        """
         if pages in self._starts:
             return pages
         own = _class_of(pages)
@@ -113,12 +115,8 @@ class Allocator:
         if higher:
             lowest = (higher & -higher).bit_length() - 1
             return next(iter(self._sizes[own + 1 + lowest]))
-        for tried, size in enumerate(self._sizes.get(own, ())):
-            if size >= pages:
-                return size
-            if tried >= _OWN_CLASS_TRIES_MAX:
-                break
-        return None
+        longest = max(self._sizes.get(own, ()), default=0)
+        return longest if longest >= pages else None
 
     def _insert(self, start: int, pages: int) -> None:
         self._size_at[start] = pages
