@@ -321,6 +321,8 @@ def choose_cover(shards: Sequence[ShardRecord], wanted: HeadRange) -> list[Shard
 
     *shards* must cover *wanted*.
     """
+    if len(shards) == 1:
+        return list(shards)
     chosen: list[ShardRecord] = []
     reached = wanted.start
     while reached < wanted.stop:
