@@ -31,24 +31,65 @@ _madvise = ctypes.CDLL(None, use_errno=True).madvise
 _madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
-class Arena:
-    """A mapped region; `view` is the whole of it, writable.
+class ArenaMapping:
+    """An arena as one process sees it: `view` is the whole of it, writable.
 
-    The maker prefaults it with `prefault_step`; a client that got the descriptor over the
-    socket maps it with `Arena.open`.
+    The memory stays mapped for as long as anything refers to the mapping or to a part of
+    its view, so that no copy that is under way can fault.
     """
 
-    def __init__(self, fd: int, size_bytes: int, *, kind: str, path: Path | None = None) -> None:
-        self.fd = fd
+    def __init__(self, fd: int, size_bytes: int) -> None:
         self.size_bytes = size_bytes
-        self.kind = kind
-        self.prefaulted_bytes = 0
-        self._path = path
         self._mapper: threading.Thread | None = None
-        self._closing = threading.Event()
+        self._stopped = threading.Event()
         self._map = mmap.mmap(fd, size_bytes, flags=mmap.MAP_SHARED)
         self.huge_pages = os.fstatvfs(fd).f_bsize == _HUGE_PAGE_BYTES or _advise_huge(self._map)
         self.view = memoryview(self._map)
+
+    @classmethod
+    def open(cls, fd: int) -> ArenaMapping:
+        """Map the arena behind *fd*, which the daemon has passed, and close *fd*."""
+        try:
+            return ArenaMapping(fd, os.fstat(fd).st_size)
+        finally:
+            os.close(fd)
+
+    def map_in(self) -> None:
+        """Fill this process's page tables, in the background and once.
+
+        The first pass through a mapping costs a page fault every 4 KiB, which halves the
+        speed of copies; a client of an arena that is prefaulted has them done ahead.
+        """
+        if self._mapper is None:
+            self._mapper = threading.Thread(target=self._map_in, name="kvstore-map", daemon=True)
+            self._mapper.start()
+
+    def _map_in(self) -> None:
+        base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
+        for offset in range(0, self.size_bytes, MAP_STEP_BYTES):
+            length = min(MAP_STEP_BYTES, self.size_bytes - offset)
+            # Not mmap.madvise: that one holds the GIL. Before Linux 5.14 it is refused, and
+            # pages are mapped on first use.
+            if self._stopped.is_set() or _madvise(base + offset, length, _MADV_POPULATE_WRITE):
+                return
+
+    def stop(self) -> None:
+        """Stop mapping in ahead. Idempotent."""
+        self._stopped.set()
+        if self._mapper is not None:
+            self._mapper.join()
+
+
+class Arena(ArenaMapping):
+    """The arena as its maker has it: with a descriptor to pass on, and memory to put behind it."""
+
+    def __init__(self, fd: int, size_bytes: int, *, kind: str, path: Path | None = None) -> None:
+        super().__init__(fd, size_bytes)
+        self.fd = fd
+        self.kind = kind
+        self.prefaulted_bytes = 0
+        self._path = path
+        self._closed = False
 
     @classmethod
     def create(cls, size_bytes: int, *, path: Path | None = None, huge_pages: bool = True) -> Self:
@@ -104,11 +145,6 @@ class Arena:
         os.ftruncate(fd, size_bytes)
         return cls(fd, size_bytes, kind="file", path=path)
 
-    @classmethod
-    def open(cls, fd: int) -> Self:
-        """Map the arena behind *fd*, which was passed by the daemon; takes the descriptor over."""
-        return cls(fd, os.fstat(fd).st_size, kind="client")
-
     def prefault_step(self) -> bool:
         """Back the next stretch with memory; return whether any is left to do.
 
@@ -127,32 +163,12 @@ class Arena:
         self.prefaulted_bytes += length
         return self.prefaulted_bytes < self.size_bytes
 
-    def map_in(self) -> None:
-        """Fill this process's page tables, in the background and once.
-
-        The first pass through a mapping costs a page fault every 4 KiB, which halves the
-        speed of copies; a client of an arena that is prefaulted has them done ahead.
-        """
-        if self._mapper is None:
-            self._mapper = threading.Thread(target=self._map_in, name="kvstore-map", daemon=True)
-            self._mapper.start()
-
-    def _map_in(self) -> None:
-        base = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        for offset in range(0, self.size_bytes, MAP_STEP_BYTES):
-            length = min(MAP_STEP_BYTES, self.size_bytes - offset)
-            # Not mmap.madvise: that one holds the GIL. Before Linux 5.14 it is refused, and
-            # pages are mapped on first use.
-            if self._closing.is_set() or _madvise(base + offset, length, _MADV_POPULATE_WRITE):
-                return
-
     def close(self) -> None:
         """Unmap and close, once; views that are still out keep the mapping until they go."""
-        if self._closing.is_set():
+        if self._closed:
             return
-        self._closing.set()
-        if self._mapper is not None:
-            self._mapper.join()
+        self._closed = True
+        self.stop()
         with contextlib.suppress(BufferError):
             self.view.release()
             self._map.close()

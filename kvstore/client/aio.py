@@ -19,7 +19,7 @@ from kvstore.client.connection import checked, deadline_ms
 from kvstore.errors import FrameError, KVStoreError, UnavailableError, from_code
 from kvstore.protocol import messages as m
 from kvstore.protocol.framing import FrameReader, frame
-from kvstore.transfer.arena import Arena
+from kvstore.transfer.arena import ArenaMapping
 from kvstore.types import Digest, HeadRange
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ class AsyncClient:
     def __init__(self, connection: AsyncConnection, timeout_seconds: float) -> None:
         self._connection = connection
         self._timeout_seconds = timeout_seconds
-        self._arena: Arena | None = None
+        self._arena: ArenaMapping | None = None
 
     @classmethod
     async def connect(
@@ -185,7 +185,7 @@ class AsyncClient:
         if self._arena is None:
             if self._connection.arena_fd is None:
                 raise UnavailableError("the daemon did not pass its arena")
-            self._arena = Arena.open(self._connection.arena_fd)
+            self._arena = ArenaMapping.open(self._connection.arena_fd)
             if attached.prefaulted:
                 self._arena.map_in()
         space = AttachedSpace(manifest, attached, self._arena)
@@ -205,8 +205,7 @@ class AsyncClient:
         """End the session; the daemon frees all that it held. Idempotent."""
         self._connection.close()
         if self._arena is not None:
-            arena, self._arena = self._arena, None
-            arena.close()
+            self._arena.stop()
 
     def _head(self) -> tuple[int, int]:
         return self._connection.next_id(), deadline_ms(self._timeout_seconds)

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Final, Self
 import numpy as np
 
 from kvstore.errors import ChecksumError, LeaseError, RequestError, ReservationError
-from kvstore.hashing import Digests64, block_count, root_of, table_offset
-from kvstore.limits import CHECKSUM_BLOCK_BYTES, CHECKSUM_SIZE_BYTES
+from kvstore.hashing import Digests64, root_of, table_offset
 from kvstore.transfer.copies import Runs, digest_blocks, gather, scatter
 from kvstore.types import Digest, HeadRange, ReserveOutcome, Root
 
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 
     from kvstore.protocol import messages as m
     from kvstore.protocol.manifest import Manifest
-    from kvstore.transfer.arena import Arena
+    from kvstore.transfer.arena import ArenaMapping
 
 _ROOT_OFF: Final = Root(0)
 
@@ -29,7 +28,7 @@ _ROOT_OFF: Final = Root(0)
 class AttachedSpace:
     """What a client knows of a namespace that it has entered."""
 
-    def __init__(self, manifest: Manifest, attached: m.Attached, arena: Arena) -> None:
+    def __init__(self, manifest: Manifest, attached: m.Attached, arena: ArenaMapping) -> None:
         self.manifest = manifest
         self.number = attached.space
         self.arena = arena
@@ -100,13 +99,12 @@ class StoredShard:
     @property
     def view(self) -> memoryview:
         """The bytes of the shard, read-only and not yet verified."""
-        start = self._shard.offset
-        return self._space.arena.view[start : start + self._shard.size_bytes].toreadonly()
+        return self._bytes.toreadonly()
 
     def verify(self) -> None:
         """Raise `ChecksumError` unless all bytes match the checksum tree."""
         if self._space.checksums:
-            self._compare(digest_blocks(self.view), 0)
+            self._compare(digest_blocks(self._bytes))
 
     def copy_to(self, target: Runs, *, verify: bool) -> None:
         """Copy the whole shard to *target*, verifying the same bytes in the same pass.
@@ -115,29 +113,19 @@ class StoredShard:
         rubbish.
         """
         verify = verify and self._space.checksums
-        found = scatter(target, self.view, checksums=verify)
+        found = scatter(target, self._bytes, checksums=verify)
         if found is not None:
-            self._compare(found, 0)
+            self._compare(found)
 
-    def verify_range(self, start: int, stop: int) -> None:
-        """Raise `ChecksumError` unless the blocks that hold bytes `[start, stop)` are right."""
-        if self._space.checksums:
-            first = start // CHECKSUM_BLOCK_BYTES
-            last = block_count(stop)
-            blocks = self.view[first * CHECKSUM_BLOCK_BYTES : last * CHECKSUM_BLOCK_BYTES]
-            self._compare(digest_blocks(blocks), first)
+    @property
+    def _bytes(self) -> memoryview:
+        # Writable, as it is mapped: the address of a read-only view is dear to find.
+        start = self._shard.offset
+        return self._space.arena.view[start : start + self._shard.size_bytes]
 
-    def _compare(self, found: Digests64, first_block: int) -> None:
-        table = self._table()
-        expected = table[first_block : first_block + len(found)]
-        if root_of(table) != self._shard.root or not np.array_equal(found, expected):
+    def _compare(self, found: Digests64) -> None:
+        if root_of(found) != self._shard.root:
             raise ChecksumError(f"shard at {self._shard.offset} is not what was committed")
-
-    def _table(self) -> Digests64:
-        size = self._shard.size_bytes
-        start = self._shard.offset + table_offset(size)
-        length = block_count(size) * CHECKSUM_SIZE_BYTES
-        return np.frombuffer(bytes(self._space.arena.view[start : start + length]), dtype="<u8")
 
 
 class StoredChunk:

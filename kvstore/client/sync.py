@@ -17,7 +17,7 @@ from kvstore.client.chunks import AttachedSpace, LoadedChunks, Vacancy, check_so
 from kvstore.client.connection import Connection, deadline_ms
 from kvstore.errors import KVStoreError, UnavailableError, from_code
 from kvstore.protocol import messages as m
-from kvstore.transfer.arena import Arena
+from kvstore.transfer.arena import ArenaMapping
 from kvstore.types import Digest, HeadRange, ReserveOutcome
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Client:
     def __init__(self, connection: Connection, timeout_seconds: float) -> None:
         self._connection = connection
         self._timeout_seconds = timeout_seconds
-        self._arena: Arena | None = None
+        self._arena: ArenaMapping | None = None
 
     @classmethod
     def connect(
@@ -79,7 +79,7 @@ class Client:
         if self._arena is None:
             if self._connection.arena_fd is None:
                 raise UnavailableError("the daemon did not pass its arena")
-            self._arena = Arena.open(self._connection.arena_fd)
+            self._arena = ArenaMapping.open(self._connection.arena_fd)
             if attached.prefaulted:
                 self._arena.map_in()
         space = AttachedSpace(manifest, attached, self._arena)
@@ -99,8 +99,7 @@ class Client:
         """End the session; the daemon frees all that it held. Idempotent."""
         self._connection.close()
         if self._arena is not None:
-            arena, self._arena = self._arena, None
-            arena.close()
+            self._arena.stop()
 
     def _head(self) -> tuple[int, int]:
         return self._connection.next_id(), deadline_ms(self._timeout_seconds)

@@ -11,7 +11,7 @@ import pytest
 from kvstore.errors import ConfigError
 from kvstore.limits import ARENA_SIZE_MIN_BYTES, MIB, PREFAULT_STEP_BYTES
 from kvstore.transfer import arena as arena_module
-from kvstore.transfer.arena import Arena, memory_limit_bytes
+from kvstore.transfer.arena import Arena, ArenaMapping, memory_limit_bytes
 from tests.support.waiting import wait_until
 
 
@@ -30,12 +30,11 @@ def test_a_memfd_arena_can_neither_shrink_nor_grow(arena, size):
 
 
 def test_a_client_sees_what_the_daemon_writes_and_the_other_way_round(arena):
-    client = Arena.open(os.dup(arena.fd))
+    client = ArenaMapping.open(os.dup(arena.fd))
     arena.view[5:8] = b"abc"
     client.view[8:10] = b"de"
     assert bytes(client.view[5:10]) == bytes(arena.view[5:10]) == b"abcde"
     assert client.size_bytes == arena.size_bytes
-    client.close()
 
 
 def test_an_arena_below_the_minimum_is_refused_with_both_numbers():
@@ -135,10 +134,9 @@ def test_closing_twice_is_closing_once():
 
 
 def test_views_that_are_still_out_keep_the_memory_after_closing(arena):
-    client = Arena.open(os.dup(arena.fd))
+    client = ArenaMapping.open(os.dup(arena.fd))
     part = client.view[:4]
     arena.view[:4] = b"kept"
-    client.close()
     assert bytes(part) == b"kept"
 
 
