@@ -28,7 +28,7 @@ class EvictionPolicy(Protocol):
         """Return the slot that should leave next, or `NO_SLOT` when none is left."""
 
     def postpone(self, slot: int) -> None:
-        """Move *slot*, which may not leave now, behind all others of its queue."""
+        """Put *slot*, which may not leave now, behind all others that could leave instead."""
 
     def forget(self, slot: int, fingerprint: int, *, evicted: bool) -> None:
         """Take *slot* out; only an *evicted* one is remembered as having been here."""
@@ -152,6 +152,7 @@ class Ghost:
 
 _SMALL: Final = 0
 _MAIN: Final = 1
+_HELD: Final = 2
 _USES_MAX: Final = 3
 _GHOST_ENTRIES_LOG2: Final = 16
 
@@ -162,15 +163,18 @@ class S3Fifo:
     After Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023: a tenth
     of the bytes is for newcomers; those used more than once move to the main queue, which
     gives each chunk another round for every use; those that left lately skip the sieve.
+
+    The paper knows no chunks that may not leave. Here they wait in a queue of their own, so
+    that they hide nobody who may; with every eviction the longest waiting is tried again.
     """
 
     def __init__(self, capacity_bytes: int) -> None:
         self._small_target_bytes = capacity_bytes // 10
         self._links = Links()
-        self._queues = (Queue(self._links), Queue(self._links))
-        self._bytes = [0, 0]
+        self._queues = (Queue(self._links), Queue(self._links), Queue(self._links))
+        self._bytes = [0, 0, 0]
         self._ghost = Ghost(_GHOST_ENTRIES_LOG2)
-        # Per slot: the queue in bit 2, uses in bits 0 and 1.
+        # Per slot: uses in bits 0 and 1, the queue in those above.
         self._state = bytearray()
         self._size = array("I")
 
@@ -181,7 +185,7 @@ class S3Fifo:
         if missing > 0:
             self._state.extend(bytes(missing))
             self._size.extend([0] * missing)
-        span = max(self._queues[_MAIN].count, 64)
+        span = max(self._queues[_MAIN].count + self._queues[_HELD].count, 64)
         self._size[slot] = size_bytes
         self._enter(slot, _MAIN if self._ghost.take(fingerprint, span) else _SMALL, uses=0)
 
@@ -192,29 +196,28 @@ class S3Fifo:
 
     def candidate(self) -> int:
         """Return who leaves next, after moving on all that earned another round."""
+        small, main, held = self._queues
         while True:
-            small, main = self._queues
             if small.count and (self._bytes[_SMALL] > self._small_target_bytes or not main.count):
                 slot = small.head
                 if self._state[slot] & 3 <= 1:
                     return slot
-                self._leave(slot)
-                self._enter(slot, _MAIN, uses=0)
+                self._move(slot, _MAIN, uses=0)
             elif main.count:
                 slot = main.head
                 uses = self._state[slot] & 3
                 if not uses:
                     return slot
-                self._leave(slot)
-                self._enter(slot, _MAIN, uses=uses - 1)
+                self._move(slot, _MAIN, uses=uses - 1)
+            elif held.count:
+                while held.count:
+                    self._try_again(held.head)
             else:
                 return NO_SLOT
 
     def postpone(self, slot: int) -> None:
-        """Move *slot* to the end of the main queue: it is held, so it is in use."""
-        uses = self._state[slot] & 3
-        self._leave(slot)
-        self._enter(slot, _MAIN, uses=uses)
+        """Set *slot* aside: it is held, so it is in use."""
+        self._move(slot, _HELD, uses=self._state[slot] & 3)
 
     def forget(self, slot: int, fingerprint: int, *, evicted: bool) -> None:
         """Take *slot* out; one evicted from the small queue is remembered."""
@@ -222,6 +225,15 @@ class S3Fifo:
         self._leave(slot)
         if evicted and from_small:
             self._ghost.add(fingerprint)
+        if evicted and self._queues[_HELD].count:
+            self._try_again(self._queues[_HELD].head)
+
+    def _try_again(self, slot: int) -> None:
+        self._move(slot, _MAIN, uses=self._state[slot] & 3)
+
+    def _move(self, slot: int, queue: int, *, uses: int) -> None:
+        self._leave(slot)
+        self._enter(slot, queue, uses=uses)
 
     def _enter(self, slot: int, queue: int, *, uses: int) -> None:
         self._state[slot] = queue << 2 | uses

@@ -1,0 +1,252 @@
+"""Eviction policies: each keeps its own promise, and both keep those of the interface."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, strategies as st
+
+from kvstore.store.policy import (
+    LRU,
+    NO_SLOT,
+    EvictionPolicy,
+    Ghost,
+    Links,
+    Queue,
+    S3Fifo,
+    make_policy,
+)
+
+CAPACITY_BYTES = 1000
+
+
+def fingerprint(slot: int) -> int:
+    return (slot + 1) << 40 | slot
+
+
+def admit(policy: EvictionPolicy, *slots: int, size_bytes: int = 10) -> None:
+    for slot in slots:
+        policy.admit(slot, size_bytes, fingerprint(slot))
+
+
+def leave(policy: EvictionPolicy, *, evicted: bool = True) -> int:
+    """Evict the candidate and return it."""
+    slot = policy.candidate()
+    policy.forget(slot, fingerprint(slot), evicted=evicted)
+    return slot
+
+
+def leave_all(policy: EvictionPolicy) -> list[int]:
+    return [leave(policy) for _ in iter(policy.candidate, NO_SLOT)]
+
+
+@pytest.fixture(params=["lru", "s3fifo"])
+def policy(request) -> EvictionPolicy:
+    return make_policy(request.param, CAPACITY_BYTES)
+
+
+# --- both -------------------------------------------------------------------------------
+
+
+def test_nobody_leaves_an_empty_policy(policy):
+    assert policy.candidate() == NO_SLOT
+
+
+def test_every_slot_leaves_once(policy):
+    admit(policy, *range(20))
+    policy.touch(3)
+    assert sorted(leave_all(policy)) == list(range(20))
+
+
+def test_what_is_never_used_leaves_in_the_order_of_arrival(policy):
+    admit(policy, 4, 2, 9)
+    assert leave_all(policy) == [4, 2, 9]
+
+
+def test_asking_for_the_candidate_again_gives_the_same_one(policy):
+    admit(policy, *range(5))
+    assert policy.candidate() == policy.candidate()
+
+
+def test_a_postponed_slot_gives_way_to_others(policy):
+    admit(policy, *range(5))
+    policy.postpone(policy.candidate())
+    assert leave_all(policy)[0] == 1
+
+
+def test_a_postponed_slot_leaves_when_it_is_the_last(policy):
+    admit(policy, 0)
+    policy.postpone(0)
+    assert leave_all(policy) == [0]
+
+
+def test_a_forgotten_slot_can_be_admitted_again(policy):
+    admit(policy, 0, 1)
+    policy.forget(0, fingerprint(0), evicted=False)
+    admit(policy, 0)
+    assert leave_all(policy) == [1, 0]
+
+
+@given(st.sampled_from(["lru", "s3fifo"]), st.data())
+def test_postponing_all_that_are_held_always_finds_one_that_is_not(name, data):
+    policy = make_policy(name, CAPACITY_BYTES)
+    alive: set[int] = set()
+    for slot in range(data.draw(st.integers(1, 40))):
+        admit(policy, slot, size_bytes=data.draw(st.integers(1, 100)))
+        alive.add(slot)
+        for used in data.draw(st.lists(st.sampled_from(sorted(alive)), max_size=3)):
+            policy.touch(used)
+        if data.draw(st.integers(0, 3)) == 0:
+            alive.remove(leave(policy))
+    if not alive:
+        return
+    free = data.draw(st.sampled_from(sorted(alive)))
+    for _ in range(2 * len(alive)):
+        if policy.candidate() == free:
+            return
+        policy.postpone(policy.candidate())
+    pytest.fail(f"slot {free} is never the candidate")
+
+
+# --- LRU --------------------------------------------------------------------------------
+
+
+def test_lru_lets_the_least_recently_used_leave_first():
+    policy = LRU()
+    admit(policy, 0, 1, 2)
+    policy.touch(0)
+    assert leave_all(policy) == [1, 2, 0]
+
+
+# --- S3-FIFO ----------------------------------------------------------------------------
+
+
+def test_one_hit_wonders_leave_before_what_is_used_again():
+    policy = S3Fifo(CAPACITY_BYTES)
+    admit(policy, *range(10))
+    for slot in range(5):
+        policy.touch(slot)
+        policy.touch(slot)
+    admit(policy, *range(10, 30))
+    gone = [leave(policy) for _ in range(15)]
+    assert set(gone).isdisjoint(range(5))
+
+
+def test_a_single_use_is_not_enough_to_pass_the_sieve():
+    policy = S3Fifo(CAPACITY_BYTES)
+    admit(policy, 0, 1)
+    policy.touch(0)
+    assert leave(policy) == 0
+
+
+def test_what_left_lately_skips_the_sieve_when_it_comes_back():
+    policy = S3Fifo(CAPACITY_BYTES)
+    admit(policy, *range(20))
+    gone = leave(policy)
+    admit(policy, gone)
+    admit(policy, *range(20, 40))
+    order = leave_all(policy)
+    assert order.index(gone) > order.index(25)
+
+
+def test_what_was_deleted_and_not_evicted_is_a_newcomer_when_it_comes_back():
+    policy = S3Fifo(CAPACITY_BYTES)
+    admit(policy, *range(20))
+    gone = leave(policy, evicted=False)
+    admit(policy, gone)
+    admit(policy, *range(20, 40))
+    order = leave_all(policy)
+    assert order.index(gone) < order.index(20)
+
+
+def fill_main(policy: S3Fifo, *slots: int, size_bytes: int = 10) -> None:
+    """Admit *slots* to the main queue: they have left before."""
+    for slot in slots:
+        admit(policy, slot, size_bytes=size_bytes)
+        policy.forget(slot, fingerprint(slot), evicted=True)
+        admit(policy, slot, size_bytes=size_bytes)
+
+
+def test_every_use_gives_another_round_in_the_main_queue_up_to_three():
+    policy = S3Fifo(CAPACITY_BYTES)
+    fill_main(policy, 0, 1, 2)
+    for _ in range(9):
+        policy.touch(0)
+    policy.touch(1)
+    assert leave_all(policy) == [2, 1, 0]
+
+
+def test_the_main_queue_gives_way_while_newcomers_are_within_their_tenth():
+    policy = S3Fifo(CAPACITY_BYTES)
+    fill_main(policy, 0, 1, size_bytes=100)
+    admit(policy, 2, size_bytes=100)
+    assert leave(policy) == 0
+
+
+def test_newcomers_leave_although_all_of_the_main_queue_is_held():
+    policy = S3Fifo(CAPACITY_BYTES)
+    fill_main(policy, *range(7), size_bytes=100)
+    admit(policy, 7, size_bytes=100)
+    for _ in range(7):
+        policy.postpone(policy.candidate())
+    assert leave(policy) == 7
+
+
+def test_with_every_eviction_one_that_was_held_is_tried_again():
+    policy = S3Fifo(CAPACITY_BYTES)
+    fill_main(policy, 0, 1)
+    admit(policy, 2, 3)
+    policy.postpone(0)
+    policy.postpone(1)
+    assert leave_all(policy) == [2, 0, 1, 3]
+
+
+# --- the parts --------------------------------------------------------------------------
+
+
+def test_a_queue_lets_go_from_anywhere():
+    links = Links()
+    links.cover(9)
+    queue = Queue(links)
+    for slot in (3, 1, 9, 0):
+        queue.push(slot)
+    queue.remove(1)
+    queue.remove(3)
+    queue.remove(0)
+    assert (queue.head, queue.tail, queue.count) == (9, 9, 1)
+    queue.remove(9)
+    assert (queue.head, queue.tail, queue.count) == (NO_SLOT, NO_SLOT, 0)
+
+
+def test_a_slot_of_another_queue_cannot_be_removed():
+    links = Links()
+    links.cover(2)
+    first, second = Queue(links), Queue(links)
+    first.push(0)
+    second.push(1)
+    with pytest.raises(AssertionError, match="in this queue"):
+        first.remove(1)
+
+
+def test_a_ghost_is_recognised_once_and_only_within_its_span():
+    ghost = Ghost(4)
+    ghost.add(fingerprint(1))
+    assert not ghost.take(fingerprint(2), 10)
+    assert ghost.take(fingerprint(1), 10)
+    assert not ghost.take(fingerprint(1), 10)
+    ghost.add(fingerprint(1))
+    for slot in range(2, 12):
+        ghost.add(fingerprint(slot))
+    assert not ghost.take(fingerprint(1), 10)
+
+
+def test_a_newer_ghost_takes_the_place_of_an_older_one_that_shares_it():
+    ghost = Ghost(4)
+    ghost.add(1 << 40 | 5)
+    ghost.add(2 << 40 | 5)
+    assert not ghost.take(1 << 40 | 5, 10)
+    assert ghost.take(2 << 40 | 5, 10)
+
+
+def test_an_unknown_policy_is_refused():
+    with pytest.raises(AssertionError, match="fifo2"):
+        make_policy("fifo2", 1)
