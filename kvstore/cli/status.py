@@ -1,0 +1,84 @@
+"""`kvstore status` for people."""
+
+from __future__ import annotations
+
+from kvstore.cli.tables import align
+from kvstore.protocol.messages import ArenaStats, DaemonStats
+from kvstore.units import round_size
+
+_DURATION_STEPS = ((86_400, "d"), (3_600, "h"), (60, "min"))
+
+
+def render(stats: DaemonStats) -> str:
+    """Return *stats* as a few paragraphs; counters that are still zero are left out."""
+    paragraphs = [_summary(stats), _tiers(stats)]
+    if stats.namespaces:
+        paragraphs.append(_namespaces(stats))
+    counted = [(name, f"{count:,}") for name, count in stats.counters.items() if count]
+    if counted:
+        paragraphs.append(align(counted, right={1}))
+    return "\n\n".join("\n".join(lines) for lines in paragraphs)
+
+
+def _summary(stats: DaemonStats) -> list[str]:
+    held = f"{stats.sessions} sessions, {stats.leases} leases, {stats.reservations} reservations"
+    rows = [
+        ("daemon", f"kvstore {stats.version}, {stats.state}, pid {stats.pid}"),
+        ("up", _rough_duration(stats.uptime_seconds)),
+        ("socket", stats.socket),
+        ("memory", f"{round_size(stats.resident_bytes)} resident"),
+        ("arena", _arena(stats.arena)),
+        ("in use", held),
+    ]
+    return align(rows)
+
+
+def _arena(arena: ArenaStats) -> str:
+    backed = 100 * arena.prefaulted_bytes // max(arena.size_bytes, 1)
+    huge_pages = "on" if arena.huge_pages else "off"
+    return (
+        f"{arena.kind}, {round_size(arena.size_bytes)}, {backed}% backed, huge pages {huge_pages}"
+    )
+
+
+def _tiers(stats: DaemonStats) -> list[str]:
+    rows = [("tier", "capacity", "used", "", "largest free", "chunks")]
+    for tier in stats.tiers:
+        share = 100 * tier.used_bytes / max(tier.capacity_bytes, 1)
+        rows.append(
+            (
+                tier.tier,
+                round_size(tier.capacity_bytes),
+                round_size(tier.used_bytes),
+                f"{share:.0f}%",
+                round_size(tier.largest_free_bytes),
+                f"{tier.chunks:,}",
+            )
+        )
+    return align(rows, right={1, 2, 3, 4, 5})
+
+
+def _namespaces(stats: DaemonStats) -> list[str]:
+    rows = [("namespace", "model", "group", "dtype", "tokens/chunk", "bytes/chunk", "chunks")]
+    rows += [
+        (
+            space.namespace[:12],
+            space.model,
+            space.group,
+            space.dtype,
+            str(space.chunk_tokens),
+            round_size(space.chunk_bytes),
+            f"{space.chunks:,}",
+        )
+        for space in stats.namespaces
+    ]
+    lines = align(rows, right={4, 5, 6})
+    hidden = stats.namespaces_count - len(stats.namespaces)
+    return [*lines, f"and {hidden:,} more"] if hidden > 0 else lines
+
+
+def _rough_duration(seconds: float) -> str:
+    for factor, unit in _DURATION_STEPS:
+        if seconds >= factor:
+            return f"{seconds / factor:.1f} {unit}"
+    return f"{seconds:.1f} s"
