@@ -183,7 +183,7 @@ def test_a_manifest_over_its_limit_is_refused_with_both_numbers():
 @given(
     st.binary(max_size=200)
     | st.builds(
-        lambda f: msgspec.json.encode(f),
+        msgspec.json.encode,
         st.dictionaries(
             st.sampled_from([*GOLDEN, *DEFAULTS, "other"]),
             st.none() | st.booleans() | st.integers() | st.text(max_size=5) | st.just([[]]),
