@@ -33,7 +33,7 @@ _UNWANTED: Final = None
 _RECEIVE_TICK_SECONDS: Final = 0.01
 
 
-class _Waiter:
+class Waiter:
     """The place where one reply will be put."""
 
     __slots__ = ("reply", "wake")
@@ -50,7 +50,7 @@ class Connection:
         self.path = path
         self.arena_fd: int | None = None
         self._ids = itertools.count(1)
-        self._waiters: dict[int, _Waiter | None] = {}
+        self._waiters: dict[int, Waiter | None] = {}
         self._frames = FrameReader()
         self._reading = threading.Lock()
         self._sending = threading.RLock()
@@ -79,8 +79,16 @@ class Connection:
         Raises the error that the daemon answered with, or `UnavailableError` when there is
         no answer in time, which also ends the connection.
         """
-        waiter = _Waiter()
+        return self.finish(self.begin(request), kind, timeout_seconds)
+
+    def begin(self, request: m.Request) -> Waiter:
+        """Send *request*; its reply is had from `finish`."""
+        waiter = Waiter()
         self._send(request, waiter)
+        return waiter
+
+    def finish(self, waiter: Waiter, kind: type[Reply], timeout_seconds: float) -> Reply:
+        """Return the reply that *waiter* stands for; see `call`."""
         return checked(self._wait(waiter, timeout_seconds), kind)
 
     def post(self, request: m.Request) -> None:
@@ -91,7 +99,7 @@ class Connection:
         """End the session. Idempotent."""
         self._fail("the connection was closed")
 
-    def _send(self, request: m.Request, waiter: _Waiter | None) -> None:
+    def _send(self, request: m.Request, waiter: Waiter | None) -> None:
         data = frame(request)
         with self._sending:
             if self._failure is not None:
@@ -106,7 +114,7 @@ class Connection:
                 self._fail(f"{self.path}: {error}")
                 raise UnavailableError(f"{self.path}: {error}") from error
 
-    def _wait(self, waiter: _Waiter, timeout_seconds: float) -> m.AnyReply:
+    def _wait(self, waiter: Waiter, timeout_seconds: float) -> m.AnyReply:
         ends_at = time.monotonic() + timeout_seconds
         while waiter.reply is None:
             if self._failure is not None:
@@ -127,7 +135,7 @@ class Connection:
                 waiter.wake.clear()
         return waiter.reply
 
-    def _read_until(self, waiter: _Waiter, ends_at: float) -> None:
+    def _read_until(self, waiter: Waiter, ends_at: float) -> None:
         """Read for all threads until *waiter* has its reply; failures end the connection."""
         while waiter.reply is None and self._failure is None and time.monotonic() < ends_at:
             try:

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from typing import TYPE_CHECKING, NamedTuple, Self
+from collections import deque
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from kvstore.client.chunks import AttachedSpace, LoadedChunks, Vacancy, check_sources
-from kvstore.client.connection import Connection, deadline_ms
-from kvstore.errors import KVStoreError, UnavailableError, from_code
+from kvstore.client.connection import Connection, Waiter, deadline_ms
+from kvstore.errors import UnavailableError, from_code
+from kvstore.limits import MIB
 from kvstore.protocol import messages as m
 from kvstore.transfer.arena import ArenaMapping
 from kvstore.types import Digest, HeadRange, ReserveOutcome
@@ -27,7 +29,10 @@ if TYPE_CHECKING:
     from kvstore.protocol.manifest import Manifest
     from kvstore.transfer.copies import Runs
 
-_TIMEOUT_SECONDS = 5.0
+_TIMEOUT_SECONDS: Final = 5.0
+# A commit costs the daemon some 0.1 ms, in which this many bytes are copied many times over.
+_COMMIT_BYTES: Final = 8 * MIB
+_COMMITS_IN_FLIGHT_MAX: Final = 32
 
 
 class StoreReport(NamedTuple):
@@ -182,32 +187,16 @@ class Space:
         On leaving, what was filled is committed and the rest given back; after an exception
         all of it is given back. Raises the error of the first commit that failed.
         """
-        wanted = heads or self.manifest.all_heads
-        request = m.Reserve(*self._head(), list(digests), parent or b"", *wanted, list(sizes))
-        reserved = self._connection.call(request, m.Reserved, self._timeout_seconds)
-        lengths = sizes or [self.manifest.shard_bytes(wanted)] * len(digests)
-        vacancies = [
-            Vacancy(self.attached, digest, slot, size)
-            for digest, slot, size in zip(digests, reserved.slots, lengths, strict=True)
-        ]
+        vacancies = self._reserve(digests, parent, heads, sizes)
         try:
             yield vacancies
         except BaseException:
-            self._abort([v.reservation for v in vacancies if v.is_reserved])
+            self._abort(vacancies)
             raise
-        self._abort([v.reservation for v in vacancies if v.is_reserved and v.root is None])
-        self.commit([m.Filled(v.reservation, v.root) for v in vacancies if v.root is not None])
-
-    def commit(self, filled: Sequence[m.Filled]) -> None:
-        """Publish filled reservations; raises the error of the first that failed."""
-        if not filled:
-            return
-        request = m.Commit(
-            self._connection.next_id(), deadline_ms(self._timeout_seconds), list(filled)
-        )
-        committed = self._connection.call(request, m.Committed, self._timeout_seconds)
-        for failure in committed.failures:
-            raise from_code(failure.code, failure.message)
+        self._abort([vacancy for vacancy in vacancies if vacancy.root is None])
+        filled = [vacancy for vacancy in vacancies if vacancy.root is not None]
+        if filled:
+            self._finish_commit(self._begin_commit(filled))
 
     def store(
         self,
@@ -217,16 +206,28 @@ class Space:
         parent: Digest | None = None,
         heads: HeadRange | None = None,
     ) -> StoreReport:
-        """Store chunk i from `sources[i]`; what is stored already costs no copy."""
+        """Store chunk i from `sources[i]`; what is stored already costs no copy.
+
+        Chunks are committed in groups, while the next are being copied. Raises the error of
+        the first commit that failed.
+        """
         check_sources(digests, sources)
-        with self.reserve(digests, parent=parent, heads=heads) as vacancies:
-            for vacancy, source in zip(vacancies, sources, strict=True):
-                if vacancy.is_reserved:
+        vacancies = self._reserve(digests, parent, heads, ())
+        todo = [pair for pair in zip(vacancies, sources, strict=True) if pair[0].is_reserved]
+        commits: deque[Waiter] = deque()
+        for start, stop in _groups([vacancy.size_bytes for vacancy, _ in todo]):
+            try:
+                for vacancy, source in todo[start:stop]:
                     vacancy.fill(source)
-        stored = sum(vacancy.is_reserved for vacancy in vacancies)
-        refused = sum(vacancy.outcome is ReserveOutcome.NO_SPACE for vacancy in vacancies)
-        size = sum(vacancy.size_bytes for vacancy in vacancies if vacancy.is_reserved)
-        return StoreReport(stored, len(vacancies) - stored - refused, refused, size)
+                if len(commits) == _COMMITS_IN_FLIGHT_MAX:
+                    self._finish_commit(commits.popleft())
+            except BaseException:
+                self._abort([vacancy for vacancy, _ in todo[start:]])
+                raise
+            commits.append(self._begin_commit([vacancy for vacancy, _ in todo[start:stop]]))
+        for commit in commits:
+            self._finish_commit(commit)
+        return _report(vacancies)
 
     def pin(self, digests: Sequence[Digest], *, hard: bool = False) -> int:
         """Pin the chunks that are present; return their number."""
@@ -247,16 +248,58 @@ class Space:
         number = self.attached.number
         return self._connection.next_id(), deadline_ms(self._timeout_seconds), number
 
-    def _abort(self, reservations: list[int]) -> None:
+    def _reserve(
+        self,
+        digests: Sequence[Digest],
+        parent: Digest | None,
+        heads: HeadRange | None,
+        sizes: Sequence[int],
+    ) -> list[Vacancy]:
+        wanted = heads or self.manifest.all_heads
+        request = m.Reserve(*self._head(), list(digests), parent or b"", *wanted, list(sizes))
+        reserved = self._connection.call(request, m.Reserved, self._timeout_seconds)
+        lengths = sizes or [self.manifest.shard_bytes(wanted)] * len(digests)
+        return [
+            Vacancy(self.attached, digest, slot, size)
+            for digest, slot, size in zip(digests, reserved.slots, lengths, strict=True)
+        ]
+
+    def _begin_commit(self, vacancies: Sequence[Vacancy]) -> Waiter:
+        filled = [m.Filled(v.reservation, v.root) for v in vacancies if v.root is not None]
+        deadline = deadline_ms(self._timeout_seconds)
+        return self._connection.begin(m.Commit(self._connection.next_id(), deadline, filled))
+
+    def _finish_commit(self, commit: Waiter) -> None:
+        committed = self._connection.finish(commit, m.Committed, self._timeout_seconds)
+        for failure in committed.failures:
+            raise from_code(failure.code, failure.message)
+
+    def _abort(self, vacancies: Sequence[Vacancy]) -> None:
+        reservations = [vacancy.reservation for vacancy in vacancies if vacancy.is_reserved]
         if reservations:
-            request = m.Abort(
-                self._connection.next_id(), deadline_ms(self._timeout_seconds), reservations
-            )
+            deadline = deadline_ms(self._timeout_seconds)
             # The session may have ended, and the reservations with it.
-            with contextlib.suppress(KVStoreError):
-                self._connection.post(request)
+            with contextlib.suppress(UnavailableError):
+                self._connection.post(m.Abort(self._connection.next_id(), deadline, reservations))
 
     def _let_go(self, lease: int) -> None:
         request = m.Release(self._connection.next_id(), deadline_ms(self._timeout_seconds), [lease])
         with contextlib.suppress(UnavailableError):
             self._connection.post(request)
+
+
+def _groups(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of runs of *sizes* that are each worth a commit of their own."""
+    start = filled_bytes = 0
+    for position, size in enumerate(sizes, 1):
+        filled_bytes += size
+        if filled_bytes >= _COMMIT_BYTES or position == len(sizes):
+            yield start, position
+            start, filled_bytes = position, 0
+
+
+def _report(vacancies: Sequence[Vacancy]) -> StoreReport:
+    stored = [vacancy for vacancy in vacancies if vacancy.is_reserved]
+    refused = sum(vacancy.outcome is ReserveOutcome.NO_SPACE for vacancy in vacancies)
+    present = len(vacancies) - len(stored) - refused
+    return StoreReport(len(stored), present, refused, sum(v.size_bytes for v in stored))

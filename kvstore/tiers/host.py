@@ -16,7 +16,7 @@ from kvstore.types import Extent, Root, TierKind
 
 Verification = Literal["root", "sample", "full"]
 
-_SAMPLES_MAX: Final = 8
+_SAMPLES_MAX: Final = 2
 
 
 class HostTier:
@@ -24,7 +24,7 @@ class HostTier:
 
     With *checksums*, an extent also has room for the block digests of its bytes, which the
     writer puts there. *verification* says how much of an extent `verify` reads: the table
-    alone ("root"), also eight blocks spread over it ("sample"), or all of it ("full").
+    alone ("root"), also two blocks of it ("sample"), or all of it ("full").
     """
 
     kind: Final = TierKind.HOST
