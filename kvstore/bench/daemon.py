@@ -117,4 +117,4 @@ class BenchDaemon(ChildProcess):
 
 def _serve(settings: dict[str, str]) -> list[str]:
     flags = [flag for path, value in settings.items() for flag in ("--set", f"{path}={value}")]
-    return ["-c", "import sys; from kvstore import app, config; app.run(config.load(None, {}, sys.argv[2::2]))", *flags]
+    return ["-m", "kvstore", "serve", *flags]
