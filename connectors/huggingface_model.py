@@ -94,7 +94,7 @@ def manifest_of(
     config = model.config.get_text_config(decoder=True)
     attention = f"sliding {geometry.window_tokens}" if geometry.window_tokens else "full"
     sides = "+".join(geometry.sides)
-    layers = ",".join(map(str, geometry.layers))
+    layers = _ranges(geometry.layers)
     return Manifest(
         model=type(model).__name__,
         revision=revision,
@@ -144,6 +144,17 @@ def _related(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _canonical_json(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return ascending *numbers* in short: `0-3,5`."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _refuse_unsupported(model: PreTrainedModel) -> None:

@@ -99,7 +99,7 @@ def cells(row: dict[str, Any]) -> tuple[object, ...]:
         f"{row['reused_tokens']:,}",
         f"{without:.3f} s",
         f"{with_:.3f} s",
-        f"{without / with_:.1f}x",
+        f"{without / with_:.1f}x" if row["reused_tokens"] else "miss",
         f"{row['bytes_stored'] / 2**20:.1f} MiB",
         "yes" if row["same_tokens"] else "NO",
         "yes" if row["same_bits"] else "NO",
@@ -110,7 +110,7 @@ def print_notes() -> None:
     """Say what the columns mean."""
     print(
         """
-without      the whole prompt is computed
+without      the whole prompt is computed (taken in the first process)
 with         look-up and load from the daemon, then the rest is computed
 same tokens  the answers are equal with and without
 same bits    the first logits equal those of the engine alone, continuing its own cache of

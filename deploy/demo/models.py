@@ -59,6 +59,6 @@ class Shape:
 # 4,080 bytes and a question make a prompt of which 4,096 tokens can be reused.
 SHAPES: Final = {
     "tiny": Shape("0.8M", 128, 256, 4, 4, 2, document_bytes=1_000, chunk_tokens=64),
-    "small": Shape("32M", 512, 2_048, 8, 8, 4, document_bytes=8_140),
+    "small": Shape("32M", 512, 2_048, 8, 8, 4, document_bytes=6_128),
     "large": Shape("205M", 1_024, 4_096, 13, 16, 8, document_bytes=4_080),
 }
