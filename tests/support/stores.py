@@ -49,7 +49,7 @@ class Engine:
     def __init__(self, store: Store, manifest: Manifest, session: int = 1) -> None:
         self.store = store
         self.session = SessionId(session)
-        self.space: Namespace = store.open_namespace(manifest)
+        self.space: Namespace = store.enter(manifest)
         self.manifest = manifest
         self.now = 0.0
 
