@@ -58,6 +58,9 @@ LEASE_TTL_MIN_SECONDS: Final = 1.0
 LEASE_TTL_MAX_SECONDS: Final = 3600.0
 
 # --- client ----------------------------------------------------------------------------
+# Reserving and committing take the daemon some 10 us a chunk, during which it serves nobody
+# else; a client asks for no more than this at once.
+CHUNKS_PER_TRANSFER_MAX: Final = 256
 PROBE_INTERVAL_MIN_SECONDS: Final = 0.05
 PROBE_INTERVAL_MAX_SECONDS: Final = 2.0
 

@@ -14,7 +14,7 @@ import socket
 import time
 from typing import TYPE_CHECKING, Final, Self, TypeVar
 
-from kvstore.client.chunks import AttachedSpace, LoadedChunks, Vacancy
+from kvstore.client.chunks import AttachedSpace, LoadedChunks, Vacancy, check_digests
 from kvstore.client.connection import checked, deadline_ms
 from kvstore.errors import FrameError, KVStoreError, UnavailableError, from_code
 from kvstore.protocol import messages as m
@@ -235,7 +235,9 @@ class AsyncSpace:
         timeout_seconds = timeout_seconds or self._timeout_seconds
         deadline = deadline_ms(timeout_seconds * 0.9 if wait else timeout_seconds)
         request_id, number = self._connection.next_id(), self.attached.number
-        request = m.Lookup(request_id, deadline, number, list(digests), window, wait, lease)
+        request = m.Lookup(
+            request_id, deadline, number, check_digests(digests), window, wait, lease
+        )
         return await self._connection.call(request, m.Found, timeout_seconds)
 
     async def load(
@@ -244,7 +246,7 @@ class AsyncSpace:
         """Lease the leading chunks present and return them, with the shards that hold *heads*."""
         wanted = heads or self.manifest.all_heads
         asked_at = time.monotonic()
-        request = m.Load(*self._head(), list(digests), *wanted)
+        request = m.Load(*self._head(), check_digests(digests), *wanted)
         loaded = await self._connection.call(request, m.Loaded, self._timeout_seconds)
         return LoadedChunks(
             self.attached,
@@ -271,7 +273,7 @@ class AsyncSpace:
     ) -> AsyncIterator[list[Vacancy]]:
         """Reserve room for consecutive chunks; see `kvstore.client.sync.Space.reserve`."""
         wanted = heads or self.manifest.all_heads
-        request = m.Reserve(*self._head(), list(digests), parent or b"", *wanted)
+        request = m.Reserve(*self._head(), check_digests(digests), parent or b"", *wanted)
         reserved = await self._connection.call(request, m.Reserved, self._timeout_seconds)
         size = self.manifest.shard_bytes(wanted)
         vacancies = [
@@ -290,17 +292,17 @@ class AsyncSpace:
 
     async def pin(self, digests: Sequence[Digest], *, hard: bool = False) -> int:
         """Pin the chunks that are present; return their number."""
-        request = m.Pin(*self._head(), list(digests), hard)
+        request = m.Pin(*self._head(), check_digests(digests), hard)
         return (await self._connection.call(request, m.Done, self._timeout_seconds)).count
 
     async def unpin(self, digests: Sequence[Digest]) -> int:
         """End the pins on chunks; return how many had one."""
-        request = m.Unpin(*self._head(), list(digests))
+        request = m.Unpin(*self._head(), check_digests(digests))
         return (await self._connection.call(request, m.Done, self._timeout_seconds)).count
 
     async def delete(self, digests: Sequence[Digest]) -> m.Done:
         """Remove chunks; those in use are counted as busy and stay."""
-        request = m.Delete(*self._head(), list(digests))
+        request = m.Delete(*self._head(), check_digests(digests))
         return await self._connection.call(request, m.Done, self._timeout_seconds)
 
     async def _commit(self, filled: Sequence[m.Filled]) -> None:

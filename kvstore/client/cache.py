@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, Self, TypeVar
 
@@ -11,9 +12,10 @@ from kvstore.client.breaker import Breaker
 from kvstore.client.sync import Client, Space, StoreReport
 from kvstore.config import default_socket_path
 from kvstore.errors import ChecksumError, KVStoreError, UnavailableError
+from kvstore.limits import CHUNKS_PER_TRANSFER_MAX, KEYS_PER_REQUEST_MAX
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from kvstore.protocol.manifest import Manifest
     from kvstore.transfer.copies import Runs
@@ -76,18 +78,26 @@ class PrefixCache:
         With *window* w > 0: the largest n such that chunks [n - w, n) are all present, the
         rule for sliding-window layers.
         """
-        if not digests:
-            return 0
-        return self._ask(lambda space: space.lookup(digests, window=window).hits, 0)
+        if window:
+            return self._lookup_window(digests, window)
+        hits = 0
+        for start, batch in _batches(digests, KEYS_PER_REQUEST_MAX):
+            hits += self._ask(partial(_lookup, batch, 0), 0)
+            if hits < start + len(batch):
+                break
+        return hits
 
     def load(self, digests: Sequence[Digest], targets: Sequence[Runs]) -> int:
         """Copy chunk i to `targets[i]`; return how many leading ones are whole and right.
 
         Targets behind those may hold anything.
         """
-        if not digests:
-            return 0
-        return self._ask(lambda space: _load(space, digests, targets), 0)
+        loaded = 0
+        for start, batch in _batches(digests, CHUNKS_PER_TRANSFER_MAX):
+            loaded += self._ask(partial(_load, batch, targets[start : start + len(batch)]), 0)
+            if loaded < start + len(batch):
+                break
+        return loaded
 
     def store(
         self, digests: Sequence[Digest], sources: Sequence[Runs], *, parent: Digest | None = None
@@ -96,15 +106,28 @@ class PrefixCache:
 
         Reports what was kept; nothing, while there is no daemon.
         """
-        if not digests:
-            return _NOTHING_STORED
-        return self._ask(
-            lambda space: space.store(digests, sources, parent=parent), _NOTHING_STORED
-        )
+        stored = _NOTHING_STORED
+        for start, batch in _batches(digests, CHUNKS_PER_TRANSFER_MAX):
+            some = sources[start : start + len(batch)]
+            report = self._ask(partial(_store, batch, some, parent), _NOTHING_STORED)
+            stored = StoreReport(*(a + b for a, b in zip(stored, report, strict=True)))
+            parent = batch[-1]
+        return stored
 
     def close(self) -> None:
         """End the session. Idempotent."""
         self._breaker.close()
+
+    def _lookup_window(self, digests: Sequence[Digest], window: int) -> int:
+        """Look from the end, request by request, overlapping by what a window may reach back."""
+        stop = len(digests)
+        while stop > 0:
+            start = max(0, stop - KEYS_PER_REQUEST_MAX)
+            found = self._ask(partial(_lookup, digests[start:stop], window), 0)
+            if found >= window or start == 0:
+                return start + found if found else 0
+            stop = start + window - 1
+        return 0
 
     def _ask(self, question: Callable[[Space], Answer], miss: Answer) -> Answer:
         link = self._breaker.link
@@ -131,7 +154,23 @@ class PrefixCache:
         return _Link(client, space.with_timeout(self._timeout_seconds))
 
 
-def _load(space: Space, digests: Sequence[Digest], targets: Sequence[Runs]) -> int:
+def _batches(digests: Sequence[Digest], most: int) -> Iterator[tuple[int, Sequence[Digest]]]:
+    """Yield at most *most* digests at a time, with the position of the first."""
+    for start in range(0, len(digests), most):
+        yield start, digests[start : start + most]
+
+
+def _lookup(digests: Sequence[Digest], window: int, space: Space) -> int:
+    return space.lookup(digests, window=window).hits
+
+
+def _store(
+    digests: Sequence[Digest], sources: Sequence[Runs], parent: Digest | None, space: Space
+) -> StoreReport:
+    return space.store(digests, sources, parent=parent)
+
+
+def _load(digests: Sequence[Digest], targets: Sequence[Runs], space: Space) -> int:
     with space.load(digests) as loaded:
         whole = 0
         for chunk, target in zip(loaded.chunks, targets, strict=False):

@@ -12,6 +12,7 @@ import numpy as np
 
 from kvstore.errors import ChecksumError, LeaseError, RequestError, ReservationError
 from kvstore.hashing import Digests64, root_of, table_offset
+from kvstore.limits import KEYS_PER_REQUEST_MAX
 from kvstore.transfer.copies import Runs, digest_blocks, gather, scatter
 from kvstore.types import Digest, HeadRange, ReserveOutcome, Root
 
@@ -240,6 +241,15 @@ def _take_heads(
     target[:, start - wanted.start : stop - wanted.start] = source[
         :, start - shard.heads.start : stop - shard.heads.start
     ]
+
+
+def check_digests(digests: Sequence[Digest]) -> list[bytes]:
+    """Return *digests* as a request takes them; raises `RequestError` on none or too many."""
+    if not 1 <= len(digests) <= KEYS_PER_REQUEST_MAX:
+        raise RequestError(
+            f"{len(digests)} digests in one request, must be 1 to {KEYS_PER_REQUEST_MAX}"
+        )
+    return list(digests)
 
 
 def check_sources(digests: Sequence[Digest], sources: Sequence[Runs]) -> None:

@@ -14,10 +14,10 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
-from kvstore.client.chunks import AttachedSpace, LoadedChunks, Vacancy, check_sources
+from kvstore.client.chunks import AttachedSpace, LoadedChunks, Vacancy, check_digests, check_sources
 from kvstore.client.connection import Connection, Waiter, deadline_ms
 from kvstore.errors import UnavailableError, from_code
-from kvstore.limits import MIB
+from kvstore.limits import CHUNKS_PER_TRANSFER_MAX, MIB
 from kvstore.protocol import messages as m
 from kvstore.transfer.arena import ArenaMapping
 from kvstore.types import Digest, HeadRange, ReserveOutcome
@@ -145,7 +145,7 @@ class Space:
             self._connection.next_id(),
             deadline,
             self.attached.number,
-            list(digests),
+            check_digests(digests),
             window,
             wait,
             lease,
@@ -156,7 +156,7 @@ class Space:
         """Lease the leading chunks present and return them, with the shards that hold *heads*."""
         wanted = heads or self.manifest.all_heads
         asked_at = time.monotonic()
-        request = m.Load(*self._head(), list(digests), *wanted)
+        request = m.Load(*self._head(), check_digests(digests), *wanted)
         loaded = self._connection.call(request, m.Loaded, self._timeout_seconds)
         return LoadedChunks(
             self.attached,
@@ -231,17 +231,17 @@ class Space:
 
     def pin(self, digests: Sequence[Digest], *, hard: bool = False) -> int:
         """Pin the chunks that are present; return their number."""
-        request = m.Pin(*self._head(), list(digests), hard)
+        request = m.Pin(*self._head(), check_digests(digests), hard)
         return self._connection.call(request, m.Done, self._timeout_seconds).count
 
     def unpin(self, digests: Sequence[Digest]) -> int:
         """End the pins on chunks; return how many had one."""
-        request = m.Unpin(*self._head(), list(digests))
+        request = m.Unpin(*self._head(), check_digests(digests))
         return self._connection.call(request, m.Done, self._timeout_seconds).count
 
     def delete(self, digests: Sequence[Digest]) -> m.Done:
         """Remove chunks; those in use are counted as busy and stay."""
-        request = m.Delete(*self._head(), list(digests))
+        request = m.Delete(*self._head(), check_digests(digests))
         return self._connection.call(request, m.Done, self._timeout_seconds)
 
     def _head(self) -> tuple[int, int, int]:
@@ -256,7 +256,9 @@ class Space:
         sizes: Sequence[int],
     ) -> list[Vacancy]:
         wanted = heads or self.manifest.all_heads
-        request = m.Reserve(*self._head(), list(digests), parent or b"", *wanted, list(sizes))
+        request = m.Reserve(
+            *self._head(), check_digests(digests), parent or b"", *wanted, list(sizes)
+        )
         reserved = self._connection.call(request, m.Reserved, self._timeout_seconds)
         lengths = sizes or [self.manifest.shard_bytes(wanted)] * len(digests)
         return [
@@ -293,7 +295,8 @@ def _groups(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
     start = filled_bytes = 0
     for position, size in enumerate(sizes, 1):
         filled_bytes += size
-        if filled_bytes >= _COMMIT_BYTES or position == len(sizes):
+        is_full = filled_bytes >= _COMMIT_BYTES or position - start == CHUNKS_PER_TRANSFER_MAX
+        if is_full or position == len(sizes):
             yield start, position
             start, filled_bytes = position, 0
 
