@@ -7,7 +7,6 @@ Synchronous and without a clock of its own: *now* is an argument, in seconds, mo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from itertools import groupby
 from typing import NamedTuple
 
 from kvstore.errors import ChecksumError, RequestError, TooLargeError
@@ -123,7 +122,7 @@ class Store:
             slots = self.index.leading(space, digests)
             hits = len(slots)
         arriving = self._count_arriving(space, digests, hits)
-        tiers = [(bits, sum(1 for _ in run)) for bits, run in groupby(self.index.tiers(slots))]
+        tiers = _run_lengths(self.index.tiers(slots))
         self.counters.lookup_chunks_ready += hits
         self.counters.lookup_chunks_arriving += arriving
         self.counters.lookup_chunks_miss += len(digests) - hits - arriving
@@ -454,6 +453,16 @@ class Store:
             raise RequestError(
                 f"a parent digest of {len(parent)} bytes, {DIGEST_SIZE_BYTES} needed"
             )
+
+
+def _run_lengths(tiers: bytes) -> list[tuple[int, int]]:
+    """Return (tier bits, chunks) for every run of equal bytes."""
+    runs: list[tuple[int, int]] = []
+    while tiers:
+        rest = tiers.lstrip(tiers[:1])
+        runs.append((tiers[0], len(tiers) - len(rest)))
+        tiers = rest
+    return runs
 
 
 def fingerprint(digest: Digest) -> int:
