@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, Self, TypeAlias
 
@@ -74,7 +75,7 @@ class PrefixReuse:
         model: PreTrainedModel,
         *,
         chunk_tokens: int = CHUNK_TOKENS_DEFAULT,
-        socket: str | None = None,
+        socket: Path | str | None = None,
         revision: str | None = None,
         timeout_seconds: float = 0.05,
         open_cache: OpenCache | None = None,

@@ -76,6 +76,8 @@ def observe(model: PreTrainedModel) -> list[Geometry]:
     """
     _refuse_unsupported(model)
     cache = DynamicCache(config=model.config)
+    for index, layer in enumerate(cache.layers):
+        _refuse_state_without_tokens(index, layer)
     token = torch.zeros((1, 1), dtype=torch.long, device=model.device)
     with torch.inference_mode():
         model(input_ids=token, past_key_values=cache, use_cache=True)
@@ -181,15 +183,18 @@ def _rope_types(parameters: object) -> Iterator[str]:
             yield from _rope_types(nested)
 
 
-def _planes_of(index: int, layer: Any) -> Iterable[tuple[tuple[object, ...], Plane]]:
-    """Yield the planes of one layer, each with what its group has in common."""
-    if isinstance(layer, DummyLayer):
-        return
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer):
+def _refuse_state_without_tokens(index: int, layer: object) -> None:
+    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
         raise RequestError(
             f"layer {index} keeps its state in {type(layer).__name__}; only full and sliding-window"
             " attention can be cut into chunks of tokens"
         )
+
+
+def _planes_of(index: int, layer: Any) -> Iterable[tuple[tuple[object, ...], Plane]]:
+    """Yield the planes of one layer, each with what its group has in common."""
+    if isinstance(layer, DummyLayer):
+        return
     if not layer.is_initialized or layer.get_seq_length() != 1:
         raise RequestError(f"layer {index} does not keep its KV in the cache it is given")
     window = layer.sliding_window if layer.is_sliding else 0

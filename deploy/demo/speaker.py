@@ -72,7 +72,9 @@ def main() -> None:
     # The first answer of a process pays for its threads; that is no part of a turn.
     answer(model, torch.zeros((1, 64), dtype=torch.long), DynamicCache(config=model.config))
     hold = hold_first if arguments.role == "first" else hold_second
-    with PrefixReuse(model, chunk_tokens=shape.chunk_tokens, socket=arguments.socket) as prefixes:
+    options = {"chunk_tokens": shape.chunk_tokens, "socket": arguments.socket}
+    # Patient, because both processes may share a busy machine.
+    with PrefixReuse(model, timeout_seconds=1.0, **options) as prefixes:
         hold(model, shape, prefixes, arguments.reference)
 
 

@@ -106,7 +106,8 @@ class Bench:
         settings = ["tiers.host.capacity=512MiB", f"tiers.host.checksum={checksum}"]
         with running_daemon(settings) as (socket, process):
             model, step = self.model, self.chunk_tokens
-            with PrefixReuse(model, chunk_tokens=step, socket=socket) as prefixes:
+            options = {"chunk_tokens": step, "socket": socket, "timeout_seconds": 1.0}
+            with PrefixReuse(model, **options) as prefixes:
                 yield prefixes, process.pid
 
     def measure(self, prefixes: PrefixReuse, rounds: int) -> Times:

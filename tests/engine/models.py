@@ -75,6 +75,46 @@ def gemma3n_shared() -> PreTrainedModel:
     )
 
 
+def gemma4() -> PreTrainedModel:
+    """Full layers have wider heads than sliding ones."""
+    return build(
+        transformers.Gemma4TextConfig(
+            **GQA,
+            sliding_window=40,
+            layer_types=ALTERNATING,
+            global_head_dim=32,
+            vocab_size_per_layer_input=320,
+            hidden_size_per_layer_input=16,
+        )
+    )
+
+
+def llama4_chunked() -> PreTrainedModel:
+    """Attention within blocks of 48 tokens, beside full attention."""
+    return build(
+        transformers.Llama4TextConfig(
+            **GQA,
+            intermediate_size_mlp=96,
+            num_local_experts=2,
+            attention_chunk_size=48,
+            layer_types=["chunked_attention", "full_attention"] * 2,
+        )
+    )
+
+
+def gpt_oss() -> PreTrainedModel:
+    return build(
+        transformers.GptOssConfig(
+            **GQA,
+            num_local_experts=2,
+            num_experts_per_tok=1,
+            sliding_window=48,
+            layer_types=ALTERNATING,
+            rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+        )
+    )
+
+
 def mixtral() -> PreTrainedModel:
     return build(transformers.MixtralConfig(**GQA, num_local_experts=4, num_experts_per_tok=2))
 
@@ -110,10 +150,22 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
         gemma2,
         gemma3,
         gemma3n_shared,
+        gemma4,
+        llama4_chunked,
+        gpt_oss,
         gpt_neox,
         deepseek_v2,
     )
 }
+
+
+def jamba() -> PreTrainedModel:
+    """Every layer is Mamba: not supported."""
+    return build(
+        transformers.JambaConfig(
+            **COMMON, num_key_value_heads=2, attn_layer_offset=7, num_experts=2
+        )
+    )
 
 
 def qwen3_next() -> PreTrainedModel:

@@ -1,8 +1,8 @@
 """Prefix reuse for transformers models, against a store in memory.
 
-The oracle is the engine itself: a prompt computed as "prefix, then suffix" in one plain
-`DynamicCache` must give the same bits as "loaded prefix, then suffix". (One forward pass over
-everything gives other rounding: matrix products are summed in another order.)
+The oracle is the engine itself: its own plain `DynamicCache` of what was stored, cut back to the
+prefix and continued, must give the same bits as the loaded prefix, continued. (Another split of
+the same tokens into passes rounds differently: matrix products are summed in another order.)
 """
 
 from __future__ import annotations
@@ -45,9 +45,14 @@ def compute(model: PreTrainedModel, ids: torch.Tensor, past: DynamicCache) -> to
         return model(ids[:, past.get_seq_length() :], past_key_values=past).logits
 
 
-def split_prefill(model: PreTrainedModel, ids: torch.Tensor, prefix: int) -> torch.Tensor:
+def engine_alone(
+    model: PreTrainedModel, stored: torch.Tensor, ids: torch.Tensor, prefix: int
+) -> torch.Tensor:
+    """Compute *stored* in one pass, cut back to *prefix*, go on with *ids*; return the logits."""
     past = DynamicCache(config=model.config)
-    compute(model, ids[:, :prefix], past)
+    past.activate_past_recording()
+    compute(model, stored, past)
+    past.crop(prefix - stored.shape[1])
     return compute(model, ids, past)
 
 
@@ -73,7 +78,7 @@ def test_a_loaded_prefix_gives_the_same_bits_as_the_engines_own(model, store):
     past = reuse(model, store).begin(ids)
 
     assert past.report.reused_tokens == past.get_seq_length() == 144
-    assert torch.equal(compute(model, ids, past), split_prefill(model, ids, 144))
+    assert torch.equal(compute(model, ids, past), engine_alone(model, ids[:, :144], ids, 144))
 
 
 def test_generate_gives_the_same_tokens(model, store):
@@ -97,7 +102,7 @@ def test_every_prefix_of_a_longer_stored_prompt_is_reused(model, store):
         past = prefixes.begin(part)
         prefix = (length - 1) // CHUNK_TOKENS * CHUNK_TOKENS
         assert past.report.reused_tokens == prefix
-        assert torch.equal(compute(model, part, past), split_prefill(model, part, prefix))
+        assert torch.equal(compute(model, part, past), engine_alone(model, ids, part, prefix))
 
 
 @pytest.mark.parametrize("make", [models.llama, models.gemma3], ids=lambda make: make.__name__)
@@ -184,7 +189,7 @@ def test_a_sliding_window_needs_only_its_last_chunks(store):
         del store.chunks[key]
     past = prefixes.begin(ids)
     assert past.report.reused_tokens == 144
-    assert torch.equal(compute(model, ids, past), split_prefill(model, ids, 144))
+    assert torch.equal(compute(model, ids, past), engine_alone(model, ids, ids, 144))
 
 
 def test_groups_agree_on_the_longest_prefix_that_all_can_serve(store):
@@ -233,7 +238,7 @@ def test_half_precision_is_kept_as_it_is(store, dtype):
     remember(prefixes, model, ids[:, :144])
     past = prefixes.begin(ids)
     assert past.report.reused_tokens == 144
-    assert torch.equal(compute(model, ids, past), split_prefill(model, ids, 144))
+    assert torch.equal(compute(model, ids, past), engine_alone(model, ids[:, :144], ids, 144))
 
 
 OTHER_MODELS = {
@@ -313,9 +318,51 @@ def test_a_model_in_training_is_refused(store):
         prefixes.begin(prompt(40))
 
 
-def test_linear_attention_is_refused(store):
+@pytest.mark.parametrize("make", [models.qwen3_next, models.jamba], ids=lambda make: make.__name__)
+def test_linear_attention_is_refused(make, store):
     with pytest.raises(RequestError, match="layer 0 keeps its state in LinearAttentionLayer"):
-        reuse(models.qwen3_next(), store)
+        reuse(make(), store)
+
+
+def test_an_encoder_decoder_is_refused(store):
+    model = models.llama()
+    model.config.is_encoder_decoder = True
+    with pytest.raises(RequestError, match="only decoders have prefixes"):
+        reuse(model, store)
+
+
+def test_attention_in_both_directions_is_refused(store):
+    model = models.gemma3()
+    model.config.use_bidirectional_attention = True
+    with pytest.raises(RequestError, match="attends in both directions"):
+        reuse(model, store)
+
+
+def test_weights_that_are_not_in_memory_need_a_name(store):
+    with pytest.raises(RequestError, match="pass revision="):
+        reuse(models.llama().to("meta"), store)
+
+
+@pytest.mark.parametrize("inference", [True, False])
+def test_a_prefix_loaded_in_one_mode_serves_another(inference, store):
+    model, ids = models.gemma3(), prompt(150)
+    prefixes = reuse(model, store)
+    remember(prefixes, model, ids)
+    with torch.inference_mode(inference):
+        past = prefixes.begin(ids)
+    with torch.inference_mode(not inference):
+        tokens = generate(model, ids, past_key_values=past)
+    assert torch.equal(tokens, generate(model, ids))
+
+
+def test_reset_forgets_the_prefix(store):
+    model, ids = models.gemma3(), prompt(150)
+    prefixes = reuse(model, store)
+    remember(prefixes, model, ids)
+    past = prefixes.begin(ids)
+    past.reset()
+    own = DynamicCache(config=model.config)
+    assert torch.equal(compute(model, ids, past), compute(model, ids, own))
 
 
 def test_rope_that_moves_old_positions_is_refused(store):
@@ -346,14 +393,18 @@ def test_what_was_never_computed_is_not_stored(store):
 def test_a_cropped_cache_stores_only_what_is_left(store):
     model, ids = models.gemma3(), prompt(100)
     prefixes = reuse(model, store)
+    own = DynamicCache(config=model.config)
+    own.activate_past_recording()
     with prefixes.begin(ids) as past:
-        compute(model, ids[:, :36], past)
-        past.crop(-10)
-        assert past.get_seq_length() == 26
-        compute(model, ids[:, :39], past)
+        for cache in (past, own):
+            compute(model, ids[:, :36], cache)
+            cache.crop(-10)
+            assert cache.get_seq_length() == 26
+            compute(model, ids[:, :39], cache)
     assert past.report.chunks_stored == 2 * 2
     later = prefixes.begin(ids[:, :39])
-    assert torch.equal(compute(model, ids[:, :39], later), split_prefill(model, ids[:, :39], 32))
+    own.crop(-7)
+    assert torch.equal(compute(model, ids[:, :39], later), compute(model, ids[:, :39], own))
 
 
 def test_beams_are_never_stored(store):

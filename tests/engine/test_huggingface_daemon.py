@@ -15,7 +15,7 @@ from deploy.demo.daemon import running_daemon
 from kvstore.connectors.huggingface import PrefixReuse
 from tests.engine import models
 from tests.engine.damage import scramble
-from tests.engine.test_huggingface import compute, generate, prompt, remember, split_prefill
+from tests.engine.test_huggingface import compute, engine_alone, generate, prompt, remember
 
 CHUNK_TOKENS = 16
 
@@ -52,7 +52,7 @@ def test_another_session_reuses_what_one_has_stored(family, shared):
     with shared.open(model) as reader:
         past = reader.begin(ids)
         assert past.report.reused_tokens == 144
-        assert torch.equal(compute(model, ids, past), split_prefill(model, ids, 144))
+        assert torch.equal(compute(model, ids, past), engine_alone(model, ids[:, :144], ids, 144))
         with reader.begin(ids) as past:
             tokens = generate(model, ids, past_key_values=past)
         assert torch.equal(tokens, generate(model, ids))
@@ -80,7 +80,7 @@ def test_a_damaged_chunk_ends_the_hit_and_is_recomputed(make, damaged, daemon):
 
         prefix = damaged * CHUNK_TOKENS
         assert past.report.reused_tokens == prefix
-        assert torch.equal(compute(model, ids, past), split_prefill(model, ids, prefix))
+        assert torch.equal(compute(model, ids, past), engine_alone(model, ids, ids, prefix))
         with prefixes.begin(ids) as past:
             assert torch.equal(generate(model, ids, past_key_values=past), generate(model, ids))
 
@@ -93,7 +93,7 @@ def test_without_checksums_damaged_bytes_change_the_logits():
         assert scramble(started[1].pid, sample_of_chunk(model, ids, 5)) == 1
         past = prefixes.begin(ids)
         assert past.report.reused_tokens == 144
-        assert not torch.equal(compute(model, ids, past), split_prefill(model, ids, 144))
+        assert not torch.equal(compute(model, ids, past), engine_alone(model, ids, ids, 144))
 
 
 def test_no_daemon_is_a_miss(tmp_path):
@@ -117,7 +117,7 @@ def test_a_daemon_that_dies_is_a_miss(daemon):
         daemon.process.wait()
 
         # What was loaded before stays good; nothing can be stored or found any more.
-        assert torch.equal(compute(model, ids, past), split_prefill(model, ids, 80))
+        assert torch.equal(compute(model, ids, past), engine_alone(model, ids[:, :80], ids, 80))
         assert past.finish().chunks_stored == 0
         with prefixes.begin(ids) as past:
             assert torch.equal(generate(model, ids, past_key_values=past), generate(model, ids))
