@@ -54,13 +54,16 @@ Command = Callable[[argparse.Namespace], int]
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; wrong usage raises `SystemExit(2)`."""
     words = list(sys.argv[1:] if argv is None else argv)
+    status: int
     try:
         # A benchmark reads its own arguments.
         if len(words) > 1 and words[0] == "bench" and words[1] in _BENCHES:
-            return _bench(words[1], words[2:])
-        arguments = _parser().parse_args(words)
-        command: Command = arguments.command
-        return command(arguments)
+            status = _bench(words[1], words[2:])
+        else:
+            arguments = _parser().parse_args(words)
+            status = arguments.command(arguments)
+        sys.stdout.flush()
+        return status
     except KVStoreError as error:
         for line in str(error).splitlines():
             print(f"kvstore: {line}", file=sys.stderr)

@@ -212,8 +212,9 @@ def test_an_interrupt_gives_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["serve"]) == 130
 
 
-def test_a_reader_that_leaves_early_is_no_error() -> None:
-    command = [sys.executable, "-m", "kvstore", "config", "schema"]
+@pytest.mark.parametrize("words", [["config", "schema"], ["version"]])
+def test_a_reader_that_leaves_early_sees_no_traceback(words: list[str]) -> None:
+    command = [sys.executable, "-m", "kvstore", *words]
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
@@ -221,6 +222,7 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
         assert process.stderr is not None
         process.stdout.close()
         assert process.stderr.read() == ""
+    assert process.returncode == 1
 
 
 # --- serve, status -----------------------------------------------------------------------

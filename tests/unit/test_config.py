@@ -206,6 +206,7 @@ BAD_VALUES = [
     ("leases.orphan_grace", '"11min"', "'11min' is out of range; it must be from 0s to 10min"),
     ("server.sessions_max", "0", "0 is out of range; it must be a whole number from 1 to 4096"),
     ("server.sessions_max", "4097", "4097 is out of range; it must be a whole number"),
+    ("server.sessions_max", "1.0", "1.0 is not a whole number; it must be a whole number"),
     ("server.sessions_max", '"many"', "'many' is not a whole number; it must be"),
     ("server.socket_mode", "660", "660 is not accepted; it must be a text of four octal digits"),
     ("server.socket_mode", '"0444"', "'0444' is not accepted; it must be a text of four octal"),
