@@ -33,7 +33,6 @@ class Counters(msgspec.Struct, kw_only=True):
     session_errors: int = 0
     requests: int = 0
     request_errors: int = 0
-    deadlines_missed: int = 0
 
     def as_dict(self) -> dict[str, int]:
         """Return name -> value."""
