@@ -20,6 +20,7 @@ from kvstore.errors import FrameError, KVStoreError, UnavailableError, from_code
 from kvstore.limits import DEADLINE_MAX_MS
 from kvstore.protocol import messages as m
 from kvstore.protocol.framing import FrameReader, frame
+from kvstore.types import BytesLike
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -34,13 +35,34 @@ _RECEIVE_TICK_SECONDS: Final = 0.01
 
 
 class Waiter:
-    """The place where one reply will be put."""
+    """The place where one reply will be put.
 
-    __slots__ = ("reply", "wake")
+    Most threads read their reply themselves; only one that finds another reading has an event
+    made, because that costs more than the rest of a call.
+    """
+
+    __slots__ = ("_event", "reply")
 
     def __init__(self) -> None:
         self.reply: m.AnyReply | None = None
-        self.wake = threading.Event()
+        self._event: threading.Event | None = None
+
+    def sleep(self, seconds: float) -> None:
+        """Return when woken, or after *seconds*; the first time at once.
+
+        Whatever happened before there was an event has woken nobody, so the caller looks at
+        everything again.
+        """
+        if self._event is None:
+            self._event = threading.Event()
+            return
+        self._event.wait(seconds)
+        self._event.clear()
+
+    def wake(self) -> None:
+        """End the sleep of the thread that waits here, if it sleeps."""
+        if self._event is not None:
+            self._event.set()
 
 
 class Connection:
@@ -52,6 +74,8 @@ class Connection:
         self._ids = itertools.count(1)
         self._waiters: dict[int, Waiter | None] = {}
         self._frames = FrameReader()
+        # One for all replies: to allocate as much for each costs more than to receive it.
+        self._received = memoryview(bytearray(_RECEIVE_BYTES))
         self._reading = threading.Lock()
         self._sending = threading.RLock()
         self._failure: str | None = None
@@ -131,8 +155,7 @@ class Connection:
                     self._reading.release()
                     self._pass_on()
             else:
-                waiter.wake.wait(left)
-                waiter.wake.clear()
+                waiter.sleep(left)
         return waiter.reply
 
     def _read_until(self, waiter: Waiter, ends_at: float) -> None:
@@ -146,9 +169,11 @@ class Connection:
             except (OSError, FrameError) as error:
                 self._fail(f"{self.path}: {error}")
 
-    def _receive(self) -> bytes:
+    def _receive(self) -> BytesLike:
+        """Return what has come, good until the next call."""
+        data: BytesLike
         if self.arena_fd is not None:
-            data = self._socket.recv(_RECEIVE_BYTES)
+            data = self._received[: self._socket.recv_into(self._received)]
         else:
             data, fds, _, _ = socket.recv_fds(self._socket, _RECEIVE_BYTES, 1)
             if fds:
@@ -164,13 +189,13 @@ class Connection:
         waiter = self._waiters.pop(reply.request_id, _UNWANTED)
         if waiter is not _UNWANTED:
             waiter.reply = reply
-            waiter.wake.set()
+            waiter.wake()
 
     def _pass_on(self) -> None:
         """Wake the others: one of them reads on, or all learn of the failure."""
         for waiter in list(self._waiters.values()):
             if waiter is not _UNWANTED:
-                waiter.wake.set()
+                waiter.wake()
 
     def _fail(self, reason: str) -> None:
         if self._failure is None:
