@@ -85,6 +85,7 @@ def speak(role: str, name: str, socket: Path, reference: Path) -> Iterator[dict[
                 yield json.loads(line)
         except BaseException:
             process.terminate()
+            process.wait()
             raise
     if process.returncode:
         sys.exit(f"the {role} process failed")

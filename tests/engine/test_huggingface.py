@@ -13,10 +13,11 @@ import pytest
 import torch
 from transformers import DynamicCache, PreTrainedModel
 
+from kvstore.connectors import huggingface_groups
 from kvstore.connectors.huggingface import PrefixReuse
 from kvstore.errors import RequestError
 from tests.engine import models
-from tests.engine.standin import MemoryStore
+from tests.engine.standin import MemoryCache, MemoryStore
 
 CHUNK_TOKENS = 16
 
@@ -405,6 +406,62 @@ def test_a_cropped_cache_stores_only_what_is_left(store):
     later = prefixes.begin(ids[:, :39])
     own.crop(-7)
     assert torch.equal(compute(model, ids[:, :39], later), compute(model, ids[:, :39], own))
+
+
+def test_a_cache_cropped_into_its_loaded_prefix_stores_nothing(store):
+    """What comes next would be taken for the tokens that were cropped."""
+    model, ids = models.gemma3(), prompt(100)
+    prefixes = reuse(model, store)
+    remember(prefixes, model, ids[:, :20])
+    with prefixes.begin(ids) as past:
+        past.activate_past_recording()
+        past.crop(-4)
+        compute(model, ids, past)
+        past.crop(-1)
+    sliding = [found for found in store.manifests.values() if "sliding" in found.group]
+    assert [key for key, _ in store.chunks].count(sliding[0].namespace_id()) == 1
+
+
+def test_finish_stores_once(store):
+    model, ids = models.gemma3(), prompt(100)
+    with reuse(model, store).begin(ids) as past:
+        compute(model, ids, past)
+        report = past.finish()
+    assert report.chunks_stored == 12
+    assert past.finish() == past.report == report
+
+
+def test_chunks_that_never_load_are_given_up(store, monkeypatch):
+    model, ids = models.llama(), prompt(100)
+    prefixes = reuse(model, store)
+    remember(prefixes, model, ids)
+    asked = []
+
+    def fail(self, digests, targets):
+        asked.append(len(digests))
+        return len(digests) - 1
+
+    monkeypatch.setattr(MemoryCache, "load", fail)
+    assert reused(prefixes, ids) == 0
+    assert asked == [6, 5, 4]
+
+
+def test_where_the_host_cannot_write_chunks_land_in_its_memory_first(store, monkeypatch):
+    # The same memory under another name: what a GPU's tensors go through.
+    monkeypatch.setattr(huggingface_groups, "_HOST", torch.device("cpu", 0))
+    model, ids = models.gemma3(), prompt(150)
+    prefixes = reuse(model, store)
+    remember(prefixes, model, ids)
+    past = prefixes.begin(ids)
+    assert past.report.reused_tokens == 144
+    assert torch.equal(compute(model, ids, past), engine_alone(model, ids, ids, 144))
+
+
+def test_a_model_that_ignores_the_cache_is_refused(store, monkeypatch):
+    model = models.llama()
+    monkeypatch.setattr(model, "forward", lambda **_: None)
+    with pytest.raises(RequestError, match="layer 0 does not keep its KV"):
+        reuse(model, store)
 
 
 def test_beams_are_never_stored(store):
