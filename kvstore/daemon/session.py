@@ -10,8 +10,9 @@ import asyncio
 import logging
 import os
 import socket
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, assert_never, cast
+from typing import TYPE_CHECKING, NamedTuple, assert_never, cast
 
 from kvstore.daemon.peers import PeerProcess, credentials_of
 from kvstore.errors import (
@@ -28,6 +29,7 @@ from kvstore.limits import (
     ATTACHMENTS_PER_SESSION_MAX,
     EXTENTS_PER_REPLY_MAX,
     HELLO_DEADLINE_SECONDS,
+    WRITE_BUFFER_MAX_BYTES,
 )
 from kvstore.protocol import messages as m
 from kvstore.protocol.framing import FrameReader, frame
@@ -42,6 +44,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _RETRY_SECONDS = 0.001
+# How long a session that ends may take to read why.
+_FAREWELL_SECONDS = 1.0
+
+
+class _Wait(NamedTuple):
+    """A look-up that waits for the chunk *digest*, which is being written."""
+
+    timer: asyncio.TimerHandle
+    space: Namespace
+    digest: Digest
+    changed: Callable[[], None]
 
 
 class Session(asyncio.Protocol):
@@ -55,9 +68,11 @@ class Session(asyncio.Protocol):
         self._store = server.store
         self._machine = SessionMachine()
         self._reader = FrameReader()
+        self._frames: Iterator[bytes] = iter(())
+        self._is_heard = True
         self._spaces: list[Namespace] = []
         self._arena_sent = False
-        self._waits: dict[int, asyncio.TimerHandle] = {}
+        self._waits: dict[int, _Wait] = {}
         self._transport: asyncio.Transport
         self._socket: socket.socket
         self._closing = False
@@ -67,6 +82,7 @@ class Session(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Judge the peer; an unwelcome one is told why and closed."""
         self._transport = cast("asyncio.Transport", transport)
+        self._transport.set_write_buffer_limits(high=WRITE_BUFFER_MAX_BYTES)
         # uvloop shows a stand-in for the socket; a duplicate of the descriptor is a real one.
         self._socket = socket.socket(fileno=os.dup(transport.get_extra_info("socket").fileno()))
         peer = credentials_of(self._socket)
@@ -80,9 +96,8 @@ class Session(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Free all that the session held."""
-        for timer in self._waits.values():
-            timer.cancel()
-        self._waits.clear()
+        for request_id in list(self._waits):
+            self._end_wait(request_id)
         for space in self._spaces:
             self._store.leave(space)
         self._socket.close()
@@ -90,19 +105,28 @@ class Session(asyncio.Protocol):
         self._server.ended(self)
 
     def pause_writing(self) -> None:
-        """Stop reading a client that does not read its replies."""
+        """Stop answering, and so reading, a client that does not read its replies."""
+        self._is_heard = False
         self._transport.pause_reading()
 
     def resume_writing(self) -> None:
-        """Read on."""
-        if not self._closing:
+        """Go on where it stopped."""
+        self._is_heard = True
+        self._work()
+        if self._is_heard and not self._closing:
             self._transport.resume_reading()
 
     def data_received(self, data: bytes) -> None:
         """Answer all requests that *data* completes; what breaks the protocol ends the session."""
+        self._frames = self._reader.feed(data)
+        self._work()
+
+    def _work(self) -> None:
+        """Answer the requests that are here, for as long as the answers are read."""
         try:
-            for body in self._reader.feed(data):
-                if self._closing:
+            while self._is_heard and not self._closing:
+                body = next(self._frames, None)
+                if body is None:
                     return
                 self._receive(m.decode_request(body))
         except ProtocolError as error:
@@ -248,24 +272,31 @@ class Session(asyncio.Protocol):
         blocking = self._store.arriving_next(space, _digests(request.digests), request.window)
         if blocking is None:
             return False
-        if request.request_id not in self._waits:
-            timer = self._server.loop.call_later(
-                request.deadline_ms / 1000, self._finish_wait, request
-            )
-            self._waits[request.request_id] = timer
-        self._store.watch(space, blocking, partial(self._resume, request))
+        waiting = self._waits.get(request.request_id)
+        timer = waiting.timer if waiting else self._make_timer(request)
+        changed = partial(self._resume, request)
+        self._store.watch(space, blocking, changed)
+        self._waits[request.request_id] = _Wait(timer, space, blocking, changed)
         return True
 
+    def _make_timer(self, request: m.Lookup) -> asyncio.TimerHandle:
+        return self._server.loop.call_later(request.deadline_ms / 1000, self._finish_wait, request)
+
     def _resume(self, request: m.Lookup) -> None:
-        if request.request_id in self._waits and not self._park(request):
+        if not self._park(request):
             self._finish_wait(request)
 
     def _finish_wait(self, request: m.Lookup) -> None:
-        self._waits.pop(request.request_id).cancel()
+        self._end_wait(request.request_id)
         try:
             self._reply(self._found(request))
         except KVStoreError as error:
             self._reply(_error(request.request_id, error))
+
+    def _end_wait(self, request_id: int) -> None:
+        wait = self._waits.pop(request_id)
+        wait.timer.cancel()
+        self._store.unwatch(wait.space, wait.digest, wait.changed)
 
     def _load(self, request: m.Load) -> m.Loaded:
         space = self._space(request.space)
@@ -313,11 +344,13 @@ class Session(asyncio.Protocol):
         """Send *reply* and the arena's descriptor with it, once all earlier replies are out."""
         if self._closing:
             return
-        if self._transport.get_write_buffer_size():
+        try:
+            if self._transport.get_write_buffer_size():
+                raise BlockingIOError  # as the socket itself would say
+            sent = socket.send_fds(self._socket, [reply], [self._store.host.arena.fd])
+        except BlockingIOError:
             self._server.loop.call_later(_RETRY_SECONDS, self._send_with_arena, reply)
             return
-        try:
-            sent = socket.send_fds(self._socket, [reply], [self._store.host.arena.fd])
         except OSError as error:
             self._fail(0, ProtocolError(f"the arena could not be passed: {error.strerror}"))
             return
@@ -335,6 +368,7 @@ class Session(asyncio.Protocol):
         self._send(_error(request_id, error))
         self._closing = True
         self._transport.close()
+        self._server.loop.call_later(_FAREWELL_SECONDS, self._transport.abort)
 
     def _expect_hello(self) -> None:
         if self._machine.state is SessionState.NEW:

@@ -79,7 +79,7 @@ class Store:
         self._policy = policy
         self._spaces: dict[NamespaceId, Namespace] = {}
         self._orphans: dict[SessionId, list[Extent]] = {}
-        self._watchers: dict[tuple[int, Digest], list[Callable[[], None]]] = {}
+        self._watchers: dict[tuple[int, Digest], dict[Callable[[], None], None]] = {}
 
     # --- namespaces ---------------------------------------------------------------------
 
@@ -288,7 +288,14 @@ class Store:
 
     def watch(self, space: Namespace, digest: Digest, changed: Callable[[], None]) -> None:
         """Call *changed* once, when the arriving chunk *digest* is published or given up."""
-        self._watchers.setdefault((space.number, digest), []).append(changed)
+        self._watchers.setdefault((space.number, digest), {})[changed] = None
+
+    def unwatch(self, space: Namespace, digest: Digest, changed: Callable[[], None]) -> None:
+        """End a watch; nothing happens when *changed* has been called."""
+        watchers = self._watchers.get((space.number, digest), {})
+        watchers.pop(changed, None)
+        if not watchers:
+            self._watchers.pop((space.number, digest), None)
 
     # --- the law ------------------------------------------------------------------------
 

@@ -490,6 +490,22 @@ def test_a_watcher_is_told_once_when_a_chunk_arrives_or_is_given_up(store, engin
     assert told == [end]
 
 
+def test_a_watch_that_has_ended_is_told_nothing_and_leaves_nothing(store, engine):
+    first, second = make_digests(2)
+    places = engine.reserve([first, second])
+    told = []
+    watches = [lambda n=n: told.append(n) for n in range(3)]
+    for digest, changed in zip([first, first, second], watches, strict=True):
+        store.watch(engine.space, digest, changed)
+    store.unwatch(engine.space, first, watches[0])
+    store.unwatch(engine.space, second, watches[2])
+    store.unwatch(engine.space, second, watches[2])
+    store.abort(engine.session, [place.reservation for place in places])
+    assert told == [1]
+    store.unwatch(engine.space, first, watches[1])
+    assert not store._watchers
+
+
 # --- counters ---------------------------------------------------------------------------
 
 
