@@ -1,0 +1,41 @@
+"""What all tests share: real daemons, started and stopped."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests.support.daemon import Daemon
+
+StartDaemon = Callable[..., Daemon]
+
+
+@pytest.fixture
+def start_daemon(tmp_path) -> Iterator[StartDaemon]:
+    """Return a function that starts a daemon with settings; all end with the test."""
+    with contextlib.ExitStack() as running:
+        count = 0
+
+        def start(settings: dict[str, object] | None = None, **options: object) -> Daemon:
+            nonlocal count
+            count += 1
+            directory = tmp_path / str(count)
+            directory.mkdir()
+            return running.enter_context(Daemon(directory, settings or {}, **options))
+
+        yield start
+
+
+@pytest.fixture
+def daemon(start_daemon) -> Daemon:
+    """Return a running daemon with the settings of tests."""
+    return start_daemon()
+
+
+@pytest.fixture(scope="module")
+def shared_daemon(tmp_path_factory) -> Iterator[Daemon]:
+    """Return a daemon that all tests of one module use; none may harm it."""
+    with Daemon(tmp_path_factory.mktemp("shared")) as running:
+        yield running
