@@ -42,6 +42,9 @@ class ChildProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
         self._process.terminate()
         try:
             self._process.wait(_STOP_SECONDS_MAX)
@@ -65,6 +68,7 @@ class ChildProcess:
         while not is_ready():
             if self._process.poll() is not None or time.monotonic() > ends_at:
                 words = self._log.read_text(errors="replace").strip()
+                self._stop()
                 raise UnavailableError(f"the bench's own process did not start: {words[-2000:]}")
             time.sleep(_LOOK_SECONDS)
 

@@ -33,9 +33,11 @@ class EchoProtocol(asyncio.Protocol):
         self._transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Keep *transport*."""
         self._transport = cast("asyncio.Transport", transport)
 
     def data_received(self, data: bytes) -> None:
+        """Answer all requests that *data* completes."""
         self._buffer += data
         while len(self._buffer) >= _HEADER.size:
             length, reply_length = _HEADER.unpack_from(self._buffer)
@@ -50,13 +52,18 @@ class EchoClient:
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.connect(str(path))
+        try:
+            self._socket.connect(str(path))
+        except OSError:
+            self._socket.close()
+            raise
+        self._received = bytearray(_RECEIVE_BYTES)
 
     def call(self, request: bytes, reply_bytes: int) -> None:
         """Send *request*, made by `request_of`, and receive its reply."""
         self._socket.sendall(request)
         while reply_bytes > 0:
-            received = len(self._socket.recv(_RECEIVE_BYTES))
+            received = self._socket.recv_into(self._received)
             assert received, "the echo server is alive"
             reply_bytes -= received
 

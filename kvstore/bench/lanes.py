@@ -74,11 +74,13 @@ class Lane:
 
     def copy_in(self, *, checksums: bool = False) -> Pass:
         """Gather the same bytes to the same places, and nothing else."""
-        return self._timed([partial(self._gather, at, checksums=checksums) for at in self._slices()])
+        gather = partial(self._gather, checksums=checksums)
+        return self._timed([partial(gather, at) for at in self._slices()])
 
     def copy_out(self, *, checksums: bool = False) -> Pass:
         """Scatter the same bytes from the same places, and nothing else."""
-        return self._timed([partial(self._scatter, at, checksums=checksums) for at in self._slices()])
+        scatter = partial(self._scatter, checksums=checksums)
+        return self._timed([partial(scatter, at) for at in self._slices()])
 
     def thin_store(self) -> Pass:
         """Do what no store can do without: a round trip, the copy, a round trip."""

@@ -85,7 +85,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--output", choices=("table", "json"), default="table")
     parser.add_argument("--rounds", type=int, help=f"calls of each kind (default {_ROUNDS})")
-    parser.add_argument("--quick", action="store_true", help="a small index, few calls: a smoke test")
+    parser.add_argument("--quick", action="store_true", help="a small index, few calls")
     return parser.parse_args(argv)
 
 
@@ -115,9 +115,9 @@ def _measure_size(
             for kind in _KINDS:
                 lookups = list(_variants(kind, count, chunks, prefixes))
                 row = _measure_kind(space, echo, lookups, rounds)
-                rows.append({"index_chunks": chunks, "digests": count, "kind": kind, **row})
-    for row in rows:
-        _judge(row)
+                rows.append(
+                    _judged({"index_chunks": chunks, "digests": count, "kind": kind, **row})
+                )
 
 
 def _variants(kind: str, count: int, chunks: int, prefixes: int) -> Iterator[list[Digest]]:
@@ -165,9 +165,7 @@ def _measure_kind(
     }
 
 
-def _echo_call(
-    space: Space, echo: EchoClient, digests: Sequence[Digest]
-) -> Callable[[], None]:
+def _echo_call(space: Space, echo: EchoClient, digests: Sequence[Digest]) -> Callable[[], None]:
     """Return an echo with the sizes of a look-up of *digests* and of its reply."""
     found = space.lookup(digests)
     asked = m.Lookup(found.request_id, 1000, space.attached.number, list(digests))
@@ -184,10 +182,11 @@ def _quantile_ms(seconds: Sequence[float], share: float) -> float:
 # --- judging and printing --------------------------------------------------------------
 
 
-def _judge(row: Figures) -> None:
+def _judged(row: Figures) -> Figures:
     row["over_echo_ms"] = row["p50_ms"] - row["echo_p50_ms"]
     row["limit_ms"] = _OVER_ECHO_MS_MAX[row["digests"]]
     row["verdict"] = _over_echo(row).word
+    return row
 
 
 def _over_echo(row: Figures) -> Verdict:
@@ -206,9 +205,7 @@ def _verdicts(rows: Sequence[Figures], memory: Figures) -> list[Verdict]:
     return [*map(_over_echo, worst), per_chunk]
 
 
-def _print(
-    rows: Sequence[Figures], memory: Sequence[Figures], verdicts: Sequence[Verdict]
-) -> None:
+def _print(rows: Sequence[Figures], memory: Sequence[Figures], verdicts: Sequence[Verdict]) -> None:
     for key, value in report.machine().items():
         print(f"{key}: {value}")
     report.print_heading("One look-up, beside an echo of the same bytes in the same run")

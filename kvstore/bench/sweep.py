@@ -84,12 +84,12 @@ def _sweep_source(
 def _check_bytes(pool: Pool, lane: Lane, used_bytes: int) -> None:
     """Store, wipe, load, compare: the round that warms all pages."""
     used = pool.memory[:used_bytes]
-    before = xxhash.xxh3_64_intdigest(used)
+    before = xxhash.xxh3_64_intdigest(used.data)
     lane.store()
     used[:] = 0
     lane.load()
     lane.clear()
-    assert xxhash.xxh3_64_intdigest(used) == before, "what comes back is what was stored"
+    assert xxhash.xxh3_64_intdigest(used.data) == before, "what comes back is what was stored"
 
 
 def _measure_round(pool: Pool, lane: Lane, stores: Rounds, loads: Rounds) -> None:
@@ -140,7 +140,6 @@ def _row(shape: Shape, source: Source, lane: Lane, direction: str, rounds: Round
     size_bytes = shape.chunk_bytes * lane.batch
     moved_gb = shape.chunk_bytes * len(lane.runs) * len(counted) / 1e9
     calls = [rounds.calls[at] for at in counted]
-    ratios = [rounds.floors[at].seconds / rounds.calls[at].seconds for at in counted]
     return {
         "shape": shape.name,
         "source": source,
@@ -153,9 +152,10 @@ def _row(shape: Shape, source: Source, lane: Lane, direction: str, rounds: Round
         "gb_per_s": size_bytes / seconds / 1e9,
         "floor_ms": _median(rounds.floors, counted) * 1e3,
         "floor_gb_per_s": size_bytes / _median(rounds.floors, counted) / 1e9,
-        "ratio": statistics.median(ratios),
+        "ratio": _share(rounds.floors, rounds.calls, counted),
         "copy_with_checksums_ms": _ms(rounds.with_checksums, counted),
         "thin_ms": _ms(rounds.thin, counted),
+        "thin_ratio": _share(rounds.thin, rounds.calls, counted),
         "client_cpu_s_per_gb": sum(one.client_cpu_seconds for one in calls) / moved_gb,
         "daemon_cpu_s_per_gb": sum(one.daemon_cpu_seconds for one in calls) / moved_gb,
         "rounds_kept": len(kept),
@@ -165,6 +165,13 @@ def _row(shape: Shape, source: Source, lane: Lane, direction: str, rounds: Round
 
 def _median(passes: Sequence[Pass], counted: Sequence[int]) -> float:
     return statistics.median(passes[at].seconds for at in counted)
+
+
+def _share(floors: Sequence[Pass], calls: Sequence[Pass], counted: Sequence[int]) -> float | None:
+    """Return the median share of a call's time that its floor takes, or None without a floor."""
+    if not floors:
+        return None
+    return statistics.median(floors[at].seconds / calls[at].seconds for at in counted)
 
 
 def _ms(passes: Sequence[Pass], counted: Sequence[int]) -> float | None:

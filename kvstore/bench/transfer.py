@@ -41,6 +41,7 @@ _COLUMNS: Final = {
     "verdict": "verdict",
     "copy_with_checksums_ms": "copy + checksums ms",
     "thin_ms": "copy + round trips ms",
+    "thin_ratio": "share of that",
     "client_cpu_s_per_gb": "client CPU s/GB",
     "daemon_cpu_s_per_gb": "daemon CPU s/GB",
     "rounds_kept": "rounds kept",
@@ -89,7 +90,9 @@ def _summary(rows: Sequence[Figures], cold: Figures) -> list[Verdict]:
     for checksums, limit in _RATIO_MIN.items():
         ratios = [row["ratio"] for row in rows if row["checksums"] is checksums]
         kind = "with default checksums" if checksums else "without checksums"
-        verdicts.append(Verdict(f"share of the floor {kind}, worst row", limit, min(ratios), "more"))
+        verdicts.append(
+            Verdict(f"share of the floor {kind}, worst row", limit, min(ratios), "more")
+        )
     small = [
         row
         for row in rows
