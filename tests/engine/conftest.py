@@ -7,6 +7,8 @@ import os
 
 import pytest
 
+from tests.engine.standin import MemoryStore
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 # The engines' libraries are large and no part of the core: without them there is nothing here.
@@ -21,3 +23,9 @@ def _one_thread() -> None:
         import torch
 
         torch.set_num_threads(1)
+
+
+@pytest.fixture
+def store() -> MemoryStore:
+    """An empty store in memory."""
+    return MemoryStore()

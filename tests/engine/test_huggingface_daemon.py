@@ -15,9 +15,7 @@ from deploy.demo.daemon import running_daemon
 from kvstore.connectors.huggingface import PrefixReuse
 from tests.engine import models
 from tests.engine.damage import scramble
-from tests.engine.test_huggingface import compute, engine_alone, generate, prompt, remember
-
-CHUNK_TOKENS = 16
+from tests.engine.oracle import CHUNK_TOKENS, compute, engine_alone, generate, prompt, remember
 
 
 class Daemon(NamedTuple):

@@ -1,0 +1,39 @@
+"""What the tests of the vLLM connector share. They run where vLLM is installed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("vllm")
+
+from deploy.demo.daemon import running_daemon
+from tests.engine.vllm import models
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            # Engines start slowly, and warn about much that is not ours.
+            item.add_marker(pytest.mark.timeout(300))
+            item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory) -> Path:
+    return models.save(tmp_path_factory.mktemp("models"), "llama")
+
+
+@pytest.fixture(scope="module")
+def socket() -> Iterator[Path]:
+    with running_daemon(["tiers.host.capacity=512MiB"]) as (path, _):
+        yield path
+
+
+def prompts(count: int, tokens: int, *, seed: int = 0) -> list[list[int]]:
+    """Return *count* prompts of *tokens* tokens that have no prefix in common."""
+    rng = random.Random(seed)
+    return [[rng.randrange(2, 320) for _ in range(tokens)] for _ in range(count)]

@@ -1,0 +1,195 @@
+"""A vLLM engine in a process of its own, so that each test has a fresh one and can end it.
+
+`Engine` is the face in the test; `Driver` is what runs in the other process.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_LOGGING_LEVEL": "INFO",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+_ANSWER_SECONDS_MAX = 240.0
+
+
+class Output(NamedTuple):
+    """What an engine made of one prompt. *logprobs* has (token, logprob) pairs per position."""
+
+    tokens: list[int]
+    logprobs: list[list[tuple[int, float]]]
+    reused: int
+
+
+class Engine:
+    """An engine in another process. Leave the `with` block to end it."""
+
+    def __init__(
+        self,
+        model: Path,
+        *,
+        socket: Path | None = None,
+        dtype: str = "float32",
+        processes: bool = False,
+        extra: dict[str, object] | None = None,
+        **arguments: object,
+    ) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        settings = {"socket": str(socket), **(extra or {})} if socket is not None else None
+        given = dict(model=str(model), dtype=dtype, **arguments)
+        self._process = context.Process(target=_serve, args=(theirs, settings, processes, given))
+        self._process.start()
+        theirs.close()
+        self._answer()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the engine the way an application does."""
+        if self._process.is_alive():
+            self.call("close")
+        self._process.join(60)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def generate(
+        self, prompts: Sequence[Sequence[int]], *, tokens: int = 8, salt: str | None = None
+    ) -> list[Output]:
+        """Return what the engine makes of *prompts*, all at once."""
+        return self.call("generate", [list(prompt) for prompt in prompts], tokens, salt)
+
+    def call(self, name: str, *arguments: object) -> Any:
+        """Run a method of `Driver` and return its result."""
+        self._pipe.send((name, arguments))
+        return self._answer()
+
+    def _answer(self) -> Any:
+        if not self._pipe.poll(_ANSWER_SECONDS_MAX):
+            self._process.kill()
+            raise AssertionError("the engine does not answer")
+        kind, content = self._pipe.recv()
+        if kind == "error":
+            raise EngineError(content)
+        return content
+
+
+class EngineError(Exception):
+    """The other process raised; holds what it said."""
+
+
+def _serve(
+    pipe: Connection, settings: dict[str, object] | None, processes: bool, arguments: dict[str, Any]
+) -> None:
+    os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="1" if processes else "0")
+    driver = None
+    while True:
+        try:
+            if driver is None:
+                driver = Driver(settings, arguments)
+                pipe.send(("ok", None))
+                continue
+            name, given = pipe.recv()
+            pipe.send(("ok", getattr(driver, name)(*given)))
+            if name == "close":
+                return
+        except Exception as error:  # noqa: BLE001  # the test is told
+            pipe.send(("error", f"{type(error).__name__}: {error}"))
+            if driver is None:
+                return
+
+
+class Driver:
+    """Holds the `LLM`; every public method can be called from the test."""
+
+    def __init__(self, settings: dict[str, object] | None, arguments: dict[str, Any]) -> None:
+        from vllm import LLM
+
+        from kvstore.connectors.vllm_launch import transfer_config
+
+        if settings is not None:
+            config = json.loads(transfer_config(None)) | {"kv_connector_extra_config": settings}
+            arguments["kv_transfer_config"] = config
+        defaults = {
+            "enforce_eager": True,
+            "skip_tokenizer_init": True,
+            "max_model_len": 4352,
+            "seed": 0,
+            "disable_log_stats": False,
+        }
+        self.llm = LLM(**(defaults | arguments))
+
+    def generate(self, prompts: list[list[int]], tokens: int, salt: str | None) -> list[Output]:
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0, ignore_eos=True, detokenize=False, max_tokens=tokens, logprobs=5
+        )
+        requests = [{"prompt_token_ids": prompt} for prompt in prompts]
+        for request in requests:
+            if salt is not None:
+                request["cache_salt"] = salt
+        results = self.llm.generate(requests, params, use_tqdm=False)
+        return [_output(result) for result in results]
+
+    def settle(self) -> None:
+        """Let the engine step until every store is finished."""
+        connector = self.scheduler.connector
+        while connector is not None and connector.has_pending_push_work():
+            self.llm.llm_engine.engine_core.get_output()
+
+    def forget(self) -> None:
+        """Drop all that the engine itself has cached."""
+        self.settle()
+        assert self.llm.reset_prefix_cache(), "blocks are still in use"
+
+    def reset(self) -> None:
+        """Forget what is stored, too, as after new weights."""
+        self.settle()
+        assert self.scheduler.reset_prefix_cache(reset_connector=True)
+
+    def free_blocks(self) -> tuple[int, int]:
+        """Return how many blocks are free, and how many there are."""
+        pool = self.scheduler.kv_cache_manager.block_pool
+        return pool.get_num_free_blocks(), pool.num_gpu_blocks - 1
+
+    def counts(self) -> dict[str, int]:
+        """Return what the scheduler's half has counted."""
+        counts = self.scheduler.connector._scheduler.counts
+        return {name: getattr(counts, name) for name in counts.__slots__}
+
+    def tracked(self) -> int:
+        """Return how many requests the scheduler's half still knows."""
+        return len(self.scheduler.connector._scheduler._requests)
+
+    def close(self) -> None:
+        self.llm.llm_engine.engine_core.shutdown()
+
+    @property
+    def scheduler(self) -> Any:
+        return self.llm.llm_engine.engine_core.engine_core.scheduler
+
+
+def _output(result: Any) -> Output:
+    completion = result.outputs[0]
+    logprobs = [
+        [(token, value.logprob) for token, value in position.items()]
+        for position in completion.logprobs
+    ]
+    return Output(list(completion.token_ids), logprobs, result.num_cached_tokens)

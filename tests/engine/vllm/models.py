@@ -1,0 +1,32 @@
+"""Tiny models on disk, seeded, as vLLM serves them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import transformers
+
+COMMON = {
+    "vocab_size": 320,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 8192,
+    "bos_token_id": 1,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+CONFIGS = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}
+
+
+def save(folder: Path, family: str, *, seed: int = 0, **changes: object) -> Path:
+    """Write a model of *family* with weights from *seed* below *folder*; return where."""
+    path = folder / f"{family}-{seed}"
+    torch.manual_seed(seed)
+    config = CONFIGS[family](**(COMMON | changes))
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
