@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
 from pathlib import Path
+from random import Random
 
 import pytest
 
@@ -35,5 +35,5 @@ def socket() -> Iterator[Path]:
 
 def prompts(count: int, tokens: int, *, seed: int = 0) -> list[list[int]]:
     """Return *count* prompts of *tokens* tokens that have no prefix in common."""
-    rng = random.Random(seed)
+    rng = Random(seed)
     return [[rng.randrange(2, 320) for _ in range(tokens)] for _ in range(count)]

@@ -11,7 +11,7 @@ import os
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
@@ -54,7 +54,7 @@ class Engine:
         theirs.close()
         self._answer()
 
-    def __enter__(self) -> Engine:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

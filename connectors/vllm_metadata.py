@@ -1,0 +1,93 @@
+"""What the two halves of the vLLM connector tell each other, once a step.
+
+vLLM carries these objects between its own processes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorMetadata,
+    KVConnectorWorkerMetadata,
+)
+
+from kvstore.types import Digest
+
+NOWHERE = -1
+"""Stands for a block that is not to be written: it holds something else, or does not exist."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive chunks of one KV group, and the engine's blocks that hold them.
+
+    *blocks* are in the order of the tokens, the same number for every chunk. *parent* is the
+    digest before the first.
+    """
+
+    group: int
+    digests: list[Digest]
+    blocks: list[int]
+    parent: Digest | None = None
+
+    @property
+    def real_blocks(self) -> set[int]:
+        """The blocks that exist."""
+        return {block for block in self.blocks if block != NOWHERE}
+
+    def blocks_of(self, start: int, stop: int) -> list[int]:
+        """Return the blocks of chunks [start, stop)."""
+        each = len(self.blocks) // len(self.digests)
+        return self.blocks[start * each : stop * each]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadJob:
+    """Chunks that a request waits for."""
+
+    request_id: str
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreJob:
+    """Chunks that this step completes.
+
+    With *held*, the scheduler keeps their blocks until every rank has reported the job;
+    otherwise they may be reused from the next step on.
+    """
+
+    job_id: int
+    spans: tuple[Span, ...]
+    held: bool
+
+
+@dataclass(slots=True)
+class StepMetadata(KVConnectorMetadata):
+    """What the workers are to do in one step.
+
+    *is_idle* says that no token is computed, so that waiting costs nobody anything.
+    """
+
+    loads: list[LoadJob] = field(default_factory=list)
+    stores: list[StoreJob] = field(default_factory=list)
+    is_idle: bool = False
+
+
+@dataclass(slots=True)
+class WorkerReport(KVConnectorWorkerMetadata):
+    """What has become of jobs: for each store job, how many ranks have finished it.
+
+    *off* says why a rank does not cache, if one does not.
+    """
+
+    finished_stores: dict[int, int] = field(default_factory=dict)
+    off: str = ""
+
+    def aggregate(self, other: WorkerReport) -> WorkerReport:
+        """Return both reports in one."""
+        counts = dict(self.finished_stores)
+        for job_id, ranks in other.finished_stores.items():
+            counts[job_id] = counts.get(job_id, 0) + ranks
+        return WorkerReport(counts, self.off or other.off)

@@ -1,0 +1,329 @@
+"""The scheduler's half of the vLLM connector: what is looked up, loaded and stored, and when.
+
+A request's chunks are looked up in the background as soon as it arrives. What is found is
+loaded into blocks that the request holds meanwhile; what it computes is stored by the step
+that completes it. Blocks that are being stored have a reference of their own, so a request may
+finish, be aborted or be preempted at any time.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from kvstore.connectors.chunks import ChunkCache, Group
+from kvstore.connectors.vllm_holdings import Holdings
+from kvstore.connectors.vllm_keys import RequestKeys
+from kvstore.connectors.vllm_layouts import KVGroup
+from kvstore.connectors.vllm_lookups import Lookup, Lookups
+from kvstore.connectors.vllm_metadata import (
+    NOWHERE,
+    LoadJob,
+    Span,
+    StepMetadata,
+    StoreJob,
+    WorkerReport,
+)
+
+log = logging.getLogger("vllm.kvstore")
+
+_NULL_BLOCK: Final = 0
+# A request whose loads fail is computed after that many.
+_LOADS_MAX: Final = 3
+# A step that computes nothing may wait for answers, so that their thread gets to run.
+_IDLE_WAIT_SECONDS: Final = 0.002
+_EPOCH_BYTES: Final = 16
+
+
+@dataclass(slots=True, eq=False)
+class Tracked:
+    """What is known of one request, in chunks.
+
+    *hit* is what was promised to be loaded, *stored* what needs no storing.
+    """
+
+    request: Any
+    keys: RequestKeys
+    lookup: Lookup | None = None
+    blocks: tuple[list[int], ...] = ()
+    hit: int = 0
+    stored: int = 0
+    loads: int = 0
+    loading: LoadJob | None = None
+    first_loaded: int = 0
+    may_store: bool = True
+
+
+@dataclass(slots=True)
+class Counts:
+    """What the scheduler's half has decided."""
+
+    lookups: int = 0
+    lookups_late: int = 0
+    tokens_asked: int = 0
+    tokens_hit: int = 0
+    stores_skipped: int = 0
+    load_failures: int = 0
+
+
+class SchedulerHalf:
+    """Decides. Never waits for the daemon in a step that computes something."""
+
+    def __init__(
+        self,
+        groups: Sequence[KVGroup],
+        caches: Sequence[ChunkCache],
+        *,
+        ranks: int,
+        store_decoded: bool,
+        lookup_timeout_seconds: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.counts = Counts()
+        self._groups = groups
+        self._chunk_tokens = groups[0].chunk_tokens
+        self._chunk_groups = [
+            Group(cache, group.window) for cache, group in zip(caches, groups, strict=True)
+        ]
+        self._store_decoded = store_decoded
+        self._lookup_timeout_seconds = lookup_timeout_seconds
+        self._clock = clock
+        self._lookups = Lookups(self._chunk_groups, clock)
+        self._requests: dict[str, Tracked] = {}
+        self._loads: list[LoadJob] = []
+        self._holdings = Holdings(ranks)
+        self._last_job = 0
+        self._epoch = b""
+        self._off = ""
+
+    # --- what vLLM asks before a step -------------------------------------------------
+
+    def bind_block_pool(self, pool: Any) -> None:
+        """Take the pool whose blocks are referenced while they are stored."""
+        self._holdings.bind(pool)
+
+    def on_new_request(self, request: Any) -> None:
+        """Begin to look up the chunks of *request*."""
+        tracked = self._track(request)
+        if tracked.lookup is None:
+            self._ask(tracked)
+
+    def matched_tokens(self, request: Any, local_tokens: int) -> int | None:
+        """Return how many tokens beyond *local_tokens* can be loaded; None: ask again.
+
+        Changes nothing that vLLM can see, so it may be asked any number of times.
+        """
+        tracked = self._track(request)
+        chunks = request.num_tokens // self._chunk_tokens
+        tracked.hit = 0
+        if self._off or tracked.loads >= _LOADS_MAX or chunks * self._chunk_tokens <= local_tokens:
+            return 0
+        now = self._clock()
+        if tracked.lookup is None or tracked.lookup.is_stale(now):
+            self._ask(tracked)
+        lookup = tracked.lookup
+        assert lookup is not None, "it was asked just now"
+        if not lookup.is_answered:
+            if not lookup.is_late(now, self._lookup_timeout_seconds):
+                return None
+            self.counts.lookups_late += 1
+            tracked.loads = _LOADS_MAX
+            return 0
+        tracked.hit = lookup.hit
+        return max(0, lookup.hit * self._chunk_tokens - local_tokens)
+
+    def after_allocation(self, request: Any, blocks: tuple[list[int], ...], tokens: int) -> None:
+        """Plan the load of *tokens* tokens, for which *blocks* have been allocated."""
+        tracked = self._track(request)
+        if not tokens:
+            return
+        tracked.stored = max(tracked.stored, tracked.hit)
+        local_tokens = tracked.hit * self._chunk_tokens - tokens
+        job = LoadJob(request.request_id, tuple(self._load_spans(tracked, blocks, local_tokens)))
+        tracked.loads += 1
+        tracked.loading = job
+        tracked.first_loaded = local_tokens // self._chunk_tokens
+        # What it finds next time, after a preemption, is to be looked up anew.
+        tracked.lookup = None
+        self.counts.tokens_hit += tokens
+        self._loads.append(job)
+
+    def build(self, output: Any) -> StepMetadata:
+        """Return what the workers are to do in the step of *output*."""
+        self._follow_blocks(output)
+        stores = [] if self._off else list(self._store_jobs(output))
+        loads, self._loads = self._loads, []
+        is_idle = not output.total_num_scheduled_tokens
+        if is_idle and not loads and self._is_asking():
+            self._lookups.wait_for_progress(_IDLE_WAIT_SECONDS)
+        return StepMetadata(loads, stores, is_idle)
+
+    # --- what vLLM tells after a step ---------------------------------------------------
+
+    def after_step(self, output: Any) -> None:
+        """Let go of blocks whose stores are finished, and learn which loads failed."""
+        report = output.kv_connector_worker_meta
+        if isinstance(report, WorkerReport):
+            self._holdings.let_go(report.finished_stores)
+            if report.off and not self._off:
+                self._off = report.off
+                log.warning("kvstore: caching is off: %s", report.off)
+        invalid = set(output.invalid_block_ids or ())
+        failed = set(getattr(output, "failed_recving", None) or ())
+        for request_id in output.finished_recving or ():
+            tracked = self._requests.get(request_id)
+            if tracked is None or tracked.loading is None:
+                continue
+            blocks = set().union(*(span.real_blocks for span in tracked.loading.spans))
+            tracked.loading = None
+            if request_id in failed or blocks & invalid:
+                self.counts.load_failures += 1
+                # It computes what did not come, and stores that.
+                tracked.stored = tracked.first_loaded
+
+    def request_finished(self, request: Any) -> None:
+        """Forget *request*. Its loads and stores in flight end as they would have."""
+        self._requests.pop(request.request_id, None)
+
+    def has_holdings(self) -> bool:
+        """Whether blocks are held that will be free soon, if steps go on."""
+        return len(self._holdings) > 0
+
+    def reset(self) -> None:
+        """Keep what is computed from now on apart from all that was stored before."""
+        self._epoch = secrets.token_bytes(_EPOCH_BYTES)
+        for tracked in self._requests.values():
+            tracked.may_store = False
+            tracked.loads = _LOADS_MAX
+
+    def close(self) -> None:
+        """End the look-ups and the connections."""
+        self._lookups.close()
+        for group in self._chunk_groups:
+            group.cache.close()
+
+    # --- look-ups and loads ---------------------------------------------------------------
+
+    def _track(self, request: Any) -> Tracked:
+        tracked = self._requests.get(request.request_id)
+        if tracked is None or tracked.request is not request:
+            keys = RequestKeys(request, self._chunk_tokens, self._epoch)
+            tracked = self._requests[request.request_id] = Tracked(request, keys)
+        return tracked
+
+    def _ask(self, tracked: Tracked) -> None:
+        tokens = tracked.request.num_tokens
+        self.counts.lookups += 1
+        self.counts.tokens_asked += tokens
+        tracked.lookup = self._lookups.ask(tracked.keys, tokens // self._chunk_tokens)
+
+    def _missing_from(self, tracked: Tracked) -> int:
+        """Return the first chunk that is not known to be stored."""
+        if tracked.lookup is not None and tracked.lookup.is_answered:
+            return max(tracked.stored, tracked.lookup.hit)
+        return tracked.stored
+
+    def _is_asking(self) -> bool:
+        return any(
+            tracked.lookup is not None and not tracked.lookup.is_answered
+            for tracked in self._requests.values()
+        )
+
+    def _load_spans(
+        self, tracked: Tracked, blocks: tuple[list[int], ...], local_tokens: int
+    ) -> Iterator[Span]:
+        hit = tracked.hit
+        for number, group in enumerate(self._groups):
+            needed = self._chunk_groups[number].first_needed(hit)
+            first = max(needed, local_tokens // self._chunk_tokens)
+            each, local = group.blocks_per_chunk, local_tokens // group.block_tokens
+            targets = [
+                NOWHERE if position < local or block == _NULL_BLOCK else block
+                for position, block in enumerate(blocks[number][: hit * each])
+            ]
+            digests = tracked.keys.up_to(hit)[first:]
+            yield Span(number, digests, targets[first * each :], tracked.keys.before(first))
+
+    # --- stores ---------------------------------------------------------------------------
+
+    def _follow_blocks(self, output: Any) -> None:
+        """Keep the block tables of requests; a resumed request has a new one."""
+        for new in output.scheduled_new_reqs:
+            if tracked := self._requests.get(new.req_id):
+                tracked.blocks = tuple(list(blocks) for blocks in new.block_ids)
+        cached = output.scheduled_cached_reqs
+        for request_id, added in zip(cached.req_ids, cached.new_block_ids, strict=True):
+            tracked = self._requests.get(request_id)
+            if tracked is None or added is None:
+                continue
+            if request_id in cached.resumed_req_ids:
+                tracked.blocks = tuple(list(blocks) for blocks in added)
+            else:
+                for blocks, more in zip(tracked.blocks, added, strict=True):
+                    blocks.extend(more)
+
+    def _store_jobs(self, output: Any) -> Iterator[StoreJob]:
+        """Yield a job for every request that completes chunks in this step."""
+        for request_id, computed in _computed_after(output):
+            tracked = self._requests.get(request_id)
+            if tracked is None or not tracked.may_store:
+                continue
+            request = tracked.request
+            tokens = request.num_tokens if self._store_decoded else request.num_prompt_tokens
+            end = min(computed, tokens) // self._chunk_tokens
+            tracked.stored = self._missing_from(tracked)
+            if end <= tracked.stored:
+                continue
+            spans = tuple(self._store_spans(tracked, output, end))
+            self._last_job += 1
+            held = self._holdings.can_hold
+            if held and not self._holdings.hold(self._last_job, spans):
+                # The other blocks are left to the engine. Tried again in the next step.
+                self.counts.stores_skipped += 1
+                continue
+            tracked.stored = end
+            yield StoreJob(self._last_job, spans, held)
+
+    def _store_spans(self, tracked: Tracked, output: Any, end: int) -> Iterator[Span]:
+        tables = self._block_tables(tracked, output)
+        for number, group in enumerate(self._groups):
+            each = group.blocks_per_chunk
+            for first, stop in _runs_of_whole(tables[number], tracked.stored, end, each):
+                digests = tracked.keys.up_to(stop)[first:]
+                blocks = tables[number][first * each : stop * each]
+                yield Span(number, digests, blocks, tracked.keys.before(first))
+
+    def _block_tables(self, tracked: Tracked, output: Any) -> tuple[list[int], ...]:
+        """Return the blocks of a request; those that have left a window are null."""
+        state = getattr(output, "kv_connector_block_state", None)
+        if state is None:
+            assert not any(group.window for group in self._groups), "windows need current tables"
+            return tracked.blocks
+        return tuple(state.resolve_block_ids(tracked.request.request_id))
+
+
+def _computed_after(output: Any) -> Iterator[tuple[str, int]]:
+    """Yield every scheduled request with the tokens that have KV after the step."""
+    for new in output.scheduled_new_reqs:
+        yield new.req_id, new.num_computed_tokens + output.num_scheduled_tokens[new.req_id]
+    cached = output.scheduled_cached_reqs
+    for request_id, computed in zip(cached.req_ids, cached.num_computed_tokens, strict=True):
+        yield request_id, computed + output.num_scheduled_tokens[request_id]
+
+
+def _runs_of_whole(
+    blocks: Sequence[int], start: int, end: int, each: int
+) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of runs of chunks in [start, end) that have all their blocks."""
+    first = start
+    for chunk in range(start, end):
+        if _NULL_BLOCK in blocks[chunk * each : (chunk + 1) * each]:
+            if first < chunk:
+                yield first, chunk
+            first = chunk + 1
+    if first < end:
+        yield first, end

@@ -1,0 +1,164 @@
+"""The worker's half of the vLLM connector: moves chunks between pages and the daemon.
+
+Nothing here waits in a step that computes something. Every load that was asked for is
+reported as received exactly once, with the blocks that did not come; every store is reported
+as finished exactly once, whatever became of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Final
+
+import torch
+
+from kvstore.connectors.chunks import ChunkCache
+from kvstore.connectors.vllm_layouts import KVGroup, UnsupportedError
+from kvstore.connectors.vllm_metadata import LoadJob, Span, StepMetadata, StoreJob, WorkerReport
+from kvstore.connectors.vllm_pages import GroupPages, self_test
+from kvstore.connectors.vllm_transfers import Transfers, Urgency
+
+log = logging.getLogger("vllm.kvstore")
+
+# A step that computes nothing waits for transfers, so that their thread gets to run.
+_IDLE_WAIT_SECONDS: Final = 0.005
+
+
+@dataclass(slots=True)
+class Received:
+    """Loads that have ended since the last report."""
+
+    requests: set[str] = field(default_factory=set)
+    failed_requests: set[str] = field(default_factory=set)
+    failed_blocks: set[int] = field(default_factory=set)
+
+
+@dataclass(slots=True)
+class TransferCounts:
+    """What the worker's half has moved since the last report."""
+
+    chunks_loaded: int = 0
+    chunks_failed: int = 0
+    chunks_stored: int = 0
+    load_seconds: float = 0.0
+    store_seconds: float = 0.0
+
+
+class WorkerHalf:
+    """Moves. Until pages are registered, and when they fail their test, every load fails."""
+
+    def __init__(self, groups: Sequence[KVGroup], caches: Sequence[ChunkCache]) -> None:
+        self._groups = groups
+        self._caches = caches
+        self._pages: list[GroupPages] = []
+        self._off = ""
+        self._transfers = Transfers()
+        self._lock = threading.Lock()
+        self._received = Received()
+        self._finished_stores: dict[int, int] = {}
+        self._counts = TransferCounts()
+
+    def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
+        """Take the engine's pages, once a test has shown that they are understood."""
+        try:
+            pages = []
+            for group in self._groups:
+                layers = [kv_caches[name] for name in group.layer_names]
+                pages.append(GroupPages(group, layers))
+                self_test(group, layers)
+            self._pages = pages
+        except (UnsupportedError, KeyError) as error:
+            self._off = str(error)
+
+    def start_loads(self, metadata: StepMetadata) -> None:
+        """Begin the loads of a step."""
+        for job in metadata.loads:
+            self._transfers.submit(Urgency.LOAD, partial(self._load, job))
+
+    def start_stores(self, metadata: StepMetadata) -> None:
+        """Begin the stores of a step, whose KV is computed by now."""
+        waits: list[threading.Event] = []
+        for job in metadata.stores:
+            done = threading.Event()
+            self._transfers.submit(Urgency.STORE, partial(self._store, job, done))
+            if not job.held:
+                waits.append(done)
+        for done in waits:
+            done.wait()
+        if metadata.is_idle and self._transfers.unfinished:
+            self._transfers.wait_for_progress(_IDLE_WAIT_SECONDS)
+
+    def take_received(self) -> Received:
+        """Return the loads that have ended since the last call."""
+        with self._lock:
+            received, self._received = self._received, Received()
+            return received
+
+    def take_report(self) -> WorkerReport | None:
+        """Return what the scheduler's half needs to know, if anything."""
+        with self._lock:
+            finished, self._finished_stores = self._finished_stores, {}
+        return WorkerReport(finished, self._off) if finished or self._off else None
+
+    def take_counts(self) -> TransferCounts:
+        """Return what was moved since the last call."""
+        with self._lock:
+            counts, self._counts = self._counts, TransferCounts()
+            return counts
+
+    def close(self) -> None:
+        """Finish what is queued and end the connections. Idempotent."""
+        self._transfers.close()
+        for cache in self._caches:
+            cache.close()
+
+    def _load(self, job: LoadJob) -> None:
+        failed: set[int] = set()
+        loaded, started = 0, time.perf_counter()
+        try:
+            for span in job.spans:
+                good = self._load_span(span)
+                failed |= _blocks_behind(span, good)
+                loaded += good
+        except Exception:
+            log.exception("kvstore: a load failed, its request is computed")
+            failed = set().union(*(span.real_blocks for span in job.spans))
+        with self._lock:
+            self._received.requests.add(job.request_id)
+            if failed:
+                self._received.failed_requests.add(job.request_id)
+                self._received.failed_blocks |= failed
+            self._counts.chunks_loaded += loaded
+            self._counts.chunks_failed += sum(len(span.digests) for span in job.spans) - loaded
+            self._counts.load_seconds += time.perf_counter() - started
+
+    def _load_span(self, span: Span) -> int:
+        if not self._pages:
+            return 0
+        return self._pages[span.group].load(self._caches[span.group], span)
+
+    def _store(self, job: StoreJob, done: threading.Event) -> None:
+        stored, started = 0, time.perf_counter()
+        try:
+            for span in job.spans if self._pages else ():
+                stored += self._pages[span.group].store(self._caches[span.group], span)
+        except Exception:
+            log.exception("kvstore: a store failed")
+        finally:
+            with self._lock:
+                if job.held:
+                    self._finished_stores[job.job_id] = 1
+                self._counts.chunks_stored += stored
+                self._counts.store_seconds += time.perf_counter() - started
+            done.set()
+
+
+def _blocks_behind(span: Span, good: int) -> set[int]:
+    """Return the blocks of *span* behind its first *good* chunks."""
+    rest = span.blocks_of(good, len(span.digests))
+    return set(rest) & span.real_blocks
