@@ -6,24 +6,31 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PIP_VERSION := 26.3
+VLLM := .venv-vllm
+UV_VERSION := 0.13.8
 NATIVE := $(wildcard hatch_build.py transfer/*.c transfer/*.h)
 
-.PHONY: help demo test check coverage lint format bench setup clean
+.PHONY: help demo test test-vllm check coverage lint format bench setup clean
 
 help:
 	@echo "make demo      a real model skips its prefill in a second process"
 	@echo "make test      all tests that need no GPU, with the engines' libraries"
+	@echo "make test-vllm the part of them that runs vLLM engines"
 	@echo "make check     the quick tests: unit, property, protocol"
 	@echo "make coverage  all tests of the daemon and its client, with branch coverage"
 	@echo "make lint      style, types, floors"
 	@echo "make bench     transfer and look-up against floors measured in the same run"
-	@echo "make clean     remove everything that was made here, .venv included"
+	@echo "make clean     remove everything that was made here, the environments included"
 
 demo: $(VENV)/hf.stamp
 	$(BIN)/python deploy/demo/conversation.py
 
-test: $(VENV)/hf.stamp
-	$(BIN)/python -m pytest -m "not gpu"
+test: $(VENV)/hf.stamp $(VLLM)/vllm.stamp
+	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/engine/vllm
+	$(VLLM)/bin/python -m pytest -m "not gpu" tests/engine/vllm
+
+test-vllm: $(VLLM)/vllm.stamp
+	$(VLLM)/bin/python -m pytest -m "not gpu" tests/engine/vllm
 
 check: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest tests/unit tests/property tests/protocol
@@ -49,7 +56,7 @@ bench: $(VENV)/dev.stamp
 setup: $(VENV)/dev.stamp
 
 clean:
-	rm -rf $(VENV) build dist .coverage .coverage.* htmlcov transfer/_copy.so
+	rm -rf $(VENV) $(VLLM) build dist .coverage .coverage.* htmlcov transfer/_copy.so
 	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .grimp_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
@@ -77,4 +84,17 @@ $(VENV)/dev.stamp: $(VENV)/venv.stamp pyproject.toml $(NATIVE)
 $(VENV)/hf.stamp: $(VENV)/dev.stamp
 	$(PIP) torch==2.13.0
 	$(PIP) --group hf-test
+	@touch $@
+
+# A vLLM engine for the CPU, in an environment of its own: it pins much of what it needs.
+# Its torch is a build for machines without a GPU, found where pip is told to look for wheels,
+# or else where uv knows it to be. What exists only for GPUs stays out.
+$(VLLM)/vllm.stamp: $(VENV)/dev.stamp pyproject.toml tests/engine/vllm/excludes.txt $(NATIVE)
+	@$(VLLM)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	@links="$$($(VLLM)/bin/python -m pip config get global.find-links 2>/dev/null)"; \
+	    if [ -n "$$links" ]; then set -- --find-links "$$links"; \
+	    else set -- --torch-backend cpu; fi; \
+	    $(VLLM)/bin/uv pip install --quiet --python $(VLLM)/bin/python "$$@" \
+	        --excludes tests/engine/vllm/excludes.txt --group vllm-test --editable .
 	@touch $@

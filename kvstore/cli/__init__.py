@@ -149,6 +149,14 @@ def _config_schema(_: argparse.Namespace) -> int:
     return OK
 
 
+def _connectors_vllm(arguments: argparse.Namespace) -> int:
+    from kvstore.connectors.vllm_launch import transfer_config
+
+    config = transfer_config(arguments.socket)
+    print(config if arguments.print else f"vllm serve MODEL --kv-transfer-config '{config}'")
+    return OK
+
+
 def _version(_: argparse.Namespace) -> int:
     print(f"kvstore {__version__}")
     return OK
@@ -191,6 +199,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_daemon_options(doctor)
     _add_config_commands(commands)
     _add_bench_commands(commands)
+    _add_connector_commands(commands)
     _add(commands, "version", "print the version", _version)
     return parser
 
@@ -224,6 +233,15 @@ def _add_bench_commands(commands: _Commands[argparse.ArgumentParser]) -> None:
     benches = group.add_subparsers(title="benchmarks", metavar="BENCHMARK", required=True)
     for name, benchmark_text in _BENCHES.items():
         benches.add_parser(name, help=benchmark_text, add_help=False)
+
+
+def _add_connector_commands(commands: _Commands[argparse.ArgumentParser]) -> None:
+    text = "say how an engine is started so that it uses the daemon"
+    group = commands.add_parser("connectors", help=text, description=text, allow_abbrev=False)
+    engines = group.add_subparsers(title="engines", metavar="ENGINE", required=True)
+    vllm = _add(engines, "vllm", "how vLLM is started", _connectors_vllm)
+    vllm.add_argument("--print", action="store_true", help="only the value of --kv-transfer-config")
+    vllm.add_argument("--socket", type=Path, help="the daemon's socket (default: the usual one)")
 
 
 def _add_config_options(parser: argparse.ArgumentParser) -> None:

@@ -378,3 +378,21 @@ def test_a_benchmark_reads_its_own_arguments(monkeypatch: pytest.MonkeyPatch, na
     monkeypatch.setitem(sys.modules, f"kvstore.bench.{name}", bench)
     assert cli.main(["bench", name, "--output", "json", "--help"]) == 1
     assert given == [["--output", "json", "--help"]]
+
+
+def test_connectors_vllm_prints_what_vllm_takes(capsys):
+    assert cli.main(["connectors", "vllm", "--print", "--socket", "/run/x.sock"]) == 0
+    assert json.loads(capsys.readouterr().out) == {
+        "kv_connector": "KVStoreConnector",
+        "kv_connector_module_path": "kvstore.connectors.vllm",
+        "kv_role": "kv_both",
+        "kv_load_failure_policy": "recompute",
+        "kv_connector_extra_config": {"socket": "/run/x.sock"},
+    }
+
+
+def test_connectors_vllm_says_how_to_start_it(capsys):
+    assert cli.main(["connectors", "vllm"]) == 0
+    command, config = capsys.readouterr().out.strip().rstrip("'").split("'")
+    assert command == "vllm serve MODEL --kv-transfer-config "
+    assert "kv_connector_extra_config" not in json.loads(config)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
-from random import Random
 
 import pytest
 
-pytest.importorskip("vllm")
-
 from deploy.demo.daemon import running_daemon
 from tests.engine.vllm import models
+
+if importlib.util.find_spec("vllm") is None:
+    collect_ignore_glob = ["*"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.engine)
             # Engines start slowly, and warn about much that is not ours.
             item.add_marker(pytest.mark.timeout(300))
             item.add_marker(pytest.mark.filterwarnings("ignore"))
@@ -31,9 +33,3 @@ def llama(tmp_path_factory) -> Path:
 def socket() -> Iterator[Path]:
     with running_daemon(["tiers.host.capacity=512MiB"]) as (path, _):
         yield path
-
-
-def prompts(count: int, tokens: int, *, seed: int = 0) -> list[list[int]]:
-    """Return *count* prompts of *tokens* tokens that have no prefix in common."""
-    rng = Random(seed)
-    return [[rng.randrange(2, 320) for _ in range(tokens)] for _ in range(count)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import torch
 import transformers
 
@@ -30,3 +31,9 @@ def save(folder: Path, family: str, *, seed: int = 0, **changes: object) -> Path
     config = CONFIGS[family](**(COMMON | changes))
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
     return path
+
+
+def prompts(count: int, tokens: int, *, seed: int = 0) -> list[list[int]]:
+    """Return *count* prompts of *tokens* tokens that have no prefix in common."""
+    ids = np.random.default_rng(seed).integers(2, COMMON["vocab_size"], (count, tokens))
+    return ids.tolist()

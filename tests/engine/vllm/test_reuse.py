@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.engine.vllm.conftest import prompts
 from tests.engine.vllm.driver import Engine
+from tests.engine.vllm.models import prompts
 
 CHUNK = 256
 
