@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import multiprocessing
 import os
+import signal
+import time
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -30,6 +33,15 @@ class Output(NamedTuple):
     tokens: list[int]
     logprobs: list[list[tuple[int, float]]]
     reused: int
+
+
+class Planned(NamedTuple):
+    """A request, and after how many steps it is aborted (0: never)."""
+
+    name: str
+    prompt: list[int]
+    tokens: int
+    steps: int = 0
 
 
 class Engine:
@@ -118,6 +130,8 @@ def _serve(
 class Driver:
     """Holds the `LLM`; every public method can be called from the test."""
 
+    last_blocks: list[int]
+
     def __init__(self, settings: dict[str, object] | None, arguments: dict[str, Any]) -> None:
         from vllm import LLM
 
@@ -133,6 +147,7 @@ class Driver:
             "seed": 0,
             "disable_log_stats": False,
         }
+        self.in_process = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
         self.llm = LLM(**(defaults | arguments))
 
     def generate(self, prompts: list[list[int]], tokens: int, salt: str | None) -> list[Output]:
@@ -145,8 +160,57 @@ class Driver:
         for request in requests:
             if salt is not None:
                 request["cache_salt"] = salt
+        self._watch_blocks()
         results = self.llm.generate(requests, params, use_tqdm=False)
         return [_output(result) for result in results]
+
+    def first_token(self, prompt: list[int]) -> tuple[float, float]:
+        """Return the seconds until the first token of *prompt*, and this process' CPU seconds."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(temperature=0, detokenize=False, max_tokens=1)
+        wall, cpu = time.perf_counter(), time.process_time()
+        self.llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+        return time.perf_counter() - wall, time.process_time() - cpu
+
+    def churn(self, plan: list[Planned], at_once: int) -> dict[str, list[int]]:
+        """Run the requests of *plan*, *at_once* at a time; return the tokens of the finished.
+
+        A request is aborted when it has seen as many steps as planned.
+        """
+        from vllm import SamplingParams
+
+        engine, waiting = self.llm.llm_engine, list(reversed(plan))
+        steps_left: dict[str, int] = {}
+        finished: dict[str, list[int]] = {}
+        while waiting or steps_left:
+            while waiting and len(steps_left) < at_once:
+                request = waiting.pop()
+                params = SamplingParams(
+                    temperature=0, ignore_eos=True, detokenize=False, max_tokens=request.tokens
+                )
+                engine.add_request(request.name, {"prompt_token_ids": request.prompt}, params)
+                steps_left[request.name] = request.steps
+            for result in engine.step():
+                if result.finished:
+                    finished[result.request_id] = list(result.outputs[0].token_ids)
+                    steps_left.pop(result.request_id, None)
+            for name in [name for name, left in steps_left.items() if left == 1]:
+                engine.abort_request([name])
+                del steps_left[name]
+            for name in steps_left:
+                steps_left[name] -= 1
+        while engine.has_unfinished_requests():
+            engine.step()
+        self.settle()
+        return finished
+
+    def preemptions(self) -> int:
+        """Return how often requests have been preempted."""
+        for metric in self.llm.get_metrics():
+            if metric.name == "vllm:num_preemptions":
+                return int(metric.value)
+        raise AssertionError("vLLM does not count preemptions")
 
     def settle(self) -> None:
         """Let the engine step until every store is finished."""
@@ -178,8 +242,58 @@ class Driver:
         """Return how many requests the scheduler's half still knows."""
         return len(self.scheduler.connector._scheduler._requests)
 
+    def is_connected(self) -> bool:
+        """Whether both halves have found the daemon; steps are not needed for that."""
+        return all(cache.is_connected for cache in self._caches())
+
+    def kill_at(self, moment: str, pid: int) -> None:
+        """Kill process *pid* when next a *moment* ("lookup", "load", "store") comes."""
+        for cache in self._caches():
+            ask = getattr(cache, moment)
+
+            def kill(*arguments: Any, ask: Any = ask, **options: Any) -> Any:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                return ask(*arguments, **options)
+
+            setattr(cache, moment, kill)
+
+    def _caches(self) -> list[Any]:
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        worker = get_kv_transfer_group()._worker
+        groups = self.scheduler.connector._scheduler._chunk_groups
+        return [*worker._caches, *(group.cache for group in groups)]
+
+    def value_sample(self, token: int) -> bytes:
+        """Return the values of *token* of the last prompt, in the last layer, as stored."""
+        layer = self.runner.kv_caches[-1]
+        _, heads, block_tokens, width = layer.shape
+        block = self.last_blocks[token // block_tokens]
+        page = layer[block].reshape(heads, -1)
+        start = (block_tokens + token % block_tokens) * (width // 2)
+        return page[0, start : start + width // 2].numpy().tobytes()
+
     def close(self) -> None:
         self.llm.llm_engine.engine_core.shutdown()
+
+    def _watch_blocks(self) -> None:
+        """Remember the blocks of the last request that was allocated any."""
+        connector = self.scheduler.connector if self.in_process else None
+        if connector is None or hasattr(connector, "watched"):
+            return
+        connector.watched = connector.update_state_after_alloc
+
+        def watch(request: Any, blocks: Any, tokens: int) -> None:
+            (self.last_blocks,) = blocks.get_block_ids()
+            connector.watched(request, blocks, tokens)
+
+        connector.update_state_after_alloc = watch
+
+    @property
+    def runner(self) -> Any:
+        core = self.llm.llm_engine.engine_core.engine_core
+        return core.model_executor.driver_worker.worker.model_runner
 
     @property
     def scheduler(self) -> Any:
