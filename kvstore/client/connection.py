@@ -125,11 +125,11 @@ class Connection:
 
     def _send(self, request: m.Request, waiter: Waiter | None) -> None:
         data = frame(request)
+        if os.getpid() != self._pid:
+            raise UnavailableError("a connection cannot be used across fork; open a new one")
         with self._sending:
             if self._failure is not None:
                 raise UnavailableError(self._failure)
-            if os.getpid() != self._pid:
-                raise UnavailableError("a connection cannot be used across fork; open a new one")
             if waiter is not _UNWANTED:
                 self._waiters[request.request_id] = waiter
             try:
@@ -198,6 +198,11 @@ class Connection:
                 waiter.wake()
 
     def _fail(self, reason: str) -> None:
+        if os.getpid() != self._pid:
+            # A forked child lets go of its copy: the session, and the locks, are its parent's.
+            self._failure = reason
+            self._socket.close()
+            return
         if self._failure is None:
             self._failure = reason
             # Wakes a thread that is reading or sending; that thread then closes the socket.
