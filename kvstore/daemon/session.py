@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple, assert_never, cast
 
 from kvstore.daemon.peers import PeerProcess, credentials_of
@@ -118,7 +119,8 @@ class Session(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Answer all requests that *data* completes; what breaks the protocol ends the session."""
-        self._frames = self._reader.feed(data)
+        # What is left over from before, while its answers were not read, comes first.
+        self._frames = chain(self._frames, self._reader.feed(data))
         self._work()
 
     def _work(self) -> None:
@@ -127,6 +129,7 @@ class Session(asyncio.Protocol):
             while self._is_heard and not self._closing:
                 body = next(self._frames, None)
                 if body is None:
+                    self._frames = iter(())
                     return
                 self._receive(m.decode_request(body))
         except ProtocolError as error:

@@ -28,24 +28,28 @@ class FrameReader:
     trusted any more and the reader must be dropped.
     """
 
-    __slots__ = ("_buffer",)
+    __slots__ = ("_rest",)
 
     def __init__(self) -> None:
-        self._buffer = bytearray()
+        self._rest = bytearray()
 
     def feed(self, data: BytesLike) -> Iterator[bytes]:
         """Yield the bodies of all frames that *data* completes.
 
-        The length is judged as soon as its four bytes are there, before the body is kept.
-        Raises `FrameError` on a length of zero or over the limit.
+        *data* is taken up with the first one asked for. The length is judged as soon as its
+        four bytes are there, before the body is kept. Raises `FrameError` on a length of zero
+        or over the limit.
         """
-        buffer = self._buffer
-        buffer += data
-        start, end = 0, len(buffer)
+        # Whole frames, which nearly all are, are cut from what came without being kept first.
+        source: BytesLike = data
+        if self._rest:
+            self._rest += data
+            source = self._rest
+        start, end = 0, len(source)
         try:
             while end - start >= HEADER_SIZE_BYTES:
                 body = start + HEADER_SIZE_BYTES
-                size = int.from_bytes(buffer[start:body], "little")
+                size = int.from_bytes(source[start:body], "little")
                 if not 0 < size <= FRAME_SIZE_MAX_BYTES:
                     raise FrameError(
                         f"frame of {size} bytes, must lie in [1, {FRAME_SIZE_MAX_BYTES}]"
@@ -53,6 +57,9 @@ class FrameReader:
                 if end - body < size:
                     return
                 start = body + size
-                yield bytes(buffer[body:start])
+                yield bytes(source[body:start])
         finally:
-            del buffer[:start]
+            if source is self._rest:
+                del self._rest[:start]
+            else:
+                self._rest += source[start:]

@@ -50,7 +50,8 @@ class SessionMachine:
         `OrderError` and `VersionError` end the session. `LimitError` refuses the request
         alone. An admitted request is in flight until `answered`.
         """
-        self._check_order(request)
+        if self.state is not SessionState.ATTACHED or isinstance(request, Hello):
+            self._check_order(request)
         if isinstance(request, Hello):
             if request.version != PROTOCOL_VERSION:
                 raise VersionError(
@@ -79,14 +80,10 @@ class SessionMachine:
         return frozenset(self._in_flight)
 
     def _check_order(self, request: AnyRequest) -> None:
-        name = type(request).__name__.lower()
-        if self.state is SessionState.ATTACHED:
-            if isinstance(request, Hello):
-                raise OrderError("a second hello")
-            return
-        if isinstance(request, _ALLOWED_BEFORE_ATTACH[self.state]):
+        """Judge a hello, or anything that comes before attach; behind it, all else may come."""
+        if isinstance(request, _ALLOWED_BEFORE_ATTACH.get(self.state, ())):
             return
         if isinstance(request, Hello):
             raise OrderError("a second hello")
         missing = "hello" if self.state is SessionState.NEW else "attach"
-        raise OrderError(f"{name} before {missing}")
+        raise OrderError(f"{type(request).__name__.lower()} before {missing}")

@@ -74,4 +74,4 @@ def test_a_reader_that_stops_half_way_goes_on_behind_what_it_took():
 def test_a_reader_keeps_no_more_than_what_is_incomplete():
     reader = FrameReader()
     list(reader.feed(framed(bytes(1000)) * 50 + b"\x07\x00"))
-    assert len(reader._buffer) == 2 < HEADER_SIZE_BYTES
+    assert len(reader._rest) == 2 < HEADER_SIZE_BYTES
