@@ -19,12 +19,11 @@ def next_victim(index: Index, policy: EvictionPolicy) -> int:
     is nothing else. The policy's order may change, nothing else does.
     """
     soft = NO_SLOT
+    if index.held == len(index):
+        return NO_SLOT
     for _ in range(2 * len(index)):
-        if index.held == len(index):
-            break
         slot = policy.candidate()
-        if slot == NO_SLOT:
-            break
+        assert slot != NO_SLOT, "the policy knows every chunk of the index"
         leaf = index.leaf_below(slot)
         if not index.is_held(leaf):
             if not index.is_soft_pinned(leaf):
