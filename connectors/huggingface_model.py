@@ -7,25 +7,27 @@ has cached is looked at. The identity covers the configuration and the weights.
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 
 import torch
 import xxhash
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import DynamicCache, PreTrainedModel, cache_utils
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from kvstore.connectors.identity import (
+    LENGTH_DEPENDENT_ROPE,
+    canonical_json,
+    group_name,
+    revision_of,
+    rope_types,
+)
 from kvstore.errors import RequestError
 from kvstore.protocol.manifest import Manifest
 
-# Keys of a configuration that KV does not depend on.
-_UNRELATED: Final = frozenset(
-    {"_name_or_path", "name_or_path", "transformers_version", "architectures", "use_cache", "dtype"}
-)
-# Scalings that change old positions when the text grows: no prefix keeps its KV.
-_LENGTH_DEPENDENT_ROPE: Final = frozenset({"dynamic", "longrope"})
+# What stands in for layers that share the KV of others; older versions have no such class.
+_STAND_INS: Final[Any] = getattr(cache_utils, "DummyLayer", ())
 
 Side = str
 """`"keys"` or `"values"`: the name of the tensor of a cache layer."""
@@ -94,9 +96,6 @@ def manifest_of(
 ) -> Manifest:
     """Return the manifest of one group of *model*."""
     config = model.config.get_text_config(decoder=True)
-    attention = f"sliding {geometry.window_tokens}" if geometry.window_tokens else "full"
-    sides = "+".join(geometry.sides)
-    layers = _ranges(geometry.layers)
     return Manifest(
         model=type(model).__name__,
         revision=revision,
@@ -105,8 +104,8 @@ def manifest_of(
         kv_heads=geometry.heads,
         head_dim=geometry.head_dim,
         chunk_tokens=chunk_tokens,
-        rope=_canonical_json(getattr(config, "rope_parameters", None) or {}),
-        group=f"{attention}; {sides}; layers {layers}",
+        rope=canonical_json(getattr(config, "rope_parameters", None) or {}),
+        group=group_name(geometry.window_tokens, geometry.sides, geometry.layers),
         values="k|v" if len(geometry.sides) == 2 else "k",
     )
 
@@ -118,14 +117,14 @@ def fingerprint(model: PreTrainedModel, *, weights: str | None = None) -> str:
     every tensor is hashed, which reads all of the weights once. The hash guards against
     accidents; it is no proof against somebody who makes weights collide.
     """
-    config = hashlib.sha256(_canonical_json(_related(model.config.to_dict())).encode()).hexdigest()
+    config = model.config.to_dict()
     if weights is not None:
-        return f"config {config[:32]} weights {weights}"
+        return revision_of(config, weights)
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
         digest.update(_content_digest(name, tensor))
-    return f"config {config[:32]} weights sha256-{digest.hexdigest()[:32]}"
+    return revision_of(config, f"sha256-{digest.hexdigest()[:32]}")
 
 
 def _content_digest(name: str, tensor: torch.Tensor) -> bytes:
@@ -135,30 +134,6 @@ def _content_digest(name: str, tensor: torch.Tensor) -> bytes:
     return xxhash.xxh3_128_digest(raw)
 
 
-def _related(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return *config* without what KV does not depend on, nested configurations included."""
-    return {
-        key: _related(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if key not in _UNRELATED
-    }
-
-
-def _canonical_json(value: object) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
-
-
-def _ranges(numbers: Sequence[int]) -> str:
-    """Return ascending *numbers* in short: `0-3,5`."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(str(first) if first == last else f"{first}-{last}" for first, last in runs)
-
-
 def _refuse_unsupported(model: PreTrainedModel) -> None:
     config = model.config.get_text_config(decoder=True)
     name = type(model).__name__
@@ -166,25 +141,17 @@ def _refuse_unsupported(model: PreTrainedModel) -> None:
         raise RequestError(f"{name} is an encoder-decoder; only decoders have prefixes")
     if getattr(config, "use_bidirectional_attention", None):
         raise RequestError(f"{name} attends in both directions; it has no prefixes")
-    for kind in _rope_types(getattr(config, "rope_parameters", None)):
-        if kind in _LENGTH_DEPENDENT_ROPE:
+    for kind in rope_types(getattr(config, "rope_parameters", None)):
+        if kind in LENGTH_DEPENDENT_ROPE:
             raise RequestError(
                 f"rope scaling {kind!r} moves old positions when the text grows,"
                 " so no prefix keeps its KV"
             )
 
 
-def _rope_types(parameters: object) -> Iterator[str]:
-    """Yield every `rope_type` in *parameters*, which may hold one set per kind of layer."""
-    if isinstance(parameters, Mapping):
-        if "rope_type" in parameters:
-            yield str(parameters["rope_type"])
-        for nested in parameters.values():
-            yield from _rope_types(nested)
-
-
 def _refuse_state_without_tokens(index: int, layer: object) -> None:
-    if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer):
+    known = type(layer) in (DynamicLayer, DynamicSlidingWindowLayer)
+    if not known and not isinstance(layer, _STAND_INS):
         raise RequestError(
             f"layer {index} keeps its state in {type(layer).__name__}; only full and sliding-window"
             " attention can be cut into chunks of tokens"
@@ -193,7 +160,7 @@ def _refuse_state_without_tokens(index: int, layer: object) -> None:
 
 def _planes_of(index: int, layer: Any) -> Iterable[tuple[tuple[object, ...], Plane]]:
     """Yield the planes of one layer, each with what its group has in common."""
-    if isinstance(layer, DummyLayer):
+    if isinstance(layer, _STAND_INS):
         return
     if not layer.is_initialized or layer.get_seq_length() != 1:
         raise RequestError(f"layer {index} does not keep its KV in the cache it is given")
