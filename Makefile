@@ -95,6 +95,6 @@ $(VLLM)/vllm.stamp: $(VENV)/dev.stamp pyproject.toml tests/engine/vllm/excludes.
 	@links="$$($(VLLM)/bin/python -m pip config get global.find-links 2>/dev/null)"; \
 	    if [ -n "$$links" ]; then set -- --find-links "$$links"; \
 	    else set -- --torch-backend cpu; fi; \
-	    $(VLLM)/bin/uv pip install --quiet --python $(VLLM)/bin/python "$$@" \
+	    $(VLLM)/bin/uv pip install --quiet --compile-bytecode --python $(VLLM)/bin/python "$$@" \
 	        --excludes tests/engine/vllm/excludes.txt --group vllm-test --editable .
 	@touch $@

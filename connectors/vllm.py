@@ -8,6 +8,7 @@ configuration that contradicts itself stops it, at its start.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ from kvstore.connectors.vllm_manifests import manifests_of
 from kvstore.connectors.vllm_metadata import StepMetadata
 from kvstore.connectors.vllm_scheduler import SchedulerHalf
 from kvstore.connectors.vllm_settings import Settings, read_settings
+from kvstore.connectors.vllm_stats import StoreMetrics, StoreStats, stats_since
 from kvstore.connectors.vllm_worker import Received, WorkerHalf
 from kvstore.errors import KVStoreError
 from kvstore.protocol.manifest import Manifest
@@ -48,6 +50,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: SchedulerHalf | None = None
         self._worker: WorkerHalf | None = None
         self._received = Received()
+        self._reported: dict[str, float] = {}
+        _attribute_hits_to_host(self)
         settings = read_settings(vllm_config.kv_transfer_config.kv_connector_extra_config or {})
         try:
             groups = groups_of(vllm_config, kv_cache_config, settings)
@@ -132,6 +136,27 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
     def get_block_ids_with_load_errors(self) -> set[int]:
         """Return the blocks that did not come, with the requests just reported."""
         return set() if self._has_many_groups() else self._received.failed_blocks
+
+    def get_kv_connector_stats(self) -> StoreStats | None:
+        """Return what this half has done since the last call."""
+        half = self._worker or self._scheduler
+        return None if half is None else stats_since(half.counts, self._reported)
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> StoreStats:
+        """Return the statistics in *data*, on the side that logs them."""
+        return StoreStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: Any,
+        metric_types: Any,
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> StoreMetrics:
+        """Return what adds to vLLM's `/metrics`."""
+        return StoreMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def build_connector_worker_meta(self) -> Any:
         """Return what the scheduler's half needs to know."""
@@ -233,6 +258,14 @@ def _open(
         )
         for manifest in manifests
     ]
+
+
+def _attribute_hits_to_host(connector: Any) -> None:
+    """Say that hits come from host memory, to a vLLM that asks."""
+    with contextlib.suppress(ImportError):
+        from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: PLC0415
+
+        connector._cache_hit_source = CacheHitSource.HOST  # noqa: SLF001
 
 
 def _announce(manifests: Sequence[Manifest], settings: Settings) -> None:

@@ -40,7 +40,7 @@ class Received:
 
 @dataclass(slots=True)
 class TransferCounts:
-    """What the worker's half has moved since the last report."""
+    """What the worker's half has moved."""
 
     chunks_loaded: int = 0
     chunks_failed: int = 0
@@ -53,6 +53,7 @@ class WorkerHalf:
     """Moves. Until pages are registered, and when they fail their test, every load fails."""
 
     def __init__(self, groups: Sequence[KVGroup], caches: Sequence[ChunkCache]) -> None:
+        self.counts = TransferCounts()
         self._groups = groups
         self._caches = caches
         self._pages: list[GroupPages] = []
@@ -61,7 +62,6 @@ class WorkerHalf:
         self._lock = threading.Lock()
         self._received = Received()
         self._finished_stores: dict[int, int] = {}
-        self._counts = TransferCounts()
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Take the engine's pages, once a test has shown that they are understood."""
@@ -105,12 +105,6 @@ class WorkerHalf:
             finished, self._finished_stores = self._finished_stores, {}
         return WorkerReport(finished, self._off) if finished or self._off else None
 
-    def take_counts(self) -> TransferCounts:
-        """Return what was moved since the last call."""
-        with self._lock:
-            counts, self._counts = self._counts, TransferCounts()
-            return counts
-
     def close(self) -> None:
         """Finish what is queued and end the connections. Idempotent."""
         self._transfers.close()
@@ -133,9 +127,9 @@ class WorkerHalf:
             if failed:
                 self._received.failed_requests.add(job.request_id)
                 self._received.failed_blocks |= failed
-            self._counts.chunks_loaded += loaded
-            self._counts.chunks_failed += sum(len(span.digests) for span in job.spans) - loaded
-            self._counts.load_seconds += time.perf_counter() - started
+            self.counts.chunks_loaded += loaded
+            self.counts.chunks_failed += sum(len(span.digests) for span in job.spans) - loaded
+            self.counts.load_seconds += time.perf_counter() - started
 
     def _load_span(self, span: Span) -> int:
         if not self._pages:
@@ -153,8 +147,8 @@ class WorkerHalf:
             with self._lock:
                 if job.held:
                     self._finished_stores[job.job_id] = 1
-                self._counts.chunks_stored += stored
-                self._counts.store_seconds += time.perf_counter() - started
+                self.counts.chunks_stored += stored
+                self.counts.store_seconds += time.perf_counter() - started
             done.set()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import tokenizers
 import torch
 import transformers
 
@@ -37,3 +38,11 @@ def prompts(count: int, tokens: int, *, seed: int = 0) -> list[list[int]]:
     """Return *count* prompts of *tokens* tokens that have no prefix in common."""
     ids = np.random.default_rng(seed).integers(2, COMMON["vocab_size"], (count, tokens))
     return ids.tolist()
+
+
+def save_tokenizer(path: Path) -> None:
+    """Write a tokenizer beside a model: every token is a word."""
+    words = {f"w{token}": token for token in range(COMMON["vocab_size"])}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(path)
