@@ -14,7 +14,7 @@ from kvstore.hashing import block_digests, root_of, table_offset
 from kvstore.protocol import messages as m
 from kvstore.protocol.framing import FrameReader, frame
 from kvstore.protocol.manifest import Manifest
-from kvstore.types import Root
+from kvstore.types import Digest, ReserveOutcome, Root
 from tests.support.waiting import DEADLINE_SECONDS
 
 MINUTE_MS = 60_000
@@ -110,6 +110,23 @@ class RawPeer:
         attached = self.hello().attach(manifest)
         assert isinstance(attached, m.Attached), attached
         return self
+
+    def reserve(self, digest: Digest) -> m.Slot:
+        """Reserve room for one chunk of namespace 0, which must be had."""
+        reserved = self.ask(m.Reserve, 0, [digest])
+        assert isinstance(reserved, m.Reserved), reserved
+        assert reserved.slots[0].outcome == ReserveOutcome.RESERVED
+        return reserved.slots[0]
+
+    def commit(self, slot: m.Slot, root: int) -> list[int]:
+        """Commit one reservation and return the codes of what failed."""
+        committed = self.ask(m.Commit, [m.Filled(slot.reservation, root)])
+        assert isinstance(committed, m.Committed), committed
+        return [failure.code for failure in committed.failures]
+
+    def abort(self, slot: m.Slot) -> None:
+        """Give back one reservation."""
+        assert self.ask(m.Abort, [slot.reservation]) == m.Done(self._last_id, 1)
 
     def write_chunk(self, offset: int, payload: bytes) -> Root:
         """Put *payload* and its checksum table into the arena; return their root."""

@@ -14,7 +14,7 @@ from kvstore.store.store import Place, Store
 from kvstore.tiers.host import HostTier, Verification
 from kvstore.transfer.arena import Arena
 from kvstore.types import Digest, Extent, HeadRange, ReserveOutcome, Root, SessionId
-from tests.support.making import make_payload
+from tests.support.making import make_digests, make_payload
 
 LEASE_TTL_SECONDS = 10.0
 
@@ -106,3 +106,10 @@ def chunks_that_fit(store: Store, manifest: Manifest) -> int:
 def page_aligned(count: int) -> int:
     """Return the bytes of *count* pages."""
     return count * 4 * KIB
+
+
+def fill_up(engine: Engine, prompt: int = 0) -> list[Digest]:
+    """Fill the arena with one prefix and return its digests."""
+    digests = make_digests(chunks_that_fit(engine.store, engine.manifest), prompt)
+    assert set(engine.put(digests)) == {ReserveOutcome.RESERVED}
+    return digests
