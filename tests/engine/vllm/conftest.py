@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,16 +12,23 @@ import pytest
 
 from deploy.demo.daemon import running_daemon
 from tests.engine.vllm import models
+from tests.engine.vllm.driver import ENVIRONMENT
 
 if importlib.util.find_spec("vllm") is None:
     collect_ignore_glob = ["*"]
+else:
+    os.environ.update(ENVIRONMENT)
+    with warnings.catch_warnings():
+        # What engines warn about when they are imported is not ours.
+        warnings.simplefilter("ignore")
+        importlib.import_module("kvstore.connectors.vllm")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.engine)
-            # Engines start slowly, and warn about much that is not ours.
+            # Engines start slowly.
             item.add_marker(pytest.mark.timeout(300))
             item.add_marker(pytest.mark.filterwarnings("ignore"))
 

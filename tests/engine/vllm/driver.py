@@ -21,7 +21,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
     "TORCHDYNAMO_DISABLE": "1",
     "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_LOGGING_LEVEL": "INFO",
+    "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
 _ANSWER_SECONDS_MAX = 240.0
@@ -130,7 +130,7 @@ def _serve(
 class Driver:
     """Holds the `LLM`; every public method can be called from the test."""
 
-    last_blocks: list[int]
+    last_blocks: tuple[list[int], ...]
 
     def __init__(self, settings: dict[str, object] | None, arguments: dict[str, Any]) -> None:
         from vllm import LLM
@@ -269,7 +269,14 @@ class Driver:
         """Return the values of *token* of the last prompt, in the last layer, as stored."""
         layer = self.runner.kv_caches[-1]
         _, heads, block_tokens, width = layer.shape
-        block = self.last_blocks[token // block_tokens]
+        groups = self.scheduler.kv_cache_config.kv_cache_groups
+        last = f".{len(self.runner.kv_caches) - 1}."
+        (blocks,) = (
+            blocks
+            for blocks, group in zip(self.last_blocks, groups, strict=True)
+            if any(last in name for name in group.layer_names)
+        )
+        block = blocks[token // block_tokens]
         page = layer[block].reshape(heads, -1)
         start = (block_tokens + token % block_tokens) * (width // 2)
         return page[0, start : start + width // 2].numpy().tobytes()
@@ -285,7 +292,7 @@ class Driver:
         connector.watched = connector.update_state_after_alloc
 
         def watch(request: Any, blocks: Any, tokens: int) -> None:
-            (self.last_blocks,) = blocks.get_block_ids()
+            self.last_blocks = blocks.get_block_ids()
             connector.watched(request, blocks, tokens)
 
         connector.update_state_after_alloc = watch

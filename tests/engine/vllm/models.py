@@ -22,7 +22,17 @@ COMMON = {
     "eos_token_id": None,
     "pad_token_id": 0,
 }
-CONFIGS = {"llama": transformers.LlamaConfig, "qwen3": transformers.Qwen3Config}
+CONFIGS = {
+    "gemma3": transformers.Gemma3TextConfig,
+    "llama": transformers.LlamaConfig,
+    "qwen3": transformers.Qwen3Config,
+}
+# Two thirds of the layers see no further than this.
+HYBRID = {
+    "num_hidden_layers": 6,
+    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+    "sliding_window": 300,
+}
 
 
 def save(folder: Path, family: str, *, seed: int = 0, **changes: object) -> Path:

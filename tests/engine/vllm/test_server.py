@@ -34,7 +34,8 @@ def serving(model: Path, socket: Path, log: Path) -> Iterator[str]:
     command += ["--enforce-eager", "--max-model-len", "2048", "--port", str(port)]
     command += ["--host", "127.0.0.1", "--kv-transfer-config", config]
     # In this mode the server offers to forget its own cache.
-    environment = {**os.environ, **ENVIRONMENT, "VLLM_SERVER_DEV_MODE": "1"}
+    environment = {**os.environ, **ENVIRONMENT, "VLLM_LOGGING_LEVEL": "INFO"}
+    environment["VLLM_SERVER_DEV_MODE"] = "1"
     with log.open("wb") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, env=environment)
     address = f"http://127.0.0.1:{port}"
