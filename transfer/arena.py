@@ -17,7 +17,7 @@ import threading
 from pathlib import Path
 from typing import Final, Self
 
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, UnavailableError
 from kvstore.limits import ARENA_SIZE_MIN_BYTES, MAP_STEP_BYTES, MIB, PREFAULT_STEP_BYTES
 
 _MADV_HUGEPAGE: Final = 14
@@ -48,9 +48,14 @@ class ArenaMapping:
 
     @classmethod
     def open(cls, fd: int) -> ArenaMapping:
-        """Map the arena behind *fd*, which the daemon has passed, and close *fd*."""
+        """Map the arena behind *fd*, which the daemon has passed, and close *fd*.
+
+        Raises `UnavailableError` when it cannot be mapped here.
+        """
         try:
             return ArenaMapping(fd, os.fstat(fd).st_size)
+        except (OSError, ValueError) as error:
+            raise UnavailableError(f"the arena cannot be mapped: {error}") from error
         finally:
             os.close(fd)
 

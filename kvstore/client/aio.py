@@ -50,7 +50,10 @@ class AsyncConnection:
         self._frames = FrameReader()
         self._unsent = bytearray()
         self._failure: str | None = None
-        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        try:
+            self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        except OSError as error:
+            raise UnavailableError(f"no socket to be had: {error.strerror}") from error
 
     @property
     def is_open(self) -> bool:

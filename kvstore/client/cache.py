@@ -78,7 +78,8 @@ class PrefixCache:
         With *window* w > 0: the largest n such that chunks [n - w, n) are all present, the
         rule for sliding-window layers.
         """
-        if window:
+        # A window beyond one request cannot be asked for; what leads up to it suffices as well.
+        if 0 < window <= KEYS_PER_REQUEST_MAX:
             return self._lookup_window(digests, window)
         hits = 0
         for start, batch in _batches(digests, KEYS_PER_REQUEST_MAX):

@@ -98,6 +98,11 @@ class StoredShard:
         self.heads = HeadRange(shard.head_start, shard.head_stop)
 
     @property
+    def size_bytes(self) -> int:
+        """How many bytes were stored."""
+        return self._shard.size_bytes
+
+    @property
     def view(self) -> memoryview:
         """The bytes of the shard, read-only and not yet verified."""
         return self._bytes.toreadonly()
@@ -234,6 +239,9 @@ def _take_heads(
     manifest: Manifest, shard: StoredShard, wanted: HeadRange, into: memoryview
 ) -> None:
     """Copy what *shard* has of the heads *wanted* to their places in *into*."""
+    size, needed = shard.size_bytes, manifest.shard_bytes(shard.heads)
+    if size != needed:
+        raise RequestError(f"a shard of {size} bytes where heads {shard.heads} have {needed}")
     start, stop = max(shard.heads.start, wanted.start), min(shard.heads.stop, wanted.stop)
     planes = manifest.layers * (2 if manifest.values == "k|v" else 1)
     source = np.frombuffer(shard.view, dtype=np.uint8).reshape(planes, shard.heads.width, -1)

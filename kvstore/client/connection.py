@@ -236,7 +236,10 @@ def checked(reply: m.AnyReply, kind: type[Reply]) -> Reply:
 
 
 def _connect(path: Path, timeout_seconds: float) -> socket.socket:
-    connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError as error:
+        raise UnavailableError(f"no socket to be had: {error.strerror}") from error
     try:
         connection.settimeout(timeout_seconds)
         connection.connect(os.fspath(path))
