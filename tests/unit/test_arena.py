@@ -8,7 +8,7 @@ import os
 
 import pytest
 
-from kvstore.errors import ConfigError
+from kvstore.errors import ConfigError, UnavailableError
 from kvstore.limits import ARENA_SIZE_MIN_BYTES, MIB, PREFAULT_STEP_BYTES
 from kvstore.transfer import arena as arena_module
 from kvstore.transfer.arena import Arena, ArenaMapping, memory_limit_bytes
@@ -165,3 +165,12 @@ def test_transparent_huge_pages_are_asked_for_where_they_are_granted_on_request(
     arena = Arena.create(2 * MIB)
     assert arena.huge_pages is granted
     arena.close()
+
+
+def test_what_cannot_be_mapped_is_unavailable_and_its_descriptor_is_closed():
+    reading, writing = os.pipe()
+    with pytest.raises(UnavailableError, match="cannot be mapped"):
+        ArenaMapping.open(reading)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(reading)
+    os.close(writing)
