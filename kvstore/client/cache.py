@@ -78,8 +78,11 @@ class PrefixCache:
         With *window* w > 0: the largest n such that chunks [n - w, n) are all present, the
         rule for sliding-window layers.
         """
-        # A window beyond one request cannot be asked for; what leads up to it suffices as well.
-        if 0 < window <= KEYS_PER_REQUEST_MAX:
+        window = min(window, len(digests))
+        is_one_request = len(digests) <= KEYS_PER_REQUEST_MAX
+        # Longer windows would make requests overlap too much to get on. For them the leading
+        # chunks are counted, which are right for every window.
+        if window > 0 and (is_one_request or window <= KEYS_PER_REQUEST_MAX // 2):
             return self._lookup_window(digests, window)
         hits = 0
         for start, batch in _batches(digests, KEYS_PER_REQUEST_MAX):

@@ -304,11 +304,27 @@ def test_a_prefix_longer_than_one_request_is_found_whole(cache):
     assert cache.lookup(digests, window=2) == 3
 
 
-@pytest.mark.parametrize("window", [KEYS_PER_REQUEST_MAX, KEYS_PER_REQUEST_MAX + 1, 5000])
-def test_a_window_as_long_as_a_request_or_longer_is_answered(cache, window):
+@pytest.mark.parametrize("window", [2, KEYS_PER_REQUEST_MAX // 2])
+@pytest.mark.parametrize("stop", [3, 4000, 5000])
+def test_a_window_is_found_in_a_prefix_of_several_requests(cache, window, stop):
+    digests = [loose_digest(number) for number in range(6000)]
+    stored = digests[max(0, stop - window) : stop] if window == 2 else digests[:3]
+    cache.store(stored, sources_of(MANIFEST, stored))
+    assert cache.lookup(digests, window=window) == (stop if window == 2 else 3)
+
+
+@pytest.mark.parametrize("window", [KEYS_PER_REQUEST_MAX, KEYS_PER_REQUEST_MAX + 1, 10_000])
+def test_a_window_as_long_as_a_request_or_longer_is_answered_by_what_leads(cache, window):
     digests = [loose_digest(number) for number in range(6000)]
     cache.store(digests[:3], sources_of(MANIFEST, digests[:3]))
-    assert cache.lookup(digests, window=window) in {0, 3}
+    before = requests_of(cache)
+    assert cache.lookup(digests, window=window) == 3
+    assert cache.lookup(digests[:100], window=window) == 3
+    assert requests_of(cache) - before < 10
+
+
+def requests_of(cache: PrefixCache) -> int:
+    return cache._breaker.link.client.stats().counters["requests"]
 
 
 def test_nothing_asked_is_nothing_found(cache):
