@@ -1,8 +1,8 @@
 """Time to the first token of a vLLM engine: cold, loaded from the daemon, and its own cache.
 
-Runs its own daemon, and every engine in a process of its own: one without the connector, one
-that stores, and a fresh one that loads what the other has stored. Then prompts that nobody has
-seen, in turns with and without the connector: what storing every prompt costs. Medians.
+Runs its own daemon, and three engines in processes of their own: one without the connector, one
+that stores, and one that loads what it has never seen itself. Then prompts that nobody has seen,
+in turns with and without the connector: what storing every prompt costs. Medians.
 
 Run from the root of the repository, where vLLM is installed:
 python -m tests.bench.vllm_ttft [--model 29m-float32|234m-bfloat16] [--rounds 5] [--json]
@@ -14,8 +14,7 @@ import argparse
 import json
 import statistics
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 from deploy.demo.daemon import running_daemon
@@ -64,68 +63,64 @@ def main() -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         model = models.save(folder, "llama", **shape)
         socket, _ = stack.enter_context(running_daemon(["tiers.host.capacity=3GiB"]))
-        bench = Bench(model, dtype, socket, arguments.layout, arguments.rounds)
-        seconds = bench.hits()
+        extra = {"layout": arguments.layout}
+        engines = [
+            stack.enter_context(Engine(model, socket=path, dtype=dtype, extra=extra))
+            for path in (None, socket, socket)
+        ]
+        bench = Bench(*engines, arguments.rounds)
+        rounds = bench.hits()
         overhead = bench.overhead()
     result = {
         "model": arguments.model,
         "layout": arguments.layout,
         "prompt_tokens": PREFIX + SUFFIX,
         "reused_tokens": PREFIX,
-        "seconds": seconds,
-        "hit_against_cold": seconds["cold"] / seconds["hit"],
-        "hit_against_local_hit": seconds["hit"] / seconds["local_hit"],
+        "seconds": {name: statistics.median(r[name] for r in rounds) for name in rounds[0]},
+        "hit_against_cold": ratio(rounds, "cold", "hit"),
+        "hit_against_local_hit": ratio(rounds, "hit", "local_hit"),
         "overhead": overhead,
     }
     print(json.dumps(result, indent=2) if arguments.json else table(result))
 
 
 class Bench:
-    """One model, one daemon, and prompts that share nothing but what they are meant to."""
+    """Three engines of one model: without the connector, one that stores, one that loads.
 
-    def __init__(self, model: Path, dtype: str, socket: Path, layout: str, rounds: int) -> None:
-        self.model = model
-        self.dtype = dtype
-        self.socket = socket
-        self.extra = {"layout": layout}
+    What belongs together is measured in turns, so that a noisy moment hits all of it.
+    """
+
+    def __init__(self, alone: Engine, writer: Engine, reader: Engine, rounds: int) -> None:
+        self.alone = alone
+        self.writer = writer
+        self.reader = reader
         self.rounds = rounds
-        self.prefixes = models.prompts(rounds, PREFIX, seed=1)
-
-    @contextmanager
-    def engine(self, *, connected: bool) -> Iterator[Engine]:
-        socket = self.socket if connected else None
-        with Engine(self.model, socket=socket, dtype=self.dtype, extra=self.extra) as engine:
-            for prompt in models.prompts(2, 256, seed=99):
+        for engine, seed in ((alone, 97), (writer, 98), (reader, 99)):
+            for prompt in models.prompts(2, 512, seed=seed):
                 engine.call("first_token", prompt)
-            yield engine
 
-    def hits(self) -> dict[str, float]:
-        """Return the medians of all ways to the first token."""
-        with self.engine(connected=False) as engine:
-            cold = self.times(engine, 2)
-            local_alone = self.times(engine, 3)
-        with self.engine(connected=True) as engine:
-            stored = self.times(engine, 4)
-            engine.call("settle")
-        with self.engine(connected=True) as engine:
-            before = engine.call("counts")["tokens_hit"]
-            hit = self.times(engine, 5)
-            found = engine.call("counts")["tokens_hit"] - before
-            assert found == self.rounds * PREFIX, f"{found} tokens were found"
-            local = self.times(engine, 6)
+    def hits(self) -> list[dict[str, float]]:
+        """Return the seconds of all ways to the first token, round by round."""
+        before = self.reader.call("counts")["tokens_hit"]
+        prefixes = models.prompts(self.rounds, PREFIX, seed=1)
+        seconds = [self.round(number, prefix) for number, prefix in enumerate(prefixes)]
+        found = self.reader.call("counts")["tokens_hit"] - before
+        assert found == self.rounds * PREFIX, f"{found} tokens were found"
+        return seconds
+
+    def round(self, number: int, prefix: list[int]) -> dict[str, float]:
+        first, second, third = (
+            prefix + end for end in models.prompts(3, SUFFIX, seed=100 + number)
+        )
+        stored = seconds(self.writer, first)
+        self.writer.call("settle")
         return {
-            "cold": cold,
+            "cold": seconds(self.alone, first),
             "cold_and_stored": stored,
-            "hit": hit,
-            "local_hit": local_alone,
-            "local_hit_connected": local,
+            "hit": seconds(self.reader, second),
+            "local_hit": seconds(self.alone, second),
+            "local_hit_connected": seconds(self.reader, third),
         }
-
-    def times(self, engine: Engine, seed: int) -> float:
-        """Return the median over all prefixes, each with an end that nobody has seen."""
-        ends = models.prompts(self.rounds, SUFFIX, seed=seed)
-        prompts = [prefix + end for prefix, end in zip(self.prefixes, ends, strict=True)]
-        return statistics.median(engine.call("first_token", prompt)[0] for prompt in prompts)
 
     def overhead(self) -> dict[str, float]:
         """Return how much longer prompts that nobody has seen take when all are stored.
@@ -134,12 +129,11 @@ class Bench:
         the same for the CPU time of the engine's process.
         """
         walls, cpus = [], []
-        with self.engine(connected=False) as alone, self.engine(connected=True) as connected:
-            for prompt in models.prompts(4 * self.rounds, FRESH_TOKENS, seed=7):
-                wall, cpu = alone.call("first_token", prompt)
-                wall_stored, cpu_stored = connected.call("first_token", prompt)
-                walls.append(wall_stored / wall - 1)
-                cpus.append(cpu_stored / cpu - 1)
+        for prompt in models.prompts(4 * self.rounds, FRESH_TOKENS, seed=7):
+            wall, cpu = self.alone.call("first_token", prompt)
+            wall_stored, cpu_stored = self.writer.call("first_token", prompt)
+            walls.append(wall_stored / wall - 1)
+            cpus.append(cpu_stored / cpu - 1)
         low, middle, high = statistics.quantiles(walls, n=4)
         return {
             "wall": middle,
@@ -147,6 +141,15 @@ class Bench:
             "wall_quartile_high": high,
             "cpu": statistics.median(cpus),
         }
+
+
+def seconds(engine: Engine, prompt: list[int]) -> float:
+    return engine.call("first_token", prompt)[0]
+
+
+def ratio(rounds: list[dict[str, float]], one: str, other: str) -> float:
+    """Return the median over rounds of *one* as a multiple of *other*."""
+    return statistics.median(found[one] / found[other] for found in rounds)
 
 
 def table(result: dict) -> str:
