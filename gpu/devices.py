@@ -2,44 +2,33 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Final, NamedTuple
 
-_NVIDIA_PROC: Final = Path("/proc/driver/nvidia")
+_ROOT: Final = Path("/")
 
 
 class Devices(NamedTuple):
-    """What a look at this host finds, without creating a CUDA context.
+    """The NVIDIA GPUs of a host, found without creating a CUDA context.
 
-    *driver* is the loaded driver's version line, empty without one; *models* names one GPU
-    an item; *has_cupy* says whether kernels could be launched from here.
+    *driver* is the loaded driver's version line, empty without one; *nodes* names the device
+    nodes that this process's container has.
     """
 
     driver: str
-    models: tuple[str, ...]
-    has_cupy: bool
+    nodes: tuple[str, ...]
 
     @property
-    def usable(self) -> bool:
-        """Whether this process could run kernels."""
-        return bool(self.models) and self.has_cupy
+    def are_absent(self) -> bool:
+        """Whether there is neither a driver nor a device."""
+        return not self.driver and not self.nodes
 
 
-def find_devices(proc: Path = _NVIDIA_PROC) -> Devices:
-    """Return the NVIDIA GPUs that the kernel driver under *proc* knows."""
-    has_cupy = importlib.util.find_spec("cupy") is not None
+def find_devices(root: Path = _ROOT) -> Devices:
+    """Return the GPUs of the host whose /proc and /dev lie under *root*."""
     try:
-        driver = proc.joinpath("version").read_text().splitlines()[0]
-    except (OSError, IndexError):
-        return Devices("", (), has_cupy)
-    found = sorted(proc.glob("gpus/*/information"))
-    return Devices(driver, tuple(map(_model_of, found)), has_cupy)
-
-
-def _model_of(information: Path) -> str:
-    for line in information.read_text().splitlines():
-        field, _, value = line.partition(":")
-        if field.strip() == "Model":
-            return value.strip()
-    return "unknown"
+        version = (root / "proc/driver/nvidia/version").read_text().strip()
+    except OSError:
+        version = ""
+    nodes = sorted(path.name for path in (root / "dev").glob("nvidia[0-9]*"))
+    return Devices(version.partition("\n")[0], tuple(nodes))

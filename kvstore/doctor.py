@@ -12,6 +12,7 @@ import platform
 import resource
 import stat
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
@@ -20,6 +21,7 @@ from kvstore.cli.tables import align
 from kvstore.client.sync import Client
 from kvstore.config import Config
 from kvstore.errors import KVStoreError, RefusedError
+from kvstore.gpu.devices import find_devices
 from kvstore.limits import MIB
 from kvstore.transfer import copies
 from kvstore.transfer.arena import memory_limit_bytes
@@ -62,7 +64,7 @@ def examine(config: Config, socket: Path, root: Path = Path("/")) -> list[Findin
         check_packages(),
         check_copies(copies.KERNEL),
         check_memory(host.capacity_bytes, memory_limit_bytes()),
-        check_locked_memory(host.capacity_bytes, limit_bytes, gpus=gpus_of(root)),
+        check_locked_memory(host.capacity_bytes, limit_bytes, gpus=find_devices(root).nodes),
     ]
     if host.arena == "memfd":
         findings.append(check_memfd())
@@ -163,7 +165,7 @@ def check_arena_file(path: Path, capacity_bytes: int, root: Path) -> Finding:
     return Finding("arena", "ok", found)
 
 
-def check_locked_memory(capacity_bytes: int, limit_bytes: int, *, gpus: list[str]) -> Finding:
+def check_locked_memory(capacity_bytes: int, limit_bytes: int, *, gpus: Sequence[str]) -> Finding:
     """Compare the arena with what may be locked: engines pin it for copies to a GPU."""
     if limit_bytes == resource.RLIM_INFINITY:
         return Finding("memlock", "ok", "unlimited")
@@ -189,7 +191,7 @@ def check_huge_pages(capacity_bytes: int, root: Path) -> Finding:
     return Finding(
         "huge pages",
         "warn",
-        f"none reserved, transparent ones {chosen or 'not available'}",
+        f"too few reserved and free for the arena, transparent ones {chosen or 'not available'}",
         "write advise to /sys/kernel/mm/transparent_hugepage/shmem_enabled, "
         "or reserve some in vm.nr_hugepages",
     )
@@ -197,15 +199,14 @@ def check_huge_pages(capacity_bytes: int, root: Path) -> Finding:
 
 def check_gpu(root: Path) -> Finding:
     """Look for a GPU and for what is needed to use it."""
-    version = _read(root / "proc/driver/nvidia/version").splitlines()
-    devices = gpus_of(root)
-    if not version and not devices:
+    devices = find_devices(root)
+    if devices.are_absent:
         return Finding("gpu", "ok", "none; engines on this host run on the CPU")
-    driver = version[0] if version else "no driver version"
-    if not devices:
+    driver = devices.driver or "no driver version"
+    if not devices.nodes:
         fix = "give this container the device nodes"
         return Finding("gpu", "warn", f"{driver}; no device node", fix)
-    return Finding("gpu", "ok", f"{', '.join(devices)}; {driver}")
+    return Finding("gpu", "ok", f"{', '.join(devices.nodes)}; {driver}")
 
 
 def check_socket_directory(directory: Path) -> Finding:
@@ -252,11 +253,6 @@ def file_system_of(path: Path, mounts: str) -> tuple[str, str]:
         if len(place) >= len(found[0]) and path.is_relative_to(place):
             found = (place, kind)
     return found
-
-
-def gpus_of(root: Path) -> list[str]:
-    """Return the names of the GPUs' device nodes."""
-    return sorted(path.name for path in (root / "dev").glob("nvidia[0-9]*"))
 
 
 def _read(path: Path) -> str:
