@@ -44,10 +44,11 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class LoadJob:
-    """Chunks that a request waits for."""
+    """Chunks that a request waits for. *lost* are blocks that nothing will be loaded into."""
 
     request_id: str
     spans: tuple[Span, ...]
+    lost: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

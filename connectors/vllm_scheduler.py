@@ -8,6 +8,8 @@ finish, be aborted or be preempted at any time.
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import secrets
 import time
@@ -108,55 +110,42 @@ class SchedulerHalf:
 
     def on_new_request(self, request: Any) -> None:
         """Begin to look up the chunks of *request*."""
-        tracked = self._track(request)
-        if tracked.lookup is None:
-            self._ask(tracked)
+        with self._failing_open():
+            tracked = self._track(request)
+            if tracked.lookup is None:
+                self._ask(tracked)
 
     def matched_tokens(self, request: Any, local_tokens: int) -> int | None:
         """Return how many tokens beyond *local_tokens* can be loaded; None: ask again.
 
         Changes nothing that vLLM can see, so it may be asked any number of times.
         """
-        tracked = self._track(request)
-        chunks = request.num_tokens // self._chunk_tokens
-        tracked.hit = 0
-        if self._off or tracked.loads >= _LOADS_MAX or chunks * self._chunk_tokens <= local_tokens:
+        try:
+            return self._matched_tokens(request, local_tokens)
+        except Exception:
+            log.exception("kvstore: a request is served without the cache")
+            self._turn_off("an unexpected error")
             return 0
-        now = self._clock()
-        if tracked.lookup is None or tracked.lookup.is_stale(now):
-            self._ask(tracked)
-        lookup = tracked.lookup
-        assert lookup is not None, "it was asked just now"
-        if not lookup.is_answered:
-            if not lookup.is_late(now, self._lookup_timeout_seconds):
-                return None
-            self.counts.lookups_late += 1
-            tracked.loads = _LOADS_MAX
-            return 0
-        tracked.hit = lookup.hit
-        return max(0, lookup.hit * self._chunk_tokens - local_tokens)
 
     def after_allocation(self, request: Any, blocks: tuple[list[int], ...], tokens: int) -> None:
         """Plan the load of *tokens* tokens, for which *blocks* have been allocated."""
-        tracked = self._track(request)
         if not tokens:
             return
-        tracked.stored = max(tracked.stored, tracked.hit)
-        local_tokens = tracked.hit * self._chunk_tokens - tokens
-        job = LoadJob(request.request_id, tuple(self._load_spans(tracked, blocks, local_tokens)))
-        tracked.loads += 1
-        tracked.loading = job
-        tracked.first_loaded = local_tokens // self._chunk_tokens
-        # What it finds next time, after a preemption, is to be looked up anew.
-        tracked.lookup = None
-        self.counts.tokens_hit += tokens
+        # The request waits for a load: there must be one, if only one that fails.
+        job = LoadJob(request.request_id, (), tuple(itertools.chain(*blocks)))
+        with self._failing_open():
+            job = self._load_job(request, blocks, tokens)
         self._loads.append(job)
 
     def build(self, output: Any) -> StepMetadata:
         """Return what the workers are to do in the step of *output*."""
-        self._follow_blocks(output)
-        stores = [] if self._off else list(self._store_jobs(output))
         loads, self._loads = self._loads, []
+        stores: list[StoreJob] = []
+        with self._failing_open():
+            self._follow_blocks(output)
+            if not self._off:
+                # One by one: those before an error hold blocks and must be carried out.
+                stores.extend(self._store_jobs(output))
         is_idle = not output.total_num_scheduled_tokens
         if is_idle and not loads and self._is_asking():
             self._lookups.wait_for_progress(_IDLE_WAIT_SECONDS)
@@ -168,22 +157,12 @@ class SchedulerHalf:
         """Let go of blocks whose stores are finished, and learn which loads failed."""
         report = output.kv_connector_worker_meta
         if isinstance(report, WorkerReport):
-            self._holdings.let_go(report.finished_stores)
-            if report.off and not self._off:
-                self._off = report.off
-                log.warning("kvstore: caching is off: %s", report.off)
-        invalid = set(output.invalid_block_ids or ())
-        failed = set(getattr(output, "failed_recving", None) or ())
-        for request_id in output.finished_recving or ():
-            tracked = self._requests.get(request_id)
-            if tracked is None or tracked.loading is None:
-                continue
-            blocks = set().union(*(span.real_blocks for span in tracked.loading.spans))
-            tracked.loading = None
-            if request_id in failed or blocks & invalid:
-                self.counts.load_failures += 1
-                # It computes what did not come, and stores that.
-                tracked.stored = tracked.first_loaded
+            with self._failing_open():
+                self._holdings.let_go(report.finished_stores)
+            if report.off:
+                self._turn_off(report.off)
+        with self._failing_open():
+            self._see_failures(output)
 
     def request_finished(self, request: Any) -> None:
         """Forget *request*. Its loads and stores in flight end as they would have."""
@@ -206,7 +185,70 @@ class SchedulerHalf:
         for group in self._chunk_groups:
             group.cache.close()
 
+    # --- failing open -------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _failing_open(self) -> Iterator[None]:
+        """Have the block end quietly whatever happens in it; an error turns caching off."""
+        try:
+            yield
+        except Exception:
+            log.exception("kvstore: the engine goes on without the cache")
+            self._turn_off("an unexpected error")
+
+    def _turn_off(self, reason: str) -> None:
+        if not self._off:
+            self._off = reason
+            log.warning("kvstore: caching is off: %s", reason)
+
     # --- look-ups and loads ---------------------------------------------------------------
+
+    def _matched_tokens(self, request: Any, local_tokens: int) -> int | None:
+        tracked = self._track(request)
+        chunks = request.num_tokens // self._chunk_tokens
+        tracked.hit = 0
+        if self._off or tracked.loads >= _LOADS_MAX or chunks * self._chunk_tokens <= local_tokens:
+            return 0
+        now = self._clock()
+        if tracked.lookup is None or tracked.lookup.is_stale(now):
+            self._ask(tracked)
+        lookup = tracked.lookup
+        assert lookup is not None, "it was asked just now"
+        if not lookup.is_answered:
+            if not lookup.is_late(now, self._lookup_timeout_seconds):
+                return None
+            self.counts.lookups_late += 1
+            tracked.loads = _LOADS_MAX
+            return 0
+        tracked.hit = lookup.hit
+        return max(0, lookup.hit * self._chunk_tokens - local_tokens)
+
+    def _load_job(self, request: Any, blocks: tuple[list[int], ...], tokens: int) -> LoadJob:
+        tracked = self._track(request)
+        tracked.stored = max(tracked.stored, tracked.hit)
+        local_tokens = tracked.hit * self._chunk_tokens - tokens
+        job = LoadJob(request.request_id, tuple(self._load_spans(tracked, blocks, local_tokens)))
+        tracked.loads += 1
+        tracked.loading = job
+        tracked.first_loaded = local_tokens // self._chunk_tokens
+        # What it finds next time, after a preemption, is to be looked up anew.
+        tracked.lookup = None
+        self.counts.tokens_hit += tokens
+        return job
+
+    def _see_failures(self, output: Any) -> None:
+        invalid = set(output.invalid_block_ids or ())
+        failed = set(getattr(output, "failed_recving", None) or ())
+        for request_id in output.finished_recving or ():
+            tracked = self._requests.get(request_id)
+            if tracked is None or tracked.loading is None:
+                continue
+            blocks = set().union(*(span.real_blocks for span in tracked.loading.spans))
+            tracked.loading = None
+            if request_id in failed or blocks & invalid:
+                self.counts.load_failures += 1
+                # It computes what did not come, and stores that.
+                tracked.stored = tracked.first_loaded
 
     def _track(self, request: Any) -> Tracked:
         tracked = self._requests.get(request.request_id)

@@ -112,7 +112,7 @@ class WorkerHalf:
             cache.close()
 
     def _load(self, job: LoadJob) -> None:
-        failed: set[int] = set()
+        failed = set(job.lost)
         loaded, started = 0, time.perf_counter()
         try:
             for span in job.spans:
