@@ -79,10 +79,8 @@ class ArenaMapping:
                 return
 
     def stop(self) -> None:
-        """Stop mapping in ahead. Idempotent."""
+        """Stop mapping in ahead, soon. Idempotent."""
         self._stopped.set()
-        if self._mapper is not None:
-            self._mapper.join()
 
 
 class Arena(ArenaMapping):
@@ -174,6 +172,8 @@ class Arena(ArenaMapping):
             return
         self._closed = True
         self.stop()
+        if self._mapper is not None:
+            self._mapper.join()
         with contextlib.suppress(BufferError):
             self.view.release()
             self._map.close()

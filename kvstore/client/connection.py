@@ -31,7 +31,7 @@ _RECEIVE_BYTES: Final = 256 * 1024
 _UNWANTED: Final = None
 # How often a thread that waits for bytes looks at its deadline. The kernel does the waiting,
 # in the one system call that also receives.
-_RECEIVE_TICK_SECONDS: Final = 0.01
+_RECEIVE_TICK_SECONDS: Final = 0.004
 
 
 class Waiter:
@@ -139,7 +139,10 @@ class Connection:
                 raise UnavailableError(f"{self.path}: {error}") from error
 
     def _wait(self, waiter: Waiter, timeout_seconds: float) -> m.AnyReply:
-        ends_at = time.monotonic() + timeout_seconds
+        # A tick early, because the last one may end that much late.
+        ends_at = time.monotonic() + max(
+            timeout_seconds - _RECEIVE_TICK_SECONDS, timeout_seconds / 2
+        )
         while waiter.reply is None:
             if self._failure is not None:
                 raise UnavailableError(self._failure)
