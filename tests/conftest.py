@@ -1,4 +1,4 @@
-"""What all tests share: real daemons, started and stopped."""
+"""What all tests share: hypothesis without a clock, and real daemons, started and stopped."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import settings
 
 from tests.support.daemon import Daemon
+
+# How long an example takes says nothing on a machine that others use too.
+settings.register_profile("kvstore", deadline=None)
+settings.load_profile("kvstore")
 
 StartDaemon = Callable[..., Daemon]
 

@@ -81,13 +81,13 @@ def judge(parts: list[bytes]) -> list[object]:
     return seen
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(streams, st.lists(st.integers(0, 10_000), max_size=12))
 def test_any_stream_ends_in_requests_or_one_protocol_error_wherever_it_is_cut(stream, edges):
     assert judge(cut(stream, edges)) == judge([stream])
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(mutated() | odd_messages | st.binary(max_size=200))
 def test_any_body_is_a_message_or_a_frame_error(data):
     for decode in (m.decode_request, m.decode_reply):
@@ -157,7 +157,7 @@ def good(shared_daemon):
             yield client, space, digests
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(st.integers(0, 2), streams, st.lists(st.integers(0, 10_000), max_size=4))
 def test_garbage_sessions_never_disturb_a_good_one(shared_daemon, good, progress, stream, edges):
     client, space, digests = good
