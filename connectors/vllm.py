@@ -31,7 +31,7 @@ from kvstore.connectors.vllm_scheduler import SchedulerHalf
 from kvstore.connectors.vllm_settings import Settings, read_settings
 from kvstore.connectors.vllm_stats import StoreMetrics, StoreStats, stats_since
 from kvstore.connectors.vllm_worker import Received, WorkerHalf
-from kvstore.errors import KVStoreError
+from kvstore.errors import ConfigError, KVStoreError
 from kvstore.protocol.manifest import Manifest
 
 log = logging.getLogger("vllm.kvstore")
@@ -56,9 +56,14 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         try:
             groups = groups_of(vllm_config, kv_cache_config, settings)
             manifests = manifests_of(vllm_config, groups, settings)
+        except ConfigError:
+            raise
         except UnsupportedError as error:
             if role == KVConnectorRole.SCHEDULER:
                 log.warning("kvstore: caching is off: %s", error)
+            return
+        except Exception:
+            log.exception("kvstore: caching is off: this engine is not understood")
             return
         if role == KVConnectorRole.WORKER:
             timeout = settings.transfer_timeout_seconds

@@ -93,7 +93,7 @@ def groups_of(vllm_config: Any, kv_cache_config: Any, settings: Settings) -> lis
     specs = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
     chunk_tokens = settings.chunk_for(math.lcm(*(spec.block_size for spec in specs)))
     return [
-        _group(group, chunk_tokens, settings, str(kv_cache_config.kv_cache_layout))
+        _group(group, chunk_tokens, settings, getattr(kv_cache_config, "kv_cache_layout", None))
         for group in kv_cache_config.kv_cache_groups
     ]
 
@@ -113,11 +113,16 @@ def _refuse_unsupported(vllm_config: Any) -> None:
             f"the KV dtype is {cache.cache_dtype!r}, whose scales are not kept with it;"
             " start vLLM with --kv-cache-dtype auto"
         )
+    speculative = getattr(vllm_config, "speculative_config", None)
+    if speculative is not None and speculative.use_eagle():
+        raise UnsupportedError(
+            "the draft layers of EAGLE and MTP look one token ahead of the prefix they are kept for"
+        )
     if not cache.enable_prefix_caching:
         raise UnsupportedError("prefix caching is off; start vLLM with --enable-prefix-caching")
 
 
-def _group(group: Any, chunk_tokens: int, settings: Settings, layout: str) -> KVGroup:
+def _group(group: Any, chunk_tokens: int, settings: Settings, layout: str | None) -> KVGroup:
     spec, names = group.kv_cache_spec, tuple(group.layer_names)
     kind = type(spec).__name__
     if kind not in ("FullAttentionSpec", "SlidingWindowSpec"):

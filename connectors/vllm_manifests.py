@@ -28,6 +28,10 @@ _SLOW_SECONDS: Final = 5.0
 def manifests_of(vllm_config: Any, groups: Sequence[KVGroup], settings: Settings) -> list[Manifest]:
     """Return the manifest of every group; raises `UnsupportedError` for a model without a name."""
     model = vllm_config.model_config
+    if not settings.revision and vllm_config.load_config.load_format == "dummy":
+        raise UnsupportedError(
+            'dummy weights have no name; give them one with "revision" in kv_connector_extra_config'
+        )
     weights = settings.revision or _weights(model)
     revision = revision_of(model.hf_config.to_dict(), weights)
     if model.quantization:

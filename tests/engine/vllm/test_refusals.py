@@ -12,10 +12,14 @@ from tests.engine.vllm import models
 from tests.engine.vllm.driver import Engine, EngineError
 
 
-def config(*, cache: dict[str, object] | None = None, **parallel: object) -> SimpleNamespace:
+def config(
+    *, cache: dict[str, object] | None = None, drafts: object = None, **parallel: object
+) -> SimpleNamespace:
     fields = {"cache_dtype": "auto", "enable_prefix_caching": True} | (cache or {})
     return SimpleNamespace(
-        parallel_config=SimpleNamespace(**parallel), cache_config=SimpleNamespace(**fields)
+        parallel_config=SimpleNamespace(**parallel),
+        cache_config=SimpleNamespace(**fields),
+        speculative_config=drafts,
     )
 
 
@@ -26,6 +30,7 @@ def config(*, cache: dict[str, object] | None = None, **parallel: object) -> Sim
         (config(cache={"enable_prefix_caching": False}), "--enable-prefix-caching"),
         (config(tensor_parallel_size=2), "tensor_parallel_size is 2"),
         (config(pipeline_parallel_size=2), "pipeline_parallel_size is 2"),
+        (config(drafts=SimpleNamespace(use_eagle=lambda: True)), "EAGLE and MTP"),
     ],
 )
 def test_an_engine_that_cannot_be_served_is_told_why(vllm_config, words):
