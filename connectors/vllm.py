@@ -24,7 +24,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvstore.client.cache import PrefixCache
 from kvstore.client.sync import Client
-from kvstore.connectors.vllm_layouts import UnsupportedError, groups_of
+from kvstore.connectors.vllm_layouts import KVGroup, UnsupportedError, groups_of
 from kvstore.connectors.vllm_manifests import manifests_of
 from kvstore.connectors.vllm_metadata import StepMetadata
 from kvstore.connectors.vllm_scheduler import SchedulerHalf
@@ -55,6 +55,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         settings = read_settings(vllm_config.kv_transfer_config.kv_connector_extra_config or {})
         try:
             groups = groups_of(vllm_config, kv_cache_config, settings)
+            _refuse_silent_failures(groups)
             manifests = manifests_of(vllm_config, groups, settings)
         except ConfigError:
             raise
@@ -263,6 +264,15 @@ def _open(
         )
         for manifest in manifests
     ]
+
+
+def _refuse_silent_failures(groups: Sequence[KVGroup]) -> None:
+    """Raise `UnsupportedError` when vLLM could not be told that a load has failed."""
+    if len(groups) > 1 and not hasattr(KVConnectorBase_V1, "get_transfer_results"):
+        raise UnsupportedError(
+            "this vLLM cannot be told of failed loads of a model with several KV groups;"
+            " use 0.30 or newer, or --disable-hybrid-kv-cache-manager"
+        )
 
 
 def _attribute_hits_to_host(connector: Any) -> None:
