@@ -255,6 +255,10 @@ class SchedulerHalf:
         if tracked is None or tracked.request is not request:
             keys = RequestKeys(request, self._chunk_tokens, self._epoch)
             tracked = self._requests[request.request_id] = Tracked(request, keys)
+            if getattr(request, "resumable", False):
+                # A session takes back tokens that it has had: no key stands for them.
+                tracked.may_store = False
+                tracked.loads = _LOADS_MAX
         return tracked
 
     def _ask(self, tracked: Tracked) -> None:

@@ -194,3 +194,10 @@ def test_requests_in_flight_neither_store_nor_load_after_a_reset(setting):
     assert setting.half.matched_tokens(asked, 0) == 0
     assert setting.half.build(step(r=([1, 2, 3], 0, 300))).stores == []
     assert setting.answer(request(name="new")) == 768
+
+
+def test_sessions_whose_tokens_change_have_no_keys(setting):
+    session = request()
+    session.resumable = True
+    assert setting.half.matched_tokens(session, 0) == 0
+    assert setting.half.build(step(r=([1, 2, 3], 0, 300))).stores == []
