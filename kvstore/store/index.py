@@ -277,6 +277,12 @@ class Index:
             slot = self._child[slot]
         return slot
 
+    def path_below(self, slot: int) -> Iterator[int]:
+        """Yield *slot* and all chunks on the way to its `leaf_below`."""
+        while slot != NO_SLOT:
+            yield slot
+            slot = self._child[slot]
+
     def _link(self, slot: int, parent: int) -> None:
         self._child[slot] = NO_SLOT
         self._previous_sibling[slot] = NO_SLOT

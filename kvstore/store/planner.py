@@ -21,14 +21,20 @@ def next_victim(index: Index, policy: EvictionPolicy) -> int:
     soft = NO_SLOT
     if index.held == len(index):
         return NO_SLOT
-    for _ in range(2 * len(index)):
+    # Long prefixes are walked once, not again from each of their chunks.
+    dead_ends: set[int] = set()
+    for _ in range(len(index)):
         slot = policy.candidate()
         assert slot != NO_SLOT, "the policy knows every chunk of the index"
-        leaf = index.leaf_below(slot)
-        if not index.is_held(leaf):
-            if not index.is_soft_pinned(leaf):
+        is_settled = soft != NO_SLOT and index.is_soft_pinned(slot)
+        if not (is_settled or slot in dead_ends or index.is_held(slot)):
+            leaf = index.leaf_below(slot)
+            if index.is_held(leaf):
+                dead_ends.update(index.path_below(slot))
+            elif index.is_soft_pinned(leaf):
+                soft = leaf
+            else:
                 return leaf
-            soft = leaf
         policy.postpone(slot)
     return soft
 

@@ -182,6 +182,7 @@ def test_a_chunk_cannot_be_released_more_often_than_leased(index, space):
 def test_the_leaf_below_is_the_end_of_a_prefix(index, space):
     slots = add_prefix(index, space, make_digests(4))
     assert index.leaf_below(slots[0]) == slots[3]
+    assert list(index.path_below(slots[1])) == slots[1:]
     index.remove(slots[3])
     assert index.leaf_below(slots[0]) == slots[2]
 

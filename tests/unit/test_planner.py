@@ -100,6 +100,35 @@ def test_soft_pins_leave_last_and_only_when_nothing_else_can(shelf):
     assert sorted(order[3:]) == slots[:2]
 
 
+@pytest.mark.parametrize("hold", ["the end", "all", "all but the head"])
+def test_a_long_prefix_that_is_held_is_walked_once_and_not_from_each_of_its_chunks(shelf, hold):
+    slots = shelf.add_prefix(1000)
+    held = {"the end": slots[-1:], "all": slots, "all but the head": slots[1:]}[hold]
+    for slot in held:
+        shelf.index.lease(slot)
+    free = shelf.add()
+    children = shelf.index._child
+    shelf.index._child = Counted(children)
+    assert shelf.evict() == free
+    assert shelf.index._child.reads < 5 * len(slots)
+    shelf.index._child = children
+
+
+class Counted:
+    """A column that counts how often it is read."""
+
+    def __init__(self, column) -> None:
+        self._column = column
+        self.reads = 0
+
+    def __getitem__(self, slot: int) -> int:
+        self.reads += 1
+        return self._column[slot]
+
+    def __setitem__(self, slot: int, value: int) -> None:
+        self._column[slot] = value
+
+
 @given(st.sampled_from(["lru", "s3fifo"]), st.data())
 def test_something_leaves_exactly_when_something_may(eviction, data):
     shelf = Shelf(eviction)
