@@ -125,7 +125,13 @@ class Arena(ArenaMapping):
         fcntl.fcntl(
             fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
         )
-        return cls(fd, size_bytes, kind="memfd")
+        try:
+            return cls(fd, size_bytes, kind="memfd")
+        except OSError as error:  # reserved huge pages that were free a moment ago may be gone
+            os.close(fd)
+            raise ConfigError(
+                f"tiers.host.capacity is {size_bytes} bytes, which cannot be mapped: {error.strerror}"
+            ) from error
 
     @classmethod
     def _create_file(cls, size_bytes: int, path: Path) -> Self:

@@ -174,3 +174,14 @@ def test_what_cannot_be_mapped_is_unavailable_and_its_descriptor_is_closed():
     with pytest.raises(OSError, match="Bad file descriptor"):
         os.fstat(reading)
     os.close(writing)
+
+
+def test_an_arena_that_cannot_be_mapped_is_refused_and_leaves_no_descriptor(monkeypatch):
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    before = os.listdir("/proc/self/fd")
+    monkeypatch.setattr(mmap, "mmap", refuse)
+    with pytest.raises(ConfigError, match=f"{MIB} bytes, which cannot be mapped: Cannot allocate"):
+        Arena.create(MIB)
+    assert os.listdir("/proc/self/fd") == before
