@@ -130,7 +130,8 @@ class Arena(ArenaMapping):
         except OSError as error:  # reserved huge pages that were free a moment ago may be gone
             os.close(fd)
             raise ConfigError(
-                f"tiers.host.capacity is {size_bytes} bytes, which cannot be mapped: {error.strerror}"
+                f"tiers.host.capacity is {size_bytes} bytes, which cannot be mapped: "
+                f"{error.strerror}"
             ) from error
 
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+from pathlib import Path
 
 import pytest
 
@@ -180,8 +181,8 @@ def test_an_arena_that_cannot_be_mapped_is_refused_and_leaves_no_descriptor(monk
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
-    before = os.listdir("/proc/self/fd")
+    before = set(Path("/proc/self/fd").iterdir())
     monkeypatch.setattr(mmap, "mmap", refuse)
     with pytest.raises(ConfigError, match=f"{MIB} bytes, which cannot be mapped: Cannot allocate"):
         Arena.create(MIB)
-    assert os.listdir("/proc/self/fd") == before
+    assert set(Path("/proc/self/fd").iterdir()) == before
