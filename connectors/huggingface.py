@@ -77,7 +77,7 @@ class PrefixReuse:
         chunk_tokens: int = CHUNK_TOKENS_DEFAULT,
         socket: Path | str | None = None,
         revision: str | None = None,
-        timeout_seconds: float = 0.05,
+        timeout_seconds: float = 0.04,
         open_cache: OpenCache | None = None,
     ) -> None:
         def connect(manifest: Manifest) -> ChunkCache:
