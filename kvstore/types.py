@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from enum import IntEnum, unique
-from typing import NamedTuple, NewType
+from typing import Final, NamedTuple, NewType
 
 Digest = NewType("Digest", bytes)
 """32 bytes of SHA-256 that stand for a whole token prefix up to the end of one chunk."""
 
 NamespaceId = NewType("NamespaceId", bytes)
 """16 bytes of SHA-256 over a canonical manifest: what must match for KV to be reusable."""
+
+NO_SLOT: Final = -1
+"""Stands for no chunk wherever the number of a slot is expected."""
 
 SessionId = NewType("SessionId", int)
 LeaseId = NewType("LeaseId", int)

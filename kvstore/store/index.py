@@ -16,9 +16,7 @@ from typing import Final, NamedTuple
 from kvstore.errors import LimitError
 from kvstore.limits import EXTENT_ALIGNMENT_BYTES, NAMESPACES_MAX
 from kvstore.protocol.manifest import Manifest
-from kvstore.types import Digest, Extent, HeadRange, Root, TierKind
-
-NO_SLOT: Final = -1
+from kvstore.types import NO_SLOT, Digest, Extent, HeadRange, Root, TierKind
 
 _RUN_SLOTS: Final = 64
 _SLOTS_WORTH_A_GETTER: Final = 8
@@ -140,14 +138,19 @@ class Index:
             and self._ready_in[first : first + count] == space.marks[:count]
         )
 
-    def trailing(self, space: Namespace, digests: Sequence[Digest], window: int) -> list[int]:
-        """Return the slots of the last *window* chunks of the longest prefix that has them.
+    def prefix(
+        self, space: Namespace, digests: Sequence[Digest], window: int
+    ) -> tuple[int, list[int]]:
+        """Return how many chunks are a hit, and the slots that make them one.
 
-        The longest prefix is the largest n for which chunks [max(0, n - window), n) are all
-        present; the length of the prefix is the position of the last slot, see `window_hits`.
+        Without *window* these are the leading chunks, with it the last *window* of the longest
+        prefix that has them, see `window_hits`.
         """
+        if not window:
+            slots = self.leading(space, digests)
+            return len(slots), slots
         hits = self.window_hits(space, digests, window)
-        return self.leading(space, digests[max(0, hits - window) : hits])
+        return hits, self.leading(space, digests[max(0, hits - window) : hits])
 
     def window_hits(self, space: Namespace, digests: Sequence[Digest], window: int) -> int:
         """Return the largest n such that chunks [max(0, n - window), n) are present, or 0."""

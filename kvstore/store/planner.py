@@ -7,8 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from kvstore.store.index import NO_SLOT, Index
+from kvstore.store.index import Index
 from kvstore.store.policy import EvictionPolicy
+from kvstore.types import NO_SLOT
 
 
 def next_victim(index: Index, policy: EvictionPolicy) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from array import array
 from typing import Final, Protocol
 
-NO_SLOT: Final = -1
+from kvstore.types import NO_SLOT
 
 
 class EvictionPolicy(Protocol):

@@ -14,7 +14,6 @@ from kvstore.limits import DIGEST_SIZE_BYTES
 from kvstore.metrics import Counters
 from kvstore.protocol.manifest import Manifest
 from kvstore.store.index import (
-    NO_SLOT,
     Index,
     Namespace,
     ShardRecord,
@@ -26,6 +25,7 @@ from kvstore.store.planner import cheapest_window, next_victim
 from kvstore.store.policy import EvictionPolicy
 from kvstore.tiers.host import HostTier
 from kvstore.types import (
+    NO_SLOT,
     Digest,
     Extent,
     HeadRange,
@@ -115,12 +115,7 @@ class Store:
         lease: bool = False,
     ) -> Hits:
         """Count the leading chunks, or with *window* those of a sliding group, and lease them."""
-        if window:
-            slots = self.index.trailing(space, digests, window)
-            hits = self.index.window_hits(space, digests, window)
-        else:
-            slots = self.index.leading(space, digests)
-            hits = len(slots)
+        hits, slots = self.index.prefix(space, digests, window)
         arriving = self._count_arriving(space, digests, hits)
         tiers = _run_lengths(self.index.tiers(slots))
         self.counters.lookup_chunks_ready += hits
@@ -133,10 +128,7 @@ class Store:
         self, space: Namespace, digests: Sequence[Digest], window: int
     ) -> Digest | None:
         """Return the chunk right behind the hits when it is being written; counts nothing."""
-        if window:
-            hits = self.index.window_hits(space, digests, window)
-        else:
-            hits = len(self.index.leading(space, digests))
+        hits, _ = self.index.prefix(space, digests, window)
         behind = digests[hits : hits + 1]
         return behind[0] if behind and self.reservations.is_arriving(space, behind[0]) else None
 

@@ -7,8 +7,8 @@ from hypothesis import given, strategies as st
 
 from kvstore.errors import LimitError
 from kvstore.limits import NAMESPACES_MAX
-from kvstore.store.index import NO_SLOT, Index, ShardRecord, choose_cover, covers
-from kvstore.types import Extent, HeadRange, Root, TierKind
+from kvstore.store.index import Index, ShardRecord, choose_cover, covers
+from kvstore.types import NO_SLOT, Extent, HeadRange, Root, TierKind
 from tests.support.making import loose_digest, make_digests, make_manifest
 
 MANIFEST = make_manifest()
@@ -122,7 +122,8 @@ def test_a_window_is_found_where_its_definition_says(present, window):
             index.add(space, digest, NO_SLOT, shard())
     wanted = max(n for n in range(len(present) + 1) if all(present[max(0, n - window) : n]))
     assert index.window_hits(space, digests, window) == wanted
-    slots = index.trailing(space, digests, window)
+    hits, slots = index.prefix(space, digests, window)
+    assert hits == wanted
     assert [index.digest(slot) for slot in slots] == digests[max(0, wanted - window) : wanted]
 
 

@@ -5,8 +5,8 @@ import hashlib
 import pytest
 
 from kvstore.protocol.manifest import Manifest
-from kvstore.store.index import NO_SLOT, Index, Namespace, ShardRecord
-from kvstore.types import Digest, Extent, HeadRange, Root
+from kvstore.store.index import Index, Namespace, ShardRecord
+from kvstore.types import NO_SLOT, Digest, Extent, HeadRange, Root
 
 LENGTH = 200
 

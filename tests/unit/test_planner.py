@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from kvstore.store.index import NO_SLOT, Index, ShardRecord
+from kvstore.store.index import Index, ShardRecord
 from kvstore.store.planner import cheapest_window, next_victim
 from kvstore.store.policy import make_policy
-from kvstore.types import Extent, HeadRange, Root
+from kvstore.types import NO_SLOT, Extent, HeadRange, Root
 from tests.support.making import loose_digest, make_manifest
 
 MANIFEST = make_manifest()

@@ -7,7 +7,6 @@ from hypothesis import given, strategies as st
 
 from kvstore.store.policy import (
     LRU,
-    NO_SLOT,
     EvictionPolicy,
     Ghost,
     Links,
@@ -15,6 +14,7 @@ from kvstore.store.policy import (
     S3Fifo,
     make_policy,
 )
+from kvstore.types import NO_SLOT
 
 CAPACITY_BYTES = 1000
 
