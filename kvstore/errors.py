@@ -138,6 +138,13 @@ class DrainingError(KVStoreError):
     retryable = True
 
 
+class TierError(KVStoreError):
+    """The medium of a tier failed or did not answer; what it keeps is not known to have changed."""
+
+    code = 50
+    retryable = True
+
+
 def _by_code() -> dict[int, type[KVStoreError]]:
     found: dict[int, type[KVStoreError]] = {}
     pending: list[type[KVStoreError]] = [KVStoreError]

@@ -24,6 +24,10 @@ Root = NewType("Root", int)
 """XXH3-64 over the block digests of a chunk: the head of its checksum tree."""
 
 
+Place = NewType("Place", int)
+"""Where a slower tier keeps a shard, in that tier's own terms; it fits 64 bits."""
+
+
 class HeadRange(NamedTuple):
     """A run of KV heads `[start, stop)`: which shard of a chunk is meant."""
 

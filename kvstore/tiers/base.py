@@ -6,13 +6,17 @@ tiers to act; a tier never decides to forget.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
-from kvstore.types import Digest, Extent, HeadRange, NamespaceId, Root, TierKind
+from kvstore.types import Digest, Extent, HeadRange, NamespaceId, Place, Root, TierKind
 
 
 class TierUsage(NamedTuple):
-    """How full a tier is, in bytes, padding and tables included."""
+    """How full a tier is, in bytes, padding and tables included.
+
+    A capacity of 0 stands for one that is not known here: a server's.
+    """
 
     capacity_bytes: int
     used_bytes: int
@@ -27,10 +31,23 @@ class ShardKey(NamedTuple):
     heads: HeadRange
 
 
+class Shard(NamedTuple):
+    """One shard as every tier knows it: all that is needed to find, place and check it.
+
+    *parent* is the digest of the chunk before it, None at the start of a prefix. *root* is
+    always that of the bytes, also where the host tier keeps no checksums.
+    """
+
+    key: ShardKey
+    parent: Digest | None
+    size_bytes: int
+    root: Root
+
+
 class Tier(Protocol):
     """Promises of all tiers.
 
-    `used_bytes` never exceeds `capacity_bytes`, at any instant.
+    `used_bytes` never exceeds a known `capacity_bytes`, at any instant.
     """
 
     @property
@@ -63,22 +80,58 @@ class MappedTier(Tier, Protocol):
 class RemoteTier(Tier, Protocol):
     """A tier that bytes are copied to and from: disk, Redis, peers.
 
-    Calls may fail, be slow and be cancelled at any await; none of that ever leaves a shard
-    that can be read half. Failures of the medium are values (False, None), not exceptions.
+    Calls may be slow and may be cancelled at any await; neither ever leaves a shard that can
+    be read half. When the medium fails (an I/O error, no connection, no answer in time) they
+    raise `TierError`, which says nothing about what is kept.
     """
 
-    async def write(self, key: ShardKey, source: memoryview, root: Root) -> bool:
-        """Keep a copy of *source*; return whether it was kept, whole.
+    async def write(self, shard: Shard, source: memoryview) -> Place | None:
+        """Keep a copy of *source*, the bytes of *shard*; return where, or None without room.
 
-        *source* is leased for the duration of the call. Writing a key again replaces it.
+        *source* stays as it is for the duration of the call. Writing a key again replaces it.
         """
 
-    async def read(self, key: ShardKey, target: memoryview) -> Root | None:
-        """Fill *target* with the shard and return its root, or None when it is not here.
+    async def read(self, shard: Shard, place: Place, target: memoryview) -> bool:
+        """Fill *target*, `shard.size_bytes` long, with *shard*; return whether it was here.
 
-        The bytes have been checked against the key and the checksum; when they fail, the
-        shard is dropped and None returned. *target* may then hold anything.
+        The bytes have been checked against key and root. What fails the check is set aside,
+        counted and gone: False. After False or an error *target* may hold anything.
         """
 
-    async def remove(self, key: ShardKey) -> bool:
-        """Forget the shard; return whether it was here."""
+    async def remove(self, shard: Shard, place: Place) -> bool:
+        """Forget *shard*; return whether it was here."""
+
+    async def introduce(self, namespace: NamespaceId, manifest: bytes) -> None:
+        """Keep the canonical *manifest* beside the shards of *namespace*; comes before them."""
+
+
+class Recovered(NamedTuple):
+    """One shard that a durable tier found when it was opened."""
+
+    shard: Shard
+    place: Place
+
+
+class DurableTier(RemoteTier, Protocol):
+    """A remote tier that only this daemon writes, and that survives it: disk."""
+
+    def manifests(self) -> dict[NamespaceId, bytes]:
+        """Return all manifests that were introduced and are still whole."""
+
+    def recover(self) -> Iterator[Recovered]:
+        """Yield what is kept, oldest first, from its index alone; payloads are not read.
+
+        Blocking: for a thread, once, before the first write.
+        """
+
+
+class SharedTier(RemoteTier, Protocol):
+    """A remote tier that other daemons write, too: Redis, peers."""
+
+    async def find(
+        self, namespace: NamespaceId, digests: Sequence[Digest]
+    ) -> list[list[Recovered]]:
+        """Return, for each digest, the shards that are there now, of whatever heads.
+
+        They may be gone when they are read.
+        """

@@ -6,14 +6,16 @@ import asyncio
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from kvstore.errors import TierError
 from kvstore.hashing import block_digests, root_of
-from kvstore.tiers.base import ShardKey, TierUsage
-from kvstore.types import TierKind
+from kvstore.tiers.base import Recovered, Shard, ShardKey, TierUsage
+from kvstore.types import Digest, NamespaceId, Place, TierKind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator, Sequence
 
-    from kvstore.types import Root
+# A dict finds its shards by key.
+_PLACE: Final = Place(0)
 
 
 class Fault(Enum):
@@ -34,68 +36,100 @@ class Fault(Enum):
 
 class _Kept(NamedTuple):
     payload: bytearray
-    root: Root
+    shard: Shard
 
 
 class FakeTier:
     """Keeps shards in a dict up to *capacity_bytes*; *script* gives the fault of call n, if any.
 
-    Calls are numbered from 0 over all verbs, in the order in which they are made.
+    Calls are numbered from 0 over write, read, remove and find, in the order in which they
+    are made. It is durable and shared: what tests of recovery and of other hosts need.
     """
 
-    kind: Final = TierKind.REDIS
-
-    def __init__(self, capacity_bytes: int, script: Iterable[tuple[int, Fault]] = ()) -> None:
+    def __init__(
+        self,
+        capacity_bytes: int,
+        script: Iterable[tuple[int, Fault]] = (),
+        *,
+        kind: TierKind = TierKind.REDIS,
+    ) -> None:
+        self.kind: Final = kind
         self._capacity_bytes = capacity_bytes
         self._script = dict(script)
         self._calls = 0
         self._kept: dict[ShardKey, _Kept] = {}
+        self._manifests: dict[NamespaceId, bytes] = {}
 
     def usage(self) -> TierUsage:
         """Return how full the dict is."""
         used = sum(len(kept.payload) for kept in self._kept.values())
         return TierUsage(self._capacity_bytes, used, self._capacity_bytes - used)
 
-    async def write(self, key: ShardKey, source: memoryview, root: Root) -> bool:
+    async def write(self, shard: Shard, source: memoryview) -> Place | None:
         """Keep a copy, unless it does not fit or the script says otherwise."""
-        if await self._fault(key) is Fault.FAIL:
-            return False
-        replaced = len(self._kept[key].payload) if key in self._kept else 0
+        await self._fault(shard.key)
+        replaced = len(self._kept[shard.key].payload) if shard.key in self._kept else 0
         if self.usage().used_bytes - replaced + len(source) > self._capacity_bytes:
+            return None
+        self._kept[shard.key] = _Kept(bytearray(source), shard)
+        return _PLACE
+
+    async def read(self, shard: Shard, place: Place, target: memoryview) -> bool:
+        """Fill *target* with what was written, if it is still what was written."""
+        await self._fault(shard.key)
+        kept = self._kept.get(shard.key)
+        if kept is None or len(kept.payload) != len(target):
             return False
-        self._kept[key] = _Kept(bytearray(source), root)
+        if root_of(block_digests(kept.payload)) != shard.root:
+            del self._kept[shard.key]
+            return False
+        target[:] = kept.payload
         return True
 
-    async def read(self, key: ShardKey, target: memoryview) -> Root | None:
-        """Fill *target* with what was written, if it is still what was written."""
-        if await self._fault(key) is Fault.FAIL or key not in self._kept:
-            return None
-        kept = self._kept[key]
-        if len(kept.payload) != len(target) or root_of(block_digests(kept.payload)) != kept.root:
-            del self._kept[key]
-            return None
-        target[:] = kept.payload
-        return kept.root
-
-    async def remove(self, key: ShardKey) -> bool:
+    async def remove(self, shard: Shard, place: Place) -> bool:
         """Forget the shard."""
-        if await self._fault(key) is Fault.FAIL:
-            return False
-        return self._kept.pop(key, None) is not None
+        await self._fault(shard.key)
+        return self._kept.pop(shard.key, None) is not None
+
+    async def introduce(self, namespace: NamespaceId, manifest: bytes) -> None:
+        """Keep the manifest."""
+        self._manifests[namespace] = manifest
+
+    def manifests(self) -> dict[NamespaceId, bytes]:
+        """Return all manifests."""
+        return dict(self._manifests)
+
+    def recover(self) -> Iterator[Recovered]:
+        """Yield all shards in the order in which they were written."""
+        return (Recovered(kept.shard, _PLACE) for kept in self._kept.values())
+
+    async def find(
+        self, namespace: NamespaceId, digests: Sequence[Digest]
+    ) -> list[list[Recovered]]:
+        """Return the shards of each digest."""
+        await self._fault(None)
+        return [
+            [
+                Recovered(kept.shard, _PLACE)
+                for key, kept in self._kept.items()
+                if (key.namespace, key.digest) == (namespace, digest)
+            ]
+            for digest in digests
+        ]
 
     def close(self) -> None:
-        """Forget everything."""
-        self._kept.clear()
+        """Do nothing: what is kept outlives whoever used it."""
 
-    async def _fault(self, key: ShardKey) -> Fault | None:
-        """Return the fault of this call, having done to the dict what it stands for."""
+    async def _fault(self, key: ShardKey | None) -> None:
+        """Let the fault of this call happen; raises `TierError` when the medium fails."""
         fault = self._script.get(self._calls)
         self._calls += 1
         await asyncio.sleep(0)
+        if fault is Fault.FAIL:
+            raise TierError("the script says so")
         if fault is Fault.HANG:
             await asyncio.get_running_loop().create_future()
-        elif fault is Fault.FORGET:
-            self._kept.pop(key, None)
-        elif fault is Fault.CORRUPT and key in self._kept:
+        elif key in self._kept and fault is Fault.FORGET:
+            del self._kept[key]
+        elif key in self._kept and fault is Fault.CORRUPT:
             self._kept[key].payload[0] ^= 1
-        return fault
