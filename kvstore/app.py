@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from pathlib import Path
 
 from kvstore.config import Config
 from kvstore.daemon.address import SocketAddress
@@ -17,8 +16,7 @@ from kvstore.limits import EXTENT_ALIGNMENT_BYTES
 from kvstore.metrics import Counters
 from kvstore.store.policy import make_policy
 from kvstore.store.store import Store
-from kvstore.tiers.host import HostTier
-from kvstore.transfer.arena import Arena
+from kvstore.tiers.host import HostTier, make_memory
 
 log = logging.getLogger(__name__)
 
@@ -73,12 +71,11 @@ async def _live(config: Config, server: Server) -> None:
 def _make_store(config: Config) -> Store:
     host = config.tiers.host
     size_bytes = host.capacity_bytes - host.capacity_bytes % EXTENT_ALIGNMENT_BYTES
-    arena = Arena.create(
-        size_bytes,
-        path=None if host.arena == "memfd" else Path(host.arena),
-        huge_pages=host.huge_pages == "auto",
+    checksums = host.checksum == "xxh3"
+    memory = make_memory(
+        host.arena, size_bytes, huge_pages=host.huge_pages == "auto", checksums=checksums
     )
-    tier = HostTier(arena, checksums=host.checksum == "xxh3", verification=host.verify_commit)
+    tier = HostTier(memory, checksums=checksums, verification=host.verify_commit)
     return Store(
         tier,
         make_policy(host.eviction, size_bytes),

@@ -52,6 +52,50 @@ ARENA_SIZE_MIN_BYTES: Final = MIB
 ARENA_SIZE_MAX_BYTES: Final = 16 * TIB
 PREFAULT_STEP_BYTES: Final = 64 * MIB
 MAP_STEP_BYTES: Final = 4 * MIB
+# Records of 160 bytes beside an arena that outlives the daemon: one for so much of it. They
+# are backed by memory from the start, so their number has an end: 640 MiB.
+RECORD_SPAN_BYTES: Final = 64 * KIB
+RECORDS_MIN: Final = 4096
+RECORDS_MAX: Final = 4 * MIB
+RECORD_BANK_SIZE_BYTES: Final = 2 * MIB
+
+# --- tenants and admission ---------------------------------------------------------------
+TENANTS_MAX: Final = 255
+# What an admission remembers of a tier: at most 5 MiB, whatever the tier's capacity.
+ADMISSION_ENTRIES_MAX: Final = MIB
+
+# --- slower tiers ------------------------------------------------------------------------
+TIER_READS_MAX: Final = 8
+"""Reads under way at once, a tier. Writes are half as many, so that a read finds room."""
+TIER_WRITES_MAX: Final = 4
+TIER_FINDS_MAX: Final = 8
+WRITE_QUEUE_CHUNKS_MAX: Final = 4096
+# The share of the host tier whose chunks may wait to be written to one slower tier.
+WRITE_QUEUE_SHARE: Final = 4
+PREFETCH_QUEUE_CHUNKS_MAX: Final = 4096
+REMOVE_QUEUE_CHUNKS_MAX: Final = 65_536
+# The share of the host tier that is kept free by demoting ahead of need.
+FREE_WATERMARK_SHARE: Final = 32
+DEMOTIONS_AHEAD_MAX: Final = 8
+# Chunks of tiers that forget by themselves (a server's), as far as they are remembered here.
+REMEMBERED_CHUNKS_MAX: Final = 1_000_000
+FIND_DIGESTS_MAX: Final = 256
+FIND_WAIT_MAX_SECONDS: Final = 0.02
+TIER_TIMEOUT_SECONDS: Final = 1.0
+# The slowest medium that is waited for: what it takes for its bytes comes on top.
+TIER_BANDWIDTH_MIN_BYTES: Final = 32 * MIB
+BREAKER_FAILURES_MAX: Final = 3
+BREAKER_TROUBLE_MAX_SECONDS: Final = 1.0
+BREAKER_PAUSE_MIN_SECONDS: Final = 0.5
+BREAKER_PAUSE_MAX_SECONDS: Final = 30.0
+METER_STALE_SECONDS: Final = 30.0
+HINTS_MAX: Final = 4096
+HINT_CHUNKS_MAX: Final = 262_144
+HINT_SECONDS_MAX: Final = 86_400
+# A conversation that is expected back within this time keeps its chunks in the host tier.
+HINT_KEEP_SECONDS: Final = 60.0
+RECOMPUTE_MAX_US: Final = 3_600_000_000
+TENANT_NAME_MAX_CHARS: Final = 64
 
 # --- leases ----------------------------------------------------------------------------
 LEASE_TTL_MIN_SECONDS: Final = 1.0

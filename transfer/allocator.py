@@ -75,8 +75,27 @@ class Allocator:
             self._insert(start + pages, found - pages)
         return Extent(start * EXTENT_ALIGNMENT_BYTES, size_bytes)
 
+    def occupy(self, extents: Iterable[Extent]) -> None:
+        """Count *extents* as allocated, in an allocator that nothing was taken from.
+
+        They must lie inside, start on pages and not overlap.
+        """
+        assert self._free_pages == self._pages, "extents are occupied before any is allocated"
+        self._remove(0, self._pages)
+        end = 0
+        for offset, size_bytes in sorted(extents):
+            start, rest = divmod(offset, EXTENT_ALIGNMENT_BYTES)
+            assert not rest, f"extent at {offset} starts on no page"
+            assert start >= end, f"extent at {offset} overlaps another"
+            if start > end:
+                self._insert(end, start - end)
+            end = start + _pages_of(size_bytes)
+        assert end <= self._pages, f"extents end at page {end} of {self._pages}"
+        if end < self._pages:
+            self._insert(end, self._pages - end)
+
     def free(self, extent: Extent) -> None:
-        """Take *extent* back; it must have come from `allocate` and be freed once."""
+        """Take *extent* back; it must be allocated, and is freed once."""
         start = extent.offset // EXTENT_ALIGNMENT_BYTES
         pages = _pages_of(extent.size_bytes)
         assert start not in self._size_at, f"extent at {extent.offset} is freed twice"

@@ -2,7 +2,8 @@
 
 The daemon makes it and passes its descriptor to every client, which map it and move bytes
 themselves. A memfd is sealed against shrinking and growing, so that no peer can make the
-daemon fault on its own memory; a file arena (tmpfs or hugetlbfs) is always a fresh inode.
+daemon fault on its own memory. A file (tmpfs or hugetlbfs, see `kept`) outlives the daemon, but
+cannot be sealed.
 """
 
 from __future__ import annotations
@@ -86,28 +87,22 @@ class ArenaMapping:
 class Arena(ArenaMapping):
     """The arena as its maker has it: with a descriptor to pass on, and memory to put behind it."""
 
-    def __init__(self, fd: int, size_bytes: int, *, kind: str, path: Path | None = None) -> None:
+    def __init__(self, fd: int, size_bytes: int, *, kind: str) -> None:
         super().__init__(fd, size_bytes)
         self.fd = fd
         self.kind = kind
         self.prefaulted_bytes = 0
-        self._path = path
         self._closed = False
 
     @classmethod
-    def create(cls, size_bytes: int, *, path: Path | None = None, huge_pages: bool = True) -> Self:
-        """Make an arena of *size_bytes*: a memfd, or a fresh file at *path*.
+    def create(cls, size_bytes: int, *, huge_pages: bool = True) -> Self:
+        """Make an arena of *size_bytes* in a memfd, which goes with its last user.
 
-        With *huge_pages*, a memfd comes from the reserved 2 MiB pages when enough are free,
-        and otherwise asks for transparent ones. Raises `ConfigError` with both numbers when
-        memory or the file system cannot hold it.
+        With *huge_pages*, it comes from the reserved 2 MiB pages when enough are free, and
+        otherwise asks for transparent ones. Raises `ConfigError` with both numbers when memory
+        cannot hold it.
         """
-        if size_bytes < ARENA_SIZE_MIN_BYTES:
-            raise ConfigError(
-                f"an arena of {size_bytes} bytes; at least {ARENA_SIZE_MIN_BYTES} needed"
-            )
-        if path is not None:
-            return cls._create_file(size_bytes, path)
+        check_size(size_bytes)
         available = memory_limit_bytes()
         if size_bytes > available:
             raise ConfigError(
@@ -135,25 +130,18 @@ class Arena(ArenaMapping):
             ) from error
 
     @classmethod
-    def _create_file(cls, size_bytes: int, path: Path) -> Self:
+    def of_file(cls, fd: int, size_bytes: int) -> Self:
+        """Map the file behind *fd*, of *size_bytes*; it stays when the arena is closed.
+
+        Raises `ConfigError` when it cannot be mapped; *fd* is then still the caller's.
+        """
         try:
-            stat = os.statvfs(path.parent)
-            room = stat.f_bavail * stat.f_frsize + (
-                path.stat().st_blocks * 512 if path.exists() else 0
-            )
-            if size_bytes > room:
-                raise ConfigError(
-                    f"tiers.host.capacity is {size_bytes} bytes, {path.parent} has room for {room}"
-                )
-            path.unlink(missing_ok=True)
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            fd = os.open(path, flags, 0o600)
+            return cls(fd, size_bytes, kind="file")
         except OSError as error:
             raise ConfigError(
-                f"tiers.host.arena {path} cannot be made: {error.strerror}"
+                f"tiers.host.capacity is {size_bytes} bytes, which cannot be mapped: "
+                f"{error.strerror}"
             ) from error
-        os.ftruncate(fd, size_bytes)
-        return cls(fd, size_bytes, kind="file", path=path)
 
     def prefault_step(self) -> bool:
         """Back the next stretch with memory; return whether any is left to do.
@@ -185,8 +173,12 @@ class Arena(ArenaMapping):
             self.view.release()
             self._map.close()
         os.close(self.fd)
-        if self._path is not None:
-            self._path.unlink(missing_ok=True)
+
+
+def check_size(size_bytes: int) -> None:
+    """Raise `ConfigError` when *size_bytes* are too few for an arena."""
+    if size_bytes < ARENA_SIZE_MIN_BYTES:
+        raise ConfigError(f"an arena of {size_bytes} bytes; at least {ARENA_SIZE_MIN_BYTES} needed")
 
 
 def memory_limit_bytes() -> int:

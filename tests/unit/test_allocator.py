@@ -151,3 +151,44 @@ def test_two_sizes_under_random_traffic_waste_less_than_half_of_the_arena(seed):
         else:
             live.append(extent)
     assert max(wasted, default=0) < CAPACITY_BYTES / 2
+
+
+@given(st.lists(st.integers(1, 12), max_size=40), st.integers(0, 2**32))
+def test_what_is_occupied_counts_as_allocated_in_whatever_order_it_comes(sizes, seed):
+    rng = np.random.default_rng(seed)
+    extents, page = [], 0
+    for size in sizes:
+        page += int(rng.integers(3))
+        if page + size <= PAGES:
+            extents.append(Extent(page_aligned(page), page_aligned(size) - int(rng.integers(4096))))
+        page += size
+    shuffled = [extents[at] for at in rng.permutation(len(extents))]
+    allocator = Allocator(CAPACITY_BYTES)
+    allocator.occupy(shuffled)
+    allocator.check(extents)
+    while (extent := allocator.allocate(page_aligned(1))) is not None:
+        shuffled.append(extent)
+    allocator.check(shuffled)
+    for extent in shuffled:
+        allocator.free(extent)
+    assert allocator.largest_free_bytes == CAPACITY_BYTES
+
+
+@pytest.mark.parametrize(
+    ("extents", "reason"),
+    [
+        ([Extent(100, 1)], "starts on no page"),
+        ([Extent(0, 4097), Extent(4096, 1)], "overlaps"),
+        ([Extent(CAPACITY_BYTES - 4096, 4097)], "extents end at"),
+    ],
+)
+def test_what_cannot_be_is_not_occupied(extents, reason):
+    with pytest.raises(AssertionError, match=reason):
+        Allocator(CAPACITY_BYTES).occupy(extents)
+
+
+def test_extents_are_occupied_before_any_is_allocated():
+    allocator = Allocator(CAPACITY_BYTES)
+    allocator.allocate(1)
+    with pytest.raises(AssertionError, match="before any is allocated"):
+        allocator.occupy([])

@@ -49,38 +49,6 @@ def test_an_arena_larger_than_memory_is_refused_with_both_numbers():
         Arena.create(size)
 
 
-def test_an_arena_larger_than_its_file_system_is_refused_with_both_numbers(tmp_path):
-    size = 2**50
-    with pytest.raises(ConfigError, match=rf"{size} bytes, {tmp_path} has room for \d+"):
-        Arena.create(size, path=tmp_path / "arena")
-    assert not (tmp_path / "arena").exists()
-
-
-def test_a_path_that_cannot_be_made_is_refused_by_name(tmp_path):
-    path = tmp_path / "missing" / "arena"
-    with pytest.raises(ConfigError, match=f"{path} cannot be made: No such file"):
-        Arena.create(MIB, path=path)
-
-
-def test_a_file_arena_is_a_fresh_private_file_that_goes_with_its_daemon(tmp_path):
-    path = tmp_path / "arena"
-    path.write_bytes(b"left by another")
-    arena = Arena.create(MIB, path=path)
-    assert bytes(arena.view[:15]) == bytes(15)
-    assert path.stat().st_size == MIB
-    assert path.stat().st_mode & 0o777 == 0o600
-    arena.close()
-    assert not path.exists()
-
-
-def test_a_link_in_place_of_the_file_is_replaced_and_not_followed(tmp_path):
-    target, path = tmp_path / "target", tmp_path / "arena"
-    target.write_bytes(b"precious")
-    path.symlink_to(target)
-    Arena.create(MIB, path=path).close()
-    assert target.read_bytes() == b"precious"
-
-
 def test_prefaulting_backs_the_whole_arena_in_steps():
     arena = Arena.create(PREFAULT_STEP_BYTES + MIB)
     assert arena.prefault_step()
