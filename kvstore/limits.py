@@ -57,7 +57,7 @@ MAP_STEP_BYTES: Final = 4 * MIB
 RECORD_SPAN_BYTES: Final = 64 * KIB
 RECORDS_MIN: Final = 4096
 RECORDS_MAX: Final = 4 * MIB
-RECORD_BANK_SIZE_BYTES: Final = 2 * MIB
+RECORD_BANK_SIZE_BYTES: Final = 4 * MIB
 
 # --- tenants and admission ---------------------------------------------------------------
 TENANTS_MAX: Final = 255
