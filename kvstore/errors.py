@@ -86,6 +86,12 @@ class RequestError(KVStoreError):
     code = 11
 
 
+class CodecError(KVStoreError):
+    """A codec or a policy is unknown, or is asked for what it does not do."""
+
+    code = 12
+
+
 class NoSpaceError(KVStoreError):
     """Nothing more can be evicted: all that is left is leased, pinned or being written."""
 
@@ -115,6 +121,18 @@ class ChecksumError(KVStoreError):
     """Bytes do not match their checksum; they are not served and not published."""
 
     code = 32
+
+
+class ContainerError(KVStoreError):
+    """A stored container contradicts itself, its checksums, or the geometry it is read with."""
+
+    code = 33
+
+
+class UnfitError(KVStoreError):
+    """A chunk cannot be encoded into the room it was given; it is not stored."""
+
+    code = 34
 
 
 class LimitError(KVStoreError):
