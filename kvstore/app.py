@@ -14,7 +14,6 @@ from kvstore.daemon.server import Server
 from kvstore.errors import ConfigError
 from kvstore.limits import EXTENT_ALIGNMENT_BYTES
 from kvstore.metrics import Counters
-from kvstore.store.policy import make_policy
 from kvstore.store.store import Store
 from kvstore.tiers.host import HostTier, make_memory
 
@@ -78,7 +77,7 @@ def _make_store(config: Config) -> Store:
     tier = HostTier(memory, checksums=checksums, verification=host.verify_commit)
     return Store(
         tier,
-        make_policy(host.eviction, size_bytes),
+        eviction=host.eviction,
         lease_ttl_seconds=config.leases.ttl_seconds,
         counters=Counters(),
     )

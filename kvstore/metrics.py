@@ -8,14 +8,29 @@ import msgspec
 class Counters(msgspec.Struct, kw_only=True):
     """All counters of one daemon, by the names under which they are published.
 
-    For look-ups, ready + arriving + miss is the number of keys asked.
+    For look-ups, ready + arriving + declined + unavailable + miss is the number of keys asked:
+    *declined* ones would take longer to load than to compute, *unavailable* ones are only in
+    tiers that do not answer at present. The hits of all tiers together are the ready ones.
     """
 
     lookup_chunks_ready: int = 0
     lookup_chunks_arriving: int = 0
+    lookup_chunks_declined: int = 0
+    lookup_chunks_unavailable: int = 0
     lookup_chunks_miss: int = 0
     load_chunks: int = 0
     load_bytes: int = 0
+    load_chunks_declined: int = 0
+    load_chunks_late: int = 0
+    promote_chunks: int = 0
+    promote_bytes: int = 0
+    promote_chunks_joined: int = 0
+    promote_chunks_failed: int = 0
+    promote_chunks_cancelled: int = 0
+    prefetch_chunks: int = 0
+    demote_chunks: int = 0
+    demote_chunks_dropped: int = 0
+    hints: int = 0
     reserve_chunks_reserved: int = 0
     reserve_chunks_present: int = 0
     reserve_chunks_arriving: int = 0

@@ -36,7 +36,8 @@ from kvstore.protocol import messages as m
 from kvstore.protocol.framing import FrameReader, frame
 from kvstore.protocol.machine import SessionMachine, SessionState
 from kvstore.protocol.manifest import decode_manifest
-from kvstore.store.index import Namespace, ShardRecord
+from kvstore.store.index import Namespace
+from kvstore.store.shards import ShardRecord
 from kvstore.types import Digest, HeadRange, LeaseId, ReservationId, Root, SessionId
 
 if TYPE_CHECKING:

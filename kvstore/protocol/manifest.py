@@ -35,6 +35,9 @@ DTYPE_SIZE_BYTES: Final = {
 }
 
 
+_OWNED_PREFIX: Final = b'{"manifest":'
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What must match, field by field, before one engine's KV is another's.
 
@@ -109,12 +112,39 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         """Return the canonical form, the one that is hashed."""
         return msgspec.json.encode(self, order="sorted")
 
-    def namespace_id(self) -> NamespaceId:
-        """Return the 16 bytes that stand for this manifest."""
-        return NamespaceId(hashlib.sha256(self.encode()).digest()[:NAMESPACE_ID_SIZE_BYTES])
+    def namespace_id(self, tenant: str = "") -> NamespaceId:
+        """Return the 16 bytes that stand for this manifest, or for that of one *tenant*."""
+        canonical = encode_namespace(self, tenant)
+        return NamespaceId(hashlib.sha256(canonical).digest()[:NAMESPACE_ID_SIZE_BYTES])
+
+
+class _Owned(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The manifest of one tenant's own namespace."""
+
+    manifest: Manifest
+    tenant: str
 
 
 _decoder = msgspec.json.Decoder(Manifest)
+_owned_decoder = msgspec.json.Decoder(_Owned)
+
+
+def encode_namespace(manifest: Manifest, tenant: str) -> bytes:
+    """Return what a namespace is the hash of: a manifest and, if it is one's own, its tenant."""
+    if not tenant:
+        return manifest.encode()
+    return msgspec.json.encode(_Owned(manifest=manifest, tenant=tenant), order="sorted")
+
+
+def decode_namespace(raw: bytes) -> tuple[Manifest, str]:
+    """Return what `encode_namespace` was given; raises `ManifestError`."""
+    if not raw.startswith(_OWNED_PREFIX):
+        return decode_manifest(raw), ""
+    try:
+        owned = _owned_decoder.decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ManifestError(f"manifest of a tenant does not parse: {error}") from error
+    return owned.manifest, owned.tenant
 
 
 def decode_manifest(raw: bytes) -> Manifest:

@@ -1,9 +1,9 @@
-"""What is kept, and where: every committed chunk of every namespace.
+"""What is kept, and in which tiers: every chunk of every namespace.
 
 A chunk is a *slot*, a small number; its fields are columns (arrays), so that a chunk costs
-about 250 bytes, and to find one is at most one dict access whatever their number. Shards
-beyond the first of a chunk, which only tensor-parallel writers make, lie in a side table.
-Chunks of a prefix form a tree by parent, in which leaves leave first.
+less than 300 bytes, and to find one is at most one dict access whatever their number. The
+shards of a chunk that has several, which only tensor-parallel writers make, lie in a side
+table. A slot whose chunk is lost while it is held stays, *hollow*, until nobody holds it.
 """
 
 from __future__ import annotations
@@ -11,40 +11,38 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
-from typing import Final, NamedTuple
+from typing import Final
 
 from kvstore.errors import LimitError
 from kvstore.limits import EXTENT_ALIGNMENT_BYTES, NAMESPACES_MAX
 from kvstore.protocol.manifest import Manifest
-from kvstore.types import NO_SLOT, Digest, Extent, HeadRange, Root, TierKind
+from kvstore.store.shards import ShardRecord, covers
+from kvstore.store.tree import PrefixTree
+from kvstore.types import NO_SLOT, Digest, Extent, HeadRange, NamespaceId, Place, Root, TierKind
 
 _RUN_SLOTS: Final = 64
 _SLOTS_WORTH_A_GETTER: Final = 8
 _SOFT_PIN: Final = 1
 _HARD_PIN: Final = 2
-
-
-class ShardRecord(NamedTuple):
-    """One stored shard: which heads, where, and the root of its checksum tree."""
-
-    heads: HeadRange
-    extent: Extent
-    root: Root
+_KEPT: Final = 4
+_ALL_TIERS: Final = 0xFF
 
 
 class Namespace:
     """The chunks of one manifest. *ready* ones have all their heads, *partial* ones do not.
 
-    *entered* counts the sessions that are in it. *marks* says on a run of slots, the same on
-    each, that they are ready in this namespace.
+    A namespace of a tenant is its own, whoever else has the same manifest. *entered* counts
+    the sessions that are in it. *marks* says on a run of slots, the same on each, that they
+    are ready in this namespace.
     """
 
-    __slots__ = ("entered", "id", "manifest", "marks", "number", "partial", "ready")
+    __slots__ = ("entered", "id", "manifest", "marks", "number", "partial", "ready", "tenant")
 
-    def __init__(self, number: int, manifest: Manifest) -> None:
+    def __init__(self, number: int, manifest: Manifest, tenant: str = "") -> None:
         self.number = number
         self.manifest = manifest
-        self.id = manifest.namespace_id()
+        self.tenant = tenant
+        self.id: NamespaceId = manifest.namespace_id(tenant)
         self.marks = array("H", [number + 1]) * _RUN_SLOTS
         self.entered = 0
         self.ready: dict[Digest, int] = {}
@@ -62,46 +60,56 @@ class Namespace:
 
 
 class Index:
-    """All slots. Holds no bytes and frees none: `remove` returns the extents to be freed."""
+    """All slots. Holds no bytes and frees none: `lose` returns what is to be freed.
 
-    def __init__(self) -> None:
+    *tree* has the order of prefixes. *usable* are the bits of the tiers that can be read now;
+    chunks that are in no other tier count as missing.
+    """
+
+    def __init__(self, evicting: Iterable[TierKind] = (TierKind.HOST,)) -> None:
         self.namespaces: list[Namespace] = []
+        self.tree = PrefixTree(evicting)
+        self.usable = _ALL_TIERS
         self.held = 0
+        self.held_in_host = 0
+        self.hollow: set[int] = set()
+        self._evicting = tuple(evicting)
+        self._evicting_bits = sum(self._evicting)
         self._digest: list[Digest | None] = []
         self._vacant: list[int] = []
-        self._more_shards: dict[int, list[ShardRecord]] = {}
+        # All shards of the chunks that have more than one; their columns mean nothing then.
+        self._several: dict[int, list[ShardRecord]] = {}
         self._space = array("H")
         # The mark of the namespace in which a slot is ready; see `Namespace.marks`.
         self._ready_in = array("H")
         self._page = array("I")
         self._size = array("I")
         self._root = array("Q")
+        self._place = array("Q")
         self._head_start = array("H")
         self._head_stop = array("H")
         self._leases = array("I")
         self._pins = bytearray()
+        # The bits of all tiers that hold a shard of the chunk.
         self._tiers = bytearray()
-        self._parent = array("i")
-        self._child = array("i")
-        self._next_sibling = array("i")
-        self._previous_sibling = array("i")
+        self._tenant = bytearray()
 
     def __len__(self) -> int:
-        """Return the number of chunks, whole and partial."""
+        """Return the number of chunks, whole, partial and hollow."""
         return len(self._digest) - len(self._vacant)
 
     def slots(self) -> Iterator[int]:
         """Yield every slot in use."""
         return (slot for slot, digest in enumerate(self._digest) if digest is not None)
 
-    def open_namespace(self, manifest: Manifest) -> Namespace:
+    def open_namespace(self, manifest: Manifest, tenant: str = "") -> Namespace:
         """Add a namespace for *manifest*; raises `LimitError` when all there may be are in use."""
         if len(self.namespaces) < NAMESPACES_MAX:
-            self.namespaces.append(Namespace(len(self.namespaces), manifest))
+            self.namespaces.append(Namespace(len(self.namespaces), manifest, tenant))
             return self.namespaces[-1]
         for number, space in enumerate(self.namespaces):
             if space.is_unused:
-                self.namespaces[number] = Namespace(number, manifest)
+                self.namespaces[number] = Namespace(number, manifest, tenant)
                 return self.namespaces[number]
         raise LimitError(f"{NAMESPACES_MAX} namespaces are in use, no more are allowed")
 
@@ -139,28 +147,54 @@ class Index:
         )
 
     def prefix(
-        self, space: Namespace, digests: Sequence[Digest], window: int
+        self, space: Namespace, digests: Sequence[Digest], window: int = 0
     ) -> tuple[int, list[int]]:
         """Return how many chunks are a hit, and the slots that make them one.
 
-        Without *window* these are the leading chunks, with it the last *window* of the longest
-        prefix that has them, see `window_hits`.
+        A hit can be read from some tier now. Without *window* these are the leading chunks,
+        with it the last *window* of the longest prefix that has them, see `window_hits`.
         """
-        if not window:
-            slots = self.leading(space, digests)
-            return len(slots), slots
-        hits = self.window_hits(space, digests, window)
-        return hits, self.leading(space, digests[max(0, hits - window) : hits])
+        if window:
+            hits = self.window_hits(space, digests, window)
+            return hits, self.leading(space, digests[max(0, hits - window) : hits])
+        slots = self.leading(space, digests)
+        if self.usable != _ALL_TIERS:
+            slots = slots[: self._usable_count(slots)]
+        return len(slots), slots
 
     def window_hits(self, space: Namespace, digests: Sequence[Digest], window: int) -> int:
-        """Return the largest n such that chunks [max(0, n - window), n) are present, or 0."""
+        """Return the largest n such that chunks [max(0, n - window), n) are hits, or 0."""
         ready = space.ready
         run = 0
         for position in range(len(digests) - 1, -1, -1):
-            run = run + 1 if digests[position] in ready else 0
+            slot = ready.get(digests[position], NO_SLOT)
+            run = run + 1 if slot != NO_SLOT and self.is_usable(slot) else 0
             if run == window:
                 return position + window
         return run
+
+    @property
+    def is_degraded(self) -> bool:
+        """Whether some tier cannot be read now."""
+        return self.usable != _ALL_TIERS
+
+    def is_usable(self, slot: int) -> bool:
+        """Return whether all heads of *slot*, which is ready, can be read now."""
+        if self.usable == _ALL_TIERS:
+            return True
+        shards = self._several.get(slot)
+        if shards is None:
+            return self._tiers[slot] & self.usable != 0
+        within = [shard.heads for shard in shards if shard.tiers & self.usable]
+        return covers(within, self.space_of(slot).manifest.all_heads)
+
+    def _usable_count(self, slots: Sequence[int]) -> int:
+        """Return how many leading *slots* are usable; none of them costs Python a step."""
+        if not self._several:
+            table = bytes(bits & self.usable and 1 for bits in range(256))
+            first = self.tiers(slots).translate(table).find(0) if slots else -1
+            return len(slots) if first < 0 else first
+        return next((n for n, slot in enumerate(slots) if not self.is_usable(slot)), len(slots))
 
     def tiers(self, slots: Sequence[int]) -> bytes:
         """Return one byte a slot: the bits of the tiers that hold it."""
@@ -170,12 +204,32 @@ class Index:
 
     def shards(self, slot: int) -> list[ShardRecord]:
         """Return all shards of *slot*, in the order of their commits."""
-        first = ShardRecord(
-            HeadRange(self._head_start[slot], self._head_stop[slot]),
-            Extent(self._page[slot] * EXTENT_ALIGNMENT_BYTES, self._size[slot]),
-            Root(self._root[slot]),
-        )
-        return [first, *self._more_shards.get(slot, ())]
+        several = self._several.get(slot)
+        if several is not None:
+            return list(several)
+        if not self._tiers[slot]:
+            return []
+        return [
+            ShardRecord(
+                HeadRange(self._head_start[slot], self._head_stop[slot]),
+                Extent(self._page[slot] * EXTENT_ALIGNMENT_BYTES, self._size[slot]),
+                Root(self._root[slot]),
+                self._tiers[slot],
+                Place(self._place[slot]),
+            )
+        ]
+
+    def shard(self, slot: int, heads: HeadRange) -> ShardRecord | None:
+        """Return the shard of *slot* that has exactly *heads*."""
+        return next((shard for shard in self.shards(slot) if shard.heads == heads), None)
+
+    def tiers_of(self, slot: int) -> int:
+        """Return the bits of the tiers that hold a shard of *slot*."""
+        return self._tiers[slot]
+
+    def tenant_of(self, slot: int) -> int:
+        """Return whose chunk *slot* is."""
+        return self._tenant[slot]
 
     def digest(self, slot: int) -> Digest:
         """Return the digest of *slot*."""
@@ -183,61 +237,163 @@ class Index:
         assert digest is not None, f"slot {slot} is vacant"
         return digest
 
+    def parent_digest(self, slot: int) -> Digest | None:
+        """Return the digest of the chunk before *slot*, None when it is not known here."""
+        parent = self.tree.parent(slot)
+        return None if parent == NO_SLOT else self.digest(parent)
+
     def space_of(self, slot: int) -> Namespace:
         """Return the namespace of *slot*."""
         return self.namespaces[self._space[slot]]
 
     # --- changing -----------------------------------------------------------------------
 
-    def add(self, space: Namespace, digest: Digest, parent: int, shard: ShardRecord) -> int:
+    def add(
+        self, space: Namespace, digest: Digest, parent: int, shard: ShardRecord, tenant: int = 0
+    ) -> int:
         """Publish the first shard of a chunk and return its slot; *parent* may be `NO_SLOT`."""
         assert space.find(digest) == NO_SLOT, "a chunk is added once"
         slot = self._vacant.pop() if self._vacant else self._grow()
         self._digest[slot] = digest
         self._space[slot] = space.number
-        self._page[slot] = shard.extent.offset // EXTENT_ALIGNMENT_BYTES
-        self._size[slot] = shard.extent.size_bytes
-        self._root[slot] = shard.root
-        self._head_start[slot], self._head_stop[slot] = shard.heads
-        self._tiers[slot] = TierKind.HOST
-        self._link(slot, parent)
-        whole = covers((shard.heads,), space.manifest.all_heads)
-        if whole:
-            self._make_ready(space, digest, slot)
-        else:
-            space.partial[digest] = slot
+        self._tenant[slot] = tenant
+        space.partial[digest] = slot
+        if parent != NO_SLOT and shard.tiers & self._evicting_bits:
+            self.tree.plant(slot, parent)
+        self._put_shards(slot, [shard])
         return slot
 
     def add_shard(self, slot: int, shard: ShardRecord) -> None:
         """Publish one more shard of *slot*; the chunk is ready once its shards cover all heads."""
-        self._more_shards.setdefault(slot, []).append(shard)
-        space, digest = self.space_of(slot), self.digest(slot)
-        heads = [other.heads for other in self.shards(slot)]
-        if digest in space.partial and covers(heads, space.manifest.all_heads):
-            del space.partial[digest]
-            self._make_ready(space, digest, slot)
+        self._put_shards(slot, [*self.shards(slot), shard])
 
-    def remove(self, slot: int) -> list[Extent]:
-        """Forget *slot*, which is not held, and return its extents. Children become roots."""
+    def adopt(self, slot: int, parent: int) -> None:
+        """Put *slot* behind *parent*, unless it has a place in its prefix already."""
+        if self.tree.parent(slot) == NO_SLOT and self._tiers[slot] & self._evicting_bits:
+            self.tree.adopt(slot, parent, self._tiers[slot])
+
+    def gain(
+        self,
+        slot: int,
+        heads: HeadRange,
+        kind: TierKind,
+        *,
+        extent: Extent | None = None,
+        place: Place | None = None,
+    ) -> None:
+        """Note that the shard *heads* of *slot* is in the tier *kind*, too, and where."""
+        shards = self.shards(slot)
+        at = next(n for n, shard in enumerate(shards) if shard.heads == heads)
+        shard = shards[at]
+        shards[at] = shard._replace(
+            tiers=shard.tiers | kind,
+            extent=shard.extent if extent is None else extent,
+            place=shard.place if place is None else place,
+        )
+        self._put_shards(slot, shards)
+
+    def lose(self, slot: int, kind: TierKind, heads: HeadRange | None = None) -> list[ShardRecord]:
+        """Note that *slot*, or its shard *heads* alone, is in the tier *kind* no more.
+
+        Returns the shards as they were there. A shard that is in no tier then is gone, and so
+        is a chunk without shards: its slot is free at once, or hollow for as long as it is held.
+        """
+        shards = self.shards(slot)
+        lost = [s for s in shards if s.tiers & kind and (heads is None or s.heads == heads)]
+        if lost:
+            left = [s._replace(tiers=s.tiers & ~kind) if s in lost else s for s in shards]
+            self._put_shards(slot, [shard for shard in left if shard.tiers])
+        if not self._tiers[slot]:
+            self._hollow_out(slot)
+        return lost
+
+    def remove(self, slot: int) -> list[ShardRecord]:
+        """Forget *slot*, which is not held, and return its shards as they were."""
         assert not self.is_held(slot), f"slot {slot} is held"
-        extents = [shard.extent for shard in self.shards(slot)]
+        shards = self.shards(slot)
+        self._put_shards(slot, [])
+        self._erase(slot)
+        return shards
+
+    def drop_hollow(self) -> None:
+        """Free the slots of lost chunks that nobody holds any more."""
+        for slot in [slot for slot in self.hollow if not self.is_held(slot)]:
+            self._erase(slot)
+
+    def _put_shards(self, slot: int, shards: list[ShardRecord]) -> None:
+        """Make *shards* those of *slot*: columns, tiers, tree and readiness."""
+        before, tiers = self._tiers[slot], 0
+        for shard in shards:
+            tiers |= shard.tiers
+        self._tiers[slot] = tiers
+        if len(shards) > 1:
+            self._several[slot] = shards
+        else:
+            self._several.pop(slot, None)
+            if shards:
+                self._put_columns(slot, shards[0])
+        changed = before ^ tiers
+        if changed:
+            self._move_tiers(slot, changed, tiers)
+        self._settle(slot, shards)
+
+    def _put_columns(self, slot: int, shard: ShardRecord) -> None:
+        self._page[slot] = shard.extent.offset // EXTENT_ALIGNMENT_BYTES
+        self._size[slot] = shard.extent.size_bytes
+        self._root[slot] = shard.root
+        self._place[slot] = shard.place
+        self._head_start[slot], self._head_stop[slot] = shard.heads
+
+    def _move_tiers(self, slot: int, changed: int, tiers: int) -> None:
+        for kind in self._evicting:
+            if changed & kind:
+                if tiers & kind:
+                    self.tree.enter(slot, kind)
+                else:
+                    self.tree.leave(slot, kind)
+        if not tiers & self._evicting_bits:
+            self.tree.cut(slot)
+        if changed & TierKind.HOST and self.is_held(slot):
+            self.held_in_host += 1 if tiers & TierKind.HOST else -1
+
+    def _settle(self, slot: int, shards: Sequence[ShardRecord]) -> None:
+        """Name *slot* as ready or partial, whatever its *shards* make of it."""
         space, digest = self.space_of(slot), self.digest(slot)
-        if space.ready.pop(digest, NO_SLOT) == NO_SLOT:
-            del space.partial[digest]
-        self._more_shards.pop(slot, None)
-        self._unlink(slot)
+        if len(shards) == 1:
+            whole = shards[0].heads == space.manifest.all_heads
+        else:
+            whole = covers([shard.heads for shard in shards], space.manifest.all_heads)
+        self.hollow.discard(slot)
+        if whole and not self._ready_in[slot]:
+            space.partial.pop(digest, None)
+            space.ready[digest] = slot
+            self._ready_in[slot] = space.marks[0]
+        elif not whole and self._ready_in[slot]:
+            del space.ready[digest]
+            space.partial[digest] = slot
+            self._ready_in[slot] = 0
+
+    def _hollow_out(self, slot: int) -> None:
+        if self.is_held(slot):
+            self.hollow.add(slot)
+        else:
+            self._erase(slot)
+
+    def _erase(self, slot: int) -> None:
+        """Free *slot*, which has no shards."""
+        del self.space_of(slot).partial[self.digest(slot)]
+        self.hollow.discard(slot)
+        self.tree.uproot(slot)
         self._pins[slot] = 0
-        self._ready_in[slot] = 0
         self._digest[slot] = None
         self._vacant.append(slot)
-        return extents
 
     # --- holding ------------------------------------------------------------------------
 
     def lease(self, slot: int) -> None:
         """Count one more lease on *slot*."""
         if not self.is_held(slot):
-            self.held += 1
+            self._count_held(slot, 1)
         self._leases[slot] += 1
 
     def release(self, slot: int) -> None:
@@ -245,20 +401,24 @@ class Index:
         assert self._leases[slot] > 0, f"slot {slot} has no lease"
         self._leases[slot] -= 1
         if not self.is_held(slot):
-            self.held -= 1
+            self._count_held(slot, -1)
 
     def pin(self, slot: int, *, hard: bool) -> None:
         """Pin *slot*: hard holds it, soft only makes it leave last."""
         was_held = self.is_held(slot)
         self._pins[slot] |= _HARD_PIN if hard else _SOFT_PIN
-        self.held += self.is_held(slot) - was_held
+        self._count_held(slot, self.is_held(slot) - was_held)
 
     def unpin(self, slot: int) -> bool:
         """End both kinds of pin; return whether there was one."""
-        had, was_held = self._pins[slot] != 0, self.is_held(slot)
-        self._pins[slot] = 0
-        self.held += self.is_held(slot) - was_held
+        had, was_held = self._pins[slot] & ~_KEPT != 0, self.is_held(slot)
+        self._pins[slot] &= _KEPT
+        self._count_held(slot, self.is_held(slot) - was_held)
         return had
+
+    def keep(self, slot: int, *, kept: bool) -> None:
+        """Let *slot* leave last, as a soft pin does, or no longer. Hints do this, not people."""
+        self._pins[slot] = self._pins[slot] & ~_KEPT | (_KEPT if kept else 0)
 
     def is_held(self, slot: int) -> bool:
         """Return whether *slot* may not leave: leased or hard-pinned."""
@@ -270,65 +430,23 @@ class Index:
 
     def is_soft_pinned(self, slot: int) -> bool:
         """Return whether *slot* is to leave last."""
-        return self._pins[slot] & _SOFT_PIN != 0
+        return self._pins[slot] & (_SOFT_PIN | _KEPT) != 0
 
-    # --- the prefix tree ----------------------------------------------------------------
-
-    def leaf_below(self, slot: int) -> int:
-        """Return a chunk at the end of a prefix that goes through *slot*: it leaves first."""
-        while self._child[slot] != NO_SLOT:
-            slot = self._child[slot]
-        return slot
-
-    def path_below(self, slot: int) -> Iterator[int]:
-        """Yield *slot* and all chunks on the way to its `leaf_below`."""
-        while slot != NO_SLOT:
-            yield slot
-            slot = self._child[slot]
-
-    def _link(self, slot: int, parent: int) -> None:
-        self._child[slot] = NO_SLOT
-        self._previous_sibling[slot] = NO_SLOT
-        self._parent[slot] = parent
-        following = NO_SLOT if parent == NO_SLOT else self._child[parent]
-        self._next_sibling[slot] = following
-        if following != NO_SLOT:
-            self._previous_sibling[following] = slot
-        if parent != NO_SLOT:
-            self._child[parent] = slot
-
-    def _unlink(self, slot: int) -> None:
-        child = self._child[slot]
-        while child != NO_SLOT:
-            following = self._next_sibling[child]
-            self._parent[child] = self._previous_sibling[child] = self._next_sibling[child] = (
-                NO_SLOT
-            )
-            child = following
-        previous, following = self._previous_sibling[slot], self._next_sibling[slot]
-        if previous != NO_SLOT:
-            self._next_sibling[previous] = following
-        elif self._parent[slot] != NO_SLOT:
-            self._child[self._parent[slot]] = following
-        if following != NO_SLOT:
-            self._previous_sibling[following] = previous
-
-    def _make_ready(self, space: Namespace, digest: Digest, slot: int) -> None:
-        space.ready[digest] = slot
-        self._ready_in[slot] = space.marks[0]
+    def _count_held(self, slot: int, change: int) -> None:
+        self.held += change
+        if self._tiers[slot] & TierKind.HOST:
+            self.held_in_host += change
 
     def _grow(self) -> int:
         slot = len(self._digest)
         self._digest.append(None)
         for column in (self._space, self._ready_in, self._page, self._size, self._root):
             column.append(0)
-        self._leases.append(0)
-        for column in (self._head_start, self._head_stop):
+        for column in (self._place, self._head_start, self._head_stop, self._leases):
             column.append(0)
-        for column in (self._parent, self._child, self._next_sibling, self._previous_sibling):
-            column.append(NO_SLOT)
-        self._pins.append(0)
-        self._tiers.append(0)
+        for marks in (self._pins, self._tiers, self._tenant):
+            marks.append(0)
+        self.tree.grow()
         return slot
 
     # --- the law ------------------------------------------------------------------------
@@ -341,48 +459,19 @@ class Index:
         used = set(self.slots())
         assert used == named | partial, "every slot in use has one name"
         assert self.held == sum(map(self.is_held, used)), "held chunks are miscounted"
+        in_host = [slot for slot in used if self._tiers[slot] & TierKind.HOST]
+        assert self.held_in_host == sum(map(self.is_held, in_host)), "held in host: miscounted"
         for slot in used:
-            self._check_slot(slot, used)
+            self._check_slot(slot)
+        self.tree.check(used, {slot: self._tiers[slot] for slot in used})
 
-    def _check_slot(self, slot: int, used: set[int]) -> None:
-        space, digest = self.space_of(slot), self.digest(slot)
+    def _check_slot(self, slot: int) -> None:
+        space, digest, shards = self.space_of(slot), self.digest(slot), self.shards(slot)
         assert space.find(digest) == slot, f"slot {slot} is found under its digest"
-        whole = covers([shard.heads for shard in self.shards(slot)], space.manifest.all_heads)
+        whole = covers([shard.heads for shard in shards], space.manifest.all_heads)
         assert whole == (digest in space.ready), f"slot {slot} is ready exactly when it is whole"
         mark = space.marks[0] if whole else 0
         assert self._ready_in[slot] == mark, f"slot {slot} is marked where it is ready"
-        parent = self._parent[slot]
-        assert parent == NO_SLOT or parent in used, f"slot {slot} outlives its parent"
-        child = self._child[slot]
-        while child != NO_SLOT:
-            assert self._parent[child] == slot, f"slot {child} is another's child"
-            child = self._next_sibling[child]
-
-
-def covers(shards: Iterable[HeadRange], wanted: HeadRange) -> bool:
-    """Return whether *shards* together hold every head of *wanted*."""
-    reached = wanted.start
-    for heads in sorted(shards):
-        if heads.start > reached:
-            break
-        reached = max(reached, heads.stop)
-    return reached >= wanted.stop
-
-
-def choose_cover(shards: Sequence[ShardRecord], wanted: HeadRange) -> list[ShardRecord]:
-    """Return the fewest shards that hold every head of *wanted*, in head order.
-
-    *shards* must cover *wanted*.
-    """
-    if len(shards) == 1:
-        return list(shards)
-    chosen: list[ShardRecord] = []
-    reached = wanted.start
-    while reached < wanted.stop:
-        best = max(
-            (shard for shard in shards if shard.heads.start <= reached < shard.heads.stop),
-            key=lambda shard: shard.heads.stop,
-        )
-        chosen.append(best)
-        reached = best.heads.stop
-    return chosen
+        assert (slot in self.hollow) == (not shards), f"slot {slot} is hollow without shards"
+        assert shards or self.is_held(slot), f"slot {slot} is kept for nobody"
+        assert all(shard.tiers for shard in shards), f"a shard of slot {slot} is nowhere"

@@ -64,6 +64,15 @@ class Leases:
                 raise LeaseError(f"lease {lease} is not held by this session")
         return [self._drop(lease) for lease in dict.fromkeys(wanted)]
 
+    def narrow(self, lease: LeaseId, slots: Sequence[int]) -> None:
+        """Let *lease* hold *slots* alone, a part of what it held, for as long as it was to."""
+        assert slots, "a lease holds something"
+        self._all[lease] = self._all[lease]._replace(slots=slots)
+
+    def holds(self, session: SessionId, lease: LeaseId) -> bool:
+        """Return whether *session* still holds *lease*."""
+        return lease in self._of_session.get(session, ())
+
     def end_session(self, session: SessionId) -> list[Lease]:
         """End all leases of *session*."""
         ended = [self._drop(lease) for lease in list(self._of_session.get(session, ()))]
@@ -94,6 +103,7 @@ class Reservation(NamedTuple):
     parent: Digest | None
     heads: HeadRange
     extent: Extent
+    tenant: int = 0
 
 
 class Reservations:

@@ -2,42 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
 from kvstore.store.index import Index
 from kvstore.store.policy import EvictionPolicy
-from kvstore.types import NO_SLOT
+from kvstore.types import NO_SLOT, TierKind
+
+_SPARED_MAX: Final = 32
 
 
-def next_victim(index: Index, policy: EvictionPolicy) -> int:
-    """Return the slot that leaves next, or `NO_SLOT` when everything left is held.
+def next_victim(
+    index: Index,
+    policy: EvictionPolicy,
+    kind: TierKind = TierKind.HOST,
+    *,
+    count: int | None = None,
+    is_spared: Callable[[int], bool] | None = None,
+) -> int:
+    """Return the slot that leaves the tier *kind* next, or `NO_SLOT` when nothing may.
 
-    The policy names a chunk; what leaves is the end of a prefix through it, so that a prefix
-    loses its tail before its head. Held chunks never leave; soft-pinned ones only when there
-    is nothing else. The policy's order may change, nothing else does.
+    The policy names a chunk, one of *count* that it knows; what leaves is the end of a prefix
+    through it, so that a prefix loses its tail before its head, and never another tenant's.
+    Held chunks never leave; those that *is_spared* names leave behind others, soft-pinned ones
+    last. Few of the spared are looked past. The policy's order may change, nothing else does.
     """
-    soft = NO_SLOT
-    if index.held == len(index):
-        return NO_SLOT
+    spared = soft = NO_SLOT
+    spared_count = 0
     # Long prefixes are walked once, not again from each of their chunks.
     dead_ends: set[int] = set()
-    for _ in range(len(index)):
+    for _ in range(len(index) if count is None else count):
         slot = policy.candidate()
-        assert slot != NO_SLOT, "the policy knows every chunk of the index"
+        assert slot != NO_SLOT, "the policy knows every chunk of the tier"
         is_settled = soft != NO_SLOT and index.is_soft_pinned(slot)
         if not (is_settled or slot in dead_ends or index.is_held(slot)):
-            leaf = index.leaf_below(slot)
+            leaf = index.tree.leaf_below(slot, kind)
+            if index.tenant_of(leaf) != index.tenant_of(slot):
+                leaf = slot
             if index.is_held(leaf):
-                dead_ends.update(index.path_below(slot))
+                dead_ends.update(index.tree.path_below(slot, kind))
             elif index.is_soft_pinned(leaf):
                 soft = leaf
+            elif is_spared is not None and is_spared(leaf):
+                spared = leaf if spared == NO_SLOT else spared
+                spared_count += 1
+                dead_ends.update(index.tree.path_below(slot, kind))
             else:
                 return leaf
+            if spared_count == _SPARED_MAX:
+                break
         policy.postpone(slot)
-    return soft
+    return soft if spared == NO_SLOT else spared
 
 
 def cheapest_window(

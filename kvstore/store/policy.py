@@ -30,25 +30,37 @@ class EvictionPolicy(Protocol):
     def postpone(self, slot: int) -> None:
         """Put *slot*, which may not leave now, behind all others that could leave instead."""
 
+    def hasten(self, slot: int) -> None:
+        """Let *slot* leave before all others, unless it is used again."""
+
     def forget(self, slot: int, fingerprint: int, *, evicted: bool) -> None:
         """Take *slot* out; only an *evicted* one is remembered as having been here."""
 
 
-class Links:
-    """The links that all queues of one policy share; a slot is in one queue at a time."""
+class Columns:
+    """What policies note of every slot: links of the queue that it stands in, and more.
 
-    __slots__ = ("after", "before")
+    The policies of all tenants on one tier share them, because a slot is in one of them only:
+    a tenant costs no memory for the chunks of others.
+    """
+
+    __slots__ = ("after", "before", "size", "state")
 
     def __init__(self) -> None:
         self.before = array("i")
         self.after = array("i")
+        # Uses in bits 0 and 1, the queue in those above.
+        self.state = bytearray()
+        self.size = array("I")
 
     def cover(self, slot: int) -> None:
-        """Make room for the links of *slot*."""
+        """Make room for *slot*; one at a time is the rule."""
         missing = slot + 1 - len(self.before)
         if missing > 0:
             self.before.extend([NO_SLOT] * missing)
             self.after.extend([NO_SLOT] * missing)
+            self.state.extend(bytes(missing))
+            self.size.extend([0] * missing)
 
 
 class Queue:
@@ -56,7 +68,7 @@ class Queue:
 
     __slots__ = ("_links", "count", "head", "tail")
 
-    def __init__(self, links: Links) -> None:
+    def __init__(self, links: Columns) -> None:
         self._links = links
         self.head = NO_SLOT
         self.tail = NO_SLOT
@@ -71,6 +83,17 @@ class Queue:
         else:
             self._links.after[self.tail] = slot
         self.tail = slot
+        self.count += 1
+
+    def push_first(self, slot: int) -> None:
+        """Put *slot* before all others."""
+        self._links.before[slot] = NO_SLOT
+        self._links.after[slot] = self.head
+        if self.head == NO_SLOT:
+            self.tail = slot
+        else:
+            self._links.before[self.head] = slot
+        self.head = slot
         self.count += 1
 
     def remove(self, slot: int) -> None:
@@ -92,8 +115,8 @@ class Queue:
 class LRU:
     """Least recently used leaves first."""
 
-    def __init__(self) -> None:
-        self._links = Links()
+    def __init__(self, columns: Columns | None = None) -> None:
+        self._links = columns or Columns()
         self._queue = Queue(self._links)
 
     def admit(self, slot: int, size_bytes: int, fingerprint: int) -> None:
@@ -114,6 +137,11 @@ class LRU:
     def postpone(self, slot: int) -> None:
         """Make *slot* the most recent: it is held, which is a use."""
         self.touch(slot)
+
+    def hasten(self, slot: int) -> None:
+        """Make *slot* the least recent."""
+        self._queue.remove(slot)
+        self._queue.push_first(slot)
 
     def forget(self, slot: int, fingerprint: int, *, evicted: bool) -> None:
         """Take *slot* out."""
@@ -153,6 +181,7 @@ class Ghost:
 _SMALL: Final = 0
 _MAIN: Final = 1
 _HELD: Final = 2
+_DONE: Final = 3
 _USES_MAX: Final = 3
 _GHOST_ENTRIES_LOG2: Final = 16
 
@@ -166,25 +195,21 @@ class S3Fifo:
 
     The paper knows no chunks that may not leave. Here they wait in a queue of their own, so
     that they hide nobody who may; with every eviction the longest waiting is tried again.
+    Nor does it know chunks that are said to be done with: they leave before all others.
     """
 
-    def __init__(self, capacity_bytes: int) -> None:
+    def __init__(self, capacity_bytes: int, columns: Columns | None = None) -> None:
         self._small_target_bytes = capacity_bytes // 10
-        self._links = Links()
-        self._queues = (Queue(self._links), Queue(self._links), Queue(self._links))
-        self._bytes = [0, 0, 0]
+        self._links = columns or Columns()
+        self._queues = tuple(Queue(self._links) for _ in range(4))
+        self._bytes = [0, 0, 0, 0]
         self._ghost = Ghost(_GHOST_ENTRIES_LOG2)
-        # Per slot: uses in bits 0 and 1, the queue in those above.
-        self._state = bytearray()
-        self._size = array("I")
+        self._state = self._links.state
+        self._size = self._links.size
 
     def admit(self, slot: int, size_bytes: int, fingerprint: int) -> None:
         """Take *slot* in: a newcomer to the small queue, one that left lately to the main one."""
         self._links.cover(slot)
-        missing = slot + 1 - len(self._state)
-        if missing > 0:
-            self._state.extend(bytes(missing))
-            self._size.extend([0] * missing)
         span = max(self._queues[_MAIN].count + self._queues[_HELD].count, 64)
         self._size[slot] = size_bytes
         self._enter(slot, _MAIN if self._ghost.take(fingerprint, span) else _SMALL, uses=0)
@@ -196,9 +221,15 @@ class S3Fifo:
 
     def candidate(self) -> int:
         """Return who leaves next, after moving on all that earned another round."""
-        small, main, held = self._queues
+        small, main, held, done = self._queues
         while True:
-            if small.count and (self._bytes[_SMALL] > self._small_target_bytes or not main.count):
+            if done.count:
+                slot = done.head
+                uses = self._state[slot] & 3
+                if not uses:
+                    return slot
+                self._move(slot, _MAIN, uses=uses - 1)
+            elif small.count and (self._bytes[_SMALL] > self._small_target_bytes or not main.count):
                 slot = small.head
                 if self._state[slot] & 3 <= 1:
                     return slot
@@ -218,6 +249,10 @@ class S3Fifo:
     def postpone(self, slot: int) -> None:
         """Set *slot* aside: it is held, so it is in use."""
         self._move(slot, _HELD, uses=self._state[slot] & 3)
+
+    def hasten(self, slot: int) -> None:
+        """Set *slot* aside as done with."""
+        self._move(slot, _DONE, uses=0)
 
     def forget(self, slot: int, fingerprint: int, *, evicted: bool) -> None:
         """Take *slot* out; one evicted from the small queue is remembered."""
@@ -246,9 +281,9 @@ class S3Fifo:
         self._bytes[queue] -= self._size[slot]
 
 
-def make_policy(name: str, capacity_bytes: int) -> EvictionPolicy:
+def make_policy(name: str, capacity_bytes: int, columns: Columns | None = None) -> EvictionPolicy:
     """Return the policy called *name* ("s3fifo" or "lru") for a tier of *capacity_bytes*."""
     if name == "lru":
-        return LRU()
+        return LRU(columns)
     assert name == "s3fifo", f"no policy is called {name!r}"
-    return S3Fifo(capacity_bytes)
+    return S3Fifo(capacity_bytes, columns)

@@ -6,53 +6,50 @@ Synchronous and without a clock of its own: *now* is an argument, in seconds, mo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from kvstore.errors import ChecksumError, RequestError, TooLargeError
 from kvstore.limits import DIGEST_SIZE_BYTES
-from kvstore.metrics import Counters
 from kvstore.protocol.manifest import Manifest
-from kvstore.store.index import (
-    Index,
-    Namespace,
-    ShardRecord,
-    choose_cover,
-    covers,
-)
-from kvstore.store.leases import Lease, Leases, Reservation, Reservations
-from kvstore.store.planner import cheapest_window, next_victim
-from kvstore.store.policy import EvictionPolicy
-from kvstore.tiers.host import HostTier
+from kvstore.store.index import Namespace
+from kvstore.store.leases import Reservation
+from kvstore.store.quota import DEFAULT_TENANT
+from kvstore.store.recompute import Worth, worth_loading
+from kvstore.store.shards import ShardRecord, choose_cover, covers
+from kvstore.store.shelves import NO_TENANT, Shelves
 from kvstore.types import (
     NO_SLOT,
     Digest,
     Extent,
     HeadRange,
     LeaseId,
-    NamespaceId,
     ReservationId,
     ReserveOutcome,
     Root,
     SessionId,
+    TierKind,
 )
 
 NO_LEASE = LeaseId(0)
+_HOST = TierKind.HOST
 
 
 class Hits(NamedTuple):
     """What a look-up found: *hits* chunks count, *arriving* more are being written behind them.
 
     *tiers* is run-length: (tier bits, chunks), in prefix order, over the chunks found.
+    *expected_seconds* is what their load takes, by all that is known.
     """
 
     hits: int
     arriving: int
     tiers: list[tuple[int, int]]
     lease: LeaseId
+    expected_seconds: float = 0.0
 
 
-class Place(NamedTuple):
+class Granted(NamedTuple):
     """What became of one key of a reserve; the rest is there only when it was reserved."""
 
     outcome: ReserveOutcome
@@ -60,41 +57,44 @@ class Place(NamedTuple):
     extent: Extent = Extent(0, 0)
 
 
-class Store:
-    """Namespaces, chunks, leases and reservations of one daemon over its host tier."""
+class Loading(NamedTuple):
+    """Leased chunks on their way to a session: for each, the shards that cover *heads*."""
 
-    def __init__(
-        self,
-        host: HostTier,
-        policy: EvictionPolicy,
-        *,
-        lease_ttl_seconds: float,
-        counters: Counters,
-    ) -> None:
-        self.host = host
-        self.index = Index()
-        self.leases = Leases(lease_ttl_seconds)
-        self.reservations = Reservations()
-        self.counters = counters
-        self._policy = policy
-        self._spaces: dict[NamespaceId, Namespace] = {}
-        self._orphans: dict[SessionId, list[Extent]] = {}
-        self._watchers: dict[tuple[int, Digest], dict[Callable[[], None], None]] = {}
+    session: SessionId
+    space: Namespace
+    heads: HeadRange
+    lease: LeaseId
+    slots: list[int]
+    chunks: list[list[ShardRecord]]
+
+    @property
+    def is_in_host(self) -> bool:
+        """Whether all of it can be read where it lies."""
+        return all(shard.tiers & _HOST for chunk in self.chunks for shard in chunk)
+
+
+class Store(Shelves):
+    """Namespaces, chunks, leases and reservations of one daemon over its tiers."""
 
     # --- namespaces ---------------------------------------------------------------------
 
-    def enter(self, manifest: Manifest) -> Namespace:
+    def enter(self, manifest: Manifest, tenant: str = NO_TENANT) -> Namespace:
         """Return the namespace of *manifest*, new or known, with one more session in it.
 
-        Raises `TooLargeError` when one chunk is larger than the arena, `LimitError` when
-        there are too many namespaces.
+        That of a *tenant* is another. Raises `TooLargeError` when one chunk is larger than the
+        arena, `LimitError` when there are too many namespaces.
         """
-        space = self._spaces.get(manifest.namespace_id())
+        space = self.open(manifest, tenant)
+        space.entered += 1
+        return space
+
+    def open(self, manifest: Manifest, tenant: str = NO_TENANT) -> Namespace:
+        """Return the namespace of *manifest* and *tenant*; see `enter`."""
+        space = self._spaces.get(manifest.namespace_id(tenant))
         if space is None:
             self._check_fits(manifest.chunk_bytes)
-            space = self.index.open_namespace(manifest)
+            space = self.index.open_namespace(manifest, tenant)
             self._spaces = {known.id: known for known in self.index.namespaces}
-        space.entered += 1
         return space
 
     def leave(self, space: Namespace) -> None:
@@ -113,16 +113,65 @@ class Store:
         *,
         window: int = 0,
         lease: bool = False,
+        recompute_seconds: float = 0.0,
     ) -> Hits:
-        """Count the leading chunks, or with *window* those of a sliding group, and lease them."""
-        hits, slots = self.index.prefix(space, digests, window)
-        arriving = self._count_arriving(space, digests, hits)
+        """Count the leading chunks, or with *window* those of a sliding group, and lease them.
+
+        Chunks whose load takes longer than the *recompute_seconds* of each are not counted.
+        """
+        present, slots = self.index.prefix(space, digests, window)
+        arriving = self._count_arriving(space, digests, present)
         tiers = _run_lengths(self.index.tiers(slots))
-        self.counters.lookup_chunks_ready += hits
-        self.counters.lookup_chunks_arriving += arriving
-        self.counters.lookup_chunks_miss += len(digests) - hits - arriving
+        hits, expected = present, 0.0
+        if any(not bits & _HOST for bits, _ in tiers):
+            worth = self._worth(space, tiers, recompute_seconds)
+            if worth.chunks < len(slots):
+                hits, slots = (0 if window else worth.chunks), slots[: worth.chunks]
+                tiers = _run_lengths(self.index.tiers(slots)) if hits else []
+                slots = slots if hits else []
+            expected = worth.expected_seconds if hits else 0.0
+        self._count_outcomes(space, digests, present, hits, arriving)
+        self._count_tiers(tiers, hits)
+        if hits < present:
+            arriving = 0
         granted = self._lease(session, slots, now) if lease and slots else NO_LEASE
-        return Hits(hits, arriving, tiers, granted)
+        return Hits(hits, arriving, tiers, granted, expected)
+
+    def _worth(
+        self, space: Namespace, tiers: Sequence[tuple[int, int]], recompute_seconds: float
+    ) -> Worth:
+        assert self._movement is not None, "what is in slower tiers was moved there"
+        movement, chunk_bytes = self._movement, space.manifest.chunk_bytes
+
+        def seconds_for(bits: int, chunks: int) -> float:
+            return 0.0 if bits & _HOST else movement.expected_seconds(bits, chunks, chunk_bytes)
+
+        return worth_loading(tiers, seconds_for, recompute_seconds)
+
+    def _count_outcomes(
+        self, space: Namespace, digests: Sequence[Digest], present: int, hits: int, arriving: int
+    ) -> None:
+        """Count what became of each of *digests*: the outcomes add up to their number."""
+        counters, rest = self.counters, len(digests) - present - arriving
+        unavailable = 0
+        if rest and self.index.is_degraded:
+            behind = self.index.leading(space, digests[present + arriving :])
+            unavailable = sum(not self.index.is_usable(slot) for slot in behind)
+        counters.lookup_chunks_ready += hits
+        counters.lookup_chunks_declined += present - hits
+        counters.lookup_chunks_arriving += arriving
+        counters.lookup_chunks_unavailable += unavailable
+        counters.lookup_chunks_miss += rest - unavailable
+
+    def _count_tiers(self, tiers: Sequence[tuple[int, int]], hits: int) -> None:
+        """Count each hit for the fastest tier that has it.
+
+        Those before a window, which are not looked at, count for the same tier as its first.
+        """
+        unseen = hits - sum(chunks for _, chunks in tiers)
+        for bits, chunks in tiers:
+            self.hit_chunks[TierKind(bits & -bits)] += chunks + unseen
+            unseen = 0
 
     def arriving_next(
         self, space: Namespace, digests: Sequence[Digest], window: int
@@ -140,22 +189,73 @@ class Store:
         heads: HeadRange,
         now: float,
     ) -> tuple[LeaseId, list[list[ShardRecord]]]:
-        """Lease the leading chunks and return, for each, the shards that cover *heads*.
+        """Lease the leading chunks that are in the host tier and return their shards.
 
         A use of every chunk returned. The lease is `NO_LEASE` when there are none.
         """
+        loading = self.begin_load(session, space, digests, heads, now)
+        return self.end_load(loading, len(loading.slots))
+
+    def begin_load(
+        self,
+        session: SessionId,
+        space: Namespace,
+        digests: Sequence[Digest],
+        heads: HeadRange,
+        now: float,
+        *,
+        recompute_seconds: float = 0.0,
+    ) -> Loading:
+        """Lease the leading chunks, whichever tiers they are in, until `end_load`."""
         self._check_heads(space, heads)
-        slots = self.index.leading(space, digests)
-        if not slots:
+        hits, slots = self.index.prefix(space, digests)
+        tiers = _run_lengths(self.index.tiers(slots))
+        if any(not bits & _HOST for bits, _ in tiers):
+            slots = slots[: self._worth(space, tiers, recompute_seconds).chunks]
+            self.counters.load_chunks_declined += hits - len(slots)
+        lease = self._lease(session, slots, now) if slots else NO_LEASE
+        usable = self.index.usable
+        chunks = [choose_cover(self.index.shards(slot), heads, usable) for slot in slots]
+        return Loading(session, space, heads, lease, slots, chunks)
+
+    def end_load(self, loading: Loading, count: int) -> tuple[LeaseId, list[list[ShardRecord]]]:
+        """Narrow a load to its first *count* chunks that are in the host tier; return their shards.
+
+        A use of every chunk returned. The lease is `NO_LEASE` when there are none, or when it
+        ended meanwhile.
+        """
+        if not self.leases.holds(loading.session, loading.lease):
             return NO_LEASE, []
-        lease = self._lease(session, slots, now)
-        chunks = [choose_cover(self.index.shards(slot), heads) for slot in slots]
+        if loading.is_in_host and count == len(loading.slots):
+            slots, chunks = loading.slots, loading.chunks
+        else:
+            slots, chunks = self._arrived(loading, count)
+            for slot in loading.slots[len(slots) :]:
+                self.index.release(slot)
+            if not slots:
+                self.leases.end(loading.session, [loading.lease])
+                self._sweep()
+                return NO_LEASE, []
+            self.leases.narrow(loading.lease, slots)
+            self._sweep()
         # The head of the prefix is used last, so that it is the most recent.
         for slot in reversed(slots):
-            self._policy.touch(slot)
+            self.residents.touch(slot)
+        if self._movement is not None:
+            self._movement.used(slots)
         self.counters.load_chunks += len(slots)
-        self.counters.load_bytes += len(slots) * space.manifest.shard_bytes(heads)
-        return lease, chunks
+        self.counters.load_bytes += len(slots) * loading.space.manifest.shard_bytes(loading.heads)
+        return loading.lease, chunks
+
+    def _arrived(self, loading: Loading, count: int) -> tuple[list[int], list[list[ShardRecord]]]:
+        """Return the leading slots of a load whose shards are all in the host tier, with those."""
+        chunks: list[list[ShardRecord]] = []
+        for slot in loading.slots[:count]:
+            here = [shard for shard in self.index.shards(slot) if shard.is_in_host]
+            if not covers([shard.heads for shard in here], loading.heads):
+                break
+            chunks.append(choose_cover(here, loading.heads))
+        return loading.slots[: len(chunks)], chunks
 
     # --- writing ------------------------------------------------------------------------
 
@@ -168,11 +268,12 @@ class Store:
         parent: Digest | None,
         heads: HeadRange,
         sizes: Sequence[int] = (),
-    ) -> list[Place]:
+        tenant: int = DEFAULT_TENANT,
+    ) -> list[Granted]:
         """Give room for the shard *heads* of consecutive chunks, evicting where needed.
 
-        Chunks present, or being written by someone, get none. Raises `TooLargeError` and
-        changes nothing when a chunk could never fit.
+        The room counts for *tenant*. Chunks present, or being written by someone, get none.
+        Raises `TooLargeError` and changes nothing when a chunk could never fit.
         """
         self._check_heads(space, heads)
         self._check_parent(parent)
@@ -181,11 +282,14 @@ class Store:
         wanted = list(sizes) or [space.manifest.shard_bytes(heads)] * len(digests)
         self._check_fits(max(wanted))
         self.reservations.check_room(session, len(digests))
-        places: list[Place] = []
+        granted: list[Granted] = []
         for digest, size in zip(digests, wanted, strict=True):
-            places.append(self._reserve_one(session, space, digest, parent, heads, size))
+            wish = Reservation(session, space, digest, parent, heads, Extent(0, size), tenant)
+            granted.append(self._reserve_one(wish))
             parent = digest
-        return places
+        if self._movement is not None:
+            self._movement.pressed()
+        return granted
 
     def commit(self, session: SessionId, reservation: ReservationId, root: Root) -> None:
         """Publish a filled reservation once its bytes are found to match *root*.
@@ -202,7 +306,7 @@ class Store:
             )
         self.reservations.end(reservation)
         self._publish(record, root)
-        self._announce(record.space, record.digest)
+        self.announce(record.space, record.digest)
 
     def abort(self, session: SessionId, reservations: Iterable[ReservationId]) -> int:
         """Free *reservations* of *session*, all or none; raises `ReservationError`."""
@@ -226,7 +330,7 @@ class Store:
             elif self.index.is_held(slot):
                 busy += 1
             else:
-                self._drop(slot, evicted=False)
+                self._remove(slot)
                 gone += 1
         self.counters.delete_chunks += gone
         return gone, busy
@@ -249,7 +353,9 @@ class Store:
     def unpin(self, space: Namespace, digests: Sequence[Digest]) -> int:
         """End the pins on the chunks; return how many had one."""
         slots = [slot for digest in digests if (slot := space.find(digest)) != NO_SLOT]
-        return sum(self.index.unpin(slot) for slot in slots)
+        unpinned = sum(self.index.unpin(slot) for slot in slots)
+        self._sweep()
+        return unpinned
 
     def expire(self, now: float) -> int:
         """End the leases whose time is over; return their number."""
@@ -267,41 +373,11 @@ class Store:
         self._unhold(self.leases.end_session(session))
         ended = self.reservations.end_session(session)
         if ended:
-            self._orphans[session] = [record.extent for record in ended]
+            self._orphans[session] = ended
         self.counters.abort_chunks += len(ended)
         for record in ended:
-            self._announce(record.space, record.digest)
+            self.announce(record.space, record.digest)
         return bool(ended)
-
-    def bury(self, session: SessionId) -> None:
-        """Free what an ended session had reserved: nobody can write there any more."""
-        for extent in self._orphans.pop(session, ()):
-            self.host.free(extent)
-
-    def watch(self, space: Namespace, digest: Digest, changed: Callable[[], None]) -> None:
-        """Call *changed* once, when the arriving chunk *digest* is published or given up."""
-        self._watchers.setdefault((space.number, digest), {})[changed] = None
-
-    def unwatch(self, space: Namespace, digest: Digest, changed: Callable[[], None]) -> None:
-        """End a watch; nothing happens when *changed* has been called."""
-        watchers = self._watchers.get((space.number, digest), {})
-        watchers.pop(changed, None)
-        if not watchers:
-            self._watchers.pop((space.number, digest), None)
-
-    # --- the law ------------------------------------------------------------------------
-
-    def check(self) -> None:
-        """Raise `AssertionError` unless every law of the store holds."""
-        self.index.check()
-        self.host.check(extent for extent, _ in self._extents())
-        held: dict[int, int] = {}
-        for lease in self.leases:
-            for slot in lease.slots:
-                held[slot] = held.get(slot, 0) + 1
-        for slot in self.index.slots():
-            assert self.index.lease_count(slot) == held.pop(slot, 0), f"leases of slot {slot}"
-        assert not held, "leased chunks are present"
 
     # --- inside -------------------------------------------------------------------------
 
@@ -321,120 +397,48 @@ class Store:
             self.index.lease(slot)
         return lease
 
-    def _unhold(self, ended: Iterable[Lease]) -> None:
-        for lease in ended:
-            for slot in lease.slots:
-                self.index.release(slot)
-
-    def _reserve_one(
-        self,
-        session: SessionId,
-        space: Namespace,
-        digest: Digest,
-        parent: Digest | None,
-        heads: HeadRange,
-        size_bytes: int,
-    ) -> Place:
-        counters = self.counters
+    def _reserve_one(self, wish: Reservation) -> Granted:
+        counters, space, digest = self.counters, wish.space, wish.digest
         slot = space.find(digest)
-        if slot != NO_SLOT and self._has_shard(slot, heads):
+        if slot != NO_SLOT and self._has_shard(slot, wish.heads, self.index.usable):
             counters.reserve_chunks_present += 1
-            return Place(ReserveOutcome.PRESENT)
-        if self.reservations.is_arriving(space, digest, heads):
+            return Granted(ReserveOutcome.PRESENT)
+        if self.reservations.is_arriving(space, digest, wish.heads):
             counters.reserve_chunks_arriving += 1
-            return Place(ReserveOutcome.ARRIVING)
-        extent = self._allocate(size_bytes)
+            return Granted(ReserveOutcome.ARRIVING)
+        extent = self.room.take(wish.tenant, wish.extent.size_bytes)
         if extent is None:
             counters.reserve_chunks_no_space += 1
-            return Place(ReserveOutcome.NO_SPACE)
-        record = Reservation(session, space, digest, parent, heads, extent)
+            return Granted(ReserveOutcome.NO_SPACE)
         counters.reserve_chunks_reserved += 1
-        return Place(ReserveOutcome.RESERVED, self.reservations.make(record), extent)
-
-    def _has_shard(self, slot: int, heads: HeadRange) -> bool:
-        return covers([shard.heads for shard in self.index.shards(slot)], heads)
+        made = self.reservations.make(wish._replace(extent=extent))
+        return Granted(ReserveOutcome.RESERVED, made, extent)
 
     def _publish(self, record: Reservation, root: Root) -> None:
         space, shard = record.space, ShardRecord(record.heads, record.extent, root)
         slot = space.find(record.digest)
-        if slot != NO_SLOT and self._has_shard(slot, record.heads):
-            # Shards cut otherwise got here first; this copy would only take up room.
-            self.host.free(record.extent)
-        elif slot == NO_SLOT:
-            parent = NO_SLOT if record.parent is None else space.find(record.parent)
-            slot = self.index.add(space, record.digest, parent, shard)
-            self._policy.admit(slot, space.manifest.chunk_bytes, fingerprint(record.digest))
-        else:
-            self.index.add_shard(slot, shard)
         self.counters.commit_chunks += 1
         self.counters.commit_bytes += record.extent.size_bytes
+        if slot != NO_SLOT and self._has_shard(slot, record.heads, _HOST):
+            # Shards cut otherwise got here first; this copy would only take up room.
+            self.room.give_back(record.tenant, record.extent)
+            return
+        parent = NO_SLOT if record.parent is None else space.find(record.parent)
+        if slot == NO_SLOT:
+            slot = self.index.add(space, record.digest, parent, shard, record.tenant)
+        else:
+            self._merge(slot, record.tenant, shard)
+            if parent != NO_SLOT:
+                self.index.adopt(slot, parent)
+        self.room.publish(slot, shard)
+        if self._movement is not None:
+            self._movement.published(slot, record.heads)
 
     def _abandon(self, reservation: ReservationId) -> None:
         record = self.reservations.end(reservation)
-        self.host.free(record.extent)
+        self.room.give_back(record.tenant, record.extent)
         self.counters.abort_chunks += 1
-        self._announce(record.space, record.digest)
-
-    def _announce(self, space: Namespace, digest: Digest) -> None:
-        for changed in self._watchers.pop((space.number, digest), ()):
-            changed()
-
-    def _allocate(self, size_bytes: int) -> Extent | None:
-        """Return room, evicting in the policy's order, then by the cheapest window.
-
-        Chunks of different sizes can leave holes that are each too small; once twice the
-        need was freed in vain, clearing one window is cheaper than going on.
-        """
-        extent = self.host.allocate(size_bytes)
-        freed_bytes = 0
-        while extent is None:
-            victim = next_victim(self.index, self._policy)
-            if victim == NO_SLOT or freed_bytes > 2 * size_bytes:
-                return self.host.allocate(size_bytes) if self._clear_window(size_bytes) else None
-            freed_bytes += self._evict(victim)
-            extent = self.host.allocate(size_bytes)
-        return extent
-
-    def _clear_window(self, size_bytes: int) -> bool:
-        extents = list(self._extents())
-        held = [slot == NO_SLOT or self.index.is_held(slot) for _, slot in extents]
-        cleared = cheapest_window(
-            [extent.offset for extent, _ in extents],
-            [self.host.footprint(extent.size_bytes) for extent, _ in extents],
-            held,
-            self.host.footprint(size_bytes),
-            self.host.usage().capacity_bytes,
-        )
-        if cleared is None:
-            return False
-        for slot in {extents[position][1] for position in cleared}:
-            self._evict(slot)
-        return True
-
-    def _evict(self, slot: int) -> int:
-        freed_bytes = self._drop(slot, evicted=True)
-        self.counters.evict_chunks += 1
-        self.counters.evict_bytes += freed_bytes
-        return freed_bytes
-
-    def _drop(self, slot: int, *, evicted: bool) -> int:
-        digest = self.index.digest(slot)
-        self._policy.forget(slot, fingerprint(digest), evicted=evicted)
-        extents = self.index.remove(slot)
-        for extent in extents:
-            self.host.free(extent)
-        return sum(extent.size_bytes for extent in extents)
-
-    def _extents(self) -> Iterator[tuple[Extent, int]]:
-        """Yield every extent in use, with its slot, or `NO_SLOT` when it is not published."""
-        for slot in self.index.slots():
-            for shard in self.index.shards(slot):
-                yield shard.extent, slot
-        for record in self.reservations:
-            yield record.extent, NO_SLOT
-        for orphans in self._orphans.values():
-            for extent in orphans:
-                yield extent, NO_SLOT
+        self.announce(record.space, record.digest)
 
     def _check_fits(self, size_bytes: int) -> None:
         capacity = self.host.usage().capacity_bytes
@@ -462,8 +466,3 @@ def _run_lengths(tiers: bytes) -> list[tuple[int, int]]:
         runs.append((tiers[0], len(tiers) - len(rest)))
         tiers = rest
     return runs
-
-
-def fingerprint(digest: Digest) -> int:
-    """Return 64 bits that recognise *digest* in a policy's memory."""
-    return int.from_bytes(digest[:8], "little")

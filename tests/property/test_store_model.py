@@ -17,8 +17,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from kvstore.errors import ChecksumError, LeaseError, ReservationError
 from kvstore.hashing import chunk_digests
 from kvstore.limits import MIB
-from kvstore.store.index import covers
-from kvstore.store.store import NO_LEASE, Place
+from kvstore.store.shards import covers
+from kvstore.store.store import NO_LEASE, Granted
 from kvstore.types import Digest, HeadRange, LeaseId, ReserveOutcome, Root, SessionId
 from tests.support.making import make_manifest, make_payload, opaque_manifest
 from tests.support.stores import LEASE_TTL_SECONDS, make_store, write_chunk
@@ -57,7 +57,7 @@ class Room:
     session: SessionId
     key: Key
     heads: HeadRange
-    place: Place
+    place: Granted
 
 
 class StoreModel(RuleBasedStateMachine):

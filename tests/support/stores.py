@@ -9,8 +9,7 @@ from kvstore.limits import KIB, MIB
 from kvstore.metrics import Counters
 from kvstore.protocol.manifest import Manifest
 from kvstore.store.index import Namespace
-from kvstore.store.policy import make_policy
-from kvstore.store.store import Place, Store
+from kvstore.store.store import Granted, Store
 from kvstore.tiers.host import HostTier, Verification
 from kvstore.transfer.arena import Arena
 from kvstore.types import Digest, Extent, HeadRange, ReserveOutcome, Root, SessionId
@@ -28,8 +27,7 @@ def make_store(
 ) -> Store:
     """Return an empty store; close its `host` when done."""
     host = HostTier(Arena.create(capacity_bytes), checksums=checksums, verification=verification)
-    policy = make_policy(eviction, capacity_bytes)
-    return Store(host, policy, lease_ttl_seconds=LEASE_TTL_SECONDS, counters=Counters())
+    return Store(host, eviction=eviction, lease_ttl_seconds=LEASE_TTL_SECONDS, counters=Counters())
 
 
 def write_chunk(store: Store, extent: Extent, payload: bytes) -> Root:
@@ -60,13 +58,13 @@ class Engine:
         parent: Digest | None = None,
         heads: HeadRange | None = None,
         sizes: Sequence[int] = (),
-    ) -> list[Place]:
+    ) -> list[Granted]:
         wanted = heads or self.manifest.all_heads
         return self.store.reserve(
             self.session, self.space, digests, parent=parent, heads=wanted, sizes=sizes
         )
 
-    def commit(self, digest: Digest, place: Place) -> None:
+    def commit(self, digest: Digest, place: Granted) -> None:
         payload = make_payload(digest, place.extent.size_bytes)
         root = write_chunk(self.store, place.extent, payload)
         self.store.commit(self.session, place.reservation, root)

@@ -7,7 +7,8 @@ from hypothesis import given, strategies as st
 
 from kvstore.errors import LimitError
 from kvstore.limits import NAMESPACES_MAX
-from kvstore.store.index import Index, ShardRecord, choose_cover, covers
+from kvstore.store.index import Index
+from kvstore.store.shards import ShardRecord, choose_cover, covers
 from kvstore.types import NO_SLOT, Extent, HeadRange, Root, TierKind
 from tests.support.making import loose_digest, make_digests, make_manifest
 
@@ -81,7 +82,7 @@ def test_what_is_removed_returns_all_its_extents_and_its_slot_is_used_again(inde
     slot = index.add(space, loose_digest(0), NO_SLOT, shard(LOWER, page=1))
     index.add_shard(slot, shard(UPPER, page=2))
     index.pin(slot, hard=False)
-    assert index.remove(slot) == [Extent(4096, 100), Extent(8192, 100)]
+    assert [s.extent for s in index.remove(slot)] == [Extent(4096, 100), Extent(8192, 100)]
     assert len(index) == 0
     assert index.add(space, loose_digest(1), NO_SLOT, shard()) == slot
     assert not index.is_soft_pinned(slot)
@@ -182,10 +183,10 @@ def test_a_chunk_cannot_be_released_more_often_than_leased(index, space):
 
 def test_the_leaf_below_is_the_end_of_a_prefix(index, space):
     slots = add_prefix(index, space, make_digests(4))
-    assert index.leaf_below(slots[0]) == slots[3]
-    assert list(index.path_below(slots[1])) == slots[1:]
+    assert index.tree.leaf_below(slots[0]) == slots[3]
+    assert list(index.tree.path_below(slots[1])) == slots[1:]
     index.remove(slots[3])
-    assert index.leaf_below(slots[0]) == slots[2]
+    assert index.tree.leaf_below(slots[0]) == slots[2]
 
 
 def test_children_of_what_is_removed_become_roots(index, space):
@@ -194,8 +195,8 @@ def test_children_of_what_is_removed_become_roots(index, space):
     leaves = [index.add(space, loose_digest(2 + n), middle, shard()) for n in range(3)]
     index.remove(middle)
     index.check()
-    assert index.leaf_below(root) == root
-    assert [index.leaf_below(leaf) for leaf in leaves] == leaves
+    assert index.tree.leaf_below(root) == root
+    assert [index.tree.leaf_below(leaf) for leaf in leaves] == leaves
 
 
 @pytest.mark.parametrize("first", [0, 1, 2])
@@ -207,7 +208,7 @@ def test_siblings_can_go_in_any_order(index, space, first, second):
     index.check()
     index.remove(leaves.pop(second))
     index.check()
-    assert index.leaf_below(root) == leaves[0]
+    assert index.tree.leaf_below(root) == leaves[0]
 
 
 # --- covers -----------------------------------------------------------------------------

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, strategies as st
 
-from kvstore.store.index import Index, ShardRecord
+from kvstore.store.index import Index
 from kvstore.store.planner import cheapest_window, next_victim
 from kvstore.store.policy import make_policy
-from kvstore.types import NO_SLOT, Extent, HeadRange, Root
+from kvstore.store.shards import ShardRecord
+from kvstore.types import NO_SLOT, Extent, HeadRange, Root, TierKind
 from tests.support.making import loose_digest, make_manifest
 
 MANIFEST = make_manifest()
@@ -107,11 +108,12 @@ def test_a_long_prefix_that_is_held_is_walked_once_and_not_from_each_of_its_chun
     for slot in held:
         shelf.index.lease(slot)
     free = shelf.add()
-    children = shelf.index._child
-    shelf.index._child = Counted(children)
+    branches = shelf.index.tree._branches[TierKind.HOST]
+    children = branches.child
+    branches.child = Counted(children)
     assert shelf.evict() == free
-    assert shelf.index._child.reads < 5 * len(slots)
-    shelf.index._child = children
+    assert branches.child.reads < 5 * len(slots)
+    branches.child = children
 
 
 class Counted:
@@ -147,7 +149,7 @@ def test_something_leaves_exactly_when_something_may(eviction, data):
     # Only what is held stays, and what stands before it in its prefix.
     assert held <= left
     for slot in left - held:
-        assert shelf.index.leaf_below(slot) in held
+        assert shelf.index.tree.leaf_below(slot) in held
 
 
 # --- windows ----------------------------------------------------------------------------

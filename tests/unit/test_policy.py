@@ -7,9 +7,9 @@ from hypothesis import given, strategies as st
 
 from kvstore.store.policy import (
     LRU,
+    Columns,
     EvictionPolicy,
     Ghost,
-    Links,
     Queue,
     S3Fifo,
     make_policy,
@@ -204,7 +204,7 @@ def test_with_every_eviction_one_that_was_held_is_tried_again():
 
 
 def test_a_queue_lets_go_from_anywhere():
-    links = Links()
+    links = Columns()
     links.cover(9)
     queue = Queue(links)
     for slot in (3, 1, 9, 0):
@@ -218,7 +218,7 @@ def test_a_queue_lets_go_from_anywhere():
 
 
 def test_a_slot_of_another_queue_cannot_be_removed():
-    links = Links()
+    links = Columns()
     links.cover(2)
     first, second = Queue(links), Queue(links)
     first.push(0)

@@ -1,0 +1,97 @@
+"""Who is in one tier, whose they are, and in which order they leave it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from kvstore.store.planner import next_victim
+from kvstore.store.policy import Columns, EvictionPolicy, make_policy
+from kvstore.types import NO_SLOT, Digest, TierKind
+
+if TYPE_CHECKING:
+    from kvstore.store.index import Index
+    from kvstore.store.quota import Shares
+
+
+class Residents:
+    """The chunks of one tier. Each tenant's have an order of leaving of their own.
+
+    The accounts in *shares* are the store's to keep; here they only decide who gives.
+    """
+
+    def __init__(self, index: Index, kind: TierKind, eviction: str, shares: Shares) -> None:
+        self.kind = kind
+        self.shares = shares
+        self.count = 0
+        self._index = index
+        self._eviction = eviction
+        self._columns = Columns()
+        self._policies: dict[int, EvictionPolicy] = {}
+        self._counts = [0] * len(shares)
+
+    def admit(self, slot: int, size_bytes: int) -> None:
+        """Take *slot* in, which has just entered the tier."""
+        tenant = self._index.tenant_of(slot)
+        self._policy(tenant).admit(slot, size_bytes, fingerprint(self._index.digest(slot)))
+        self._counts[tenant] += 1
+        self.count += 1
+
+    def touch(self, slot: int) -> None:
+        """Note a use of *slot*."""
+        self._policies[self._index.tenant_of(slot)].touch(slot)
+
+    def hasten(self, slot: int) -> None:
+        """Let *slot* leave before all others of its tenant."""
+        self._policies[self._index.tenant_of(slot)].hasten(slot)
+
+    def forget(self, slot: int, *, evicted: bool) -> None:
+        """Take *slot* out, which is about to leave the tier."""
+        tenant = self._index.tenant_of(slot)
+        mark = fingerprint(self._index.digest(slot))
+        self._policies[tenant].forget(slot, mark, evicted=evicted)
+        self._counts[tenant] -= 1
+        self.count -= 1
+
+    def chunks_of(self, tenant: int) -> int:
+        """Return how many chunks of *tenant* are here."""
+        return self._counts[tenant]
+
+    def next_victim(
+        self,
+        writer: int,
+        need_bytes: int,
+        size_of: Callable[[int], int],
+        is_spared: Callable[[int], bool] | None = None,
+    ) -> int:
+        """Return the slot that leaves for *need_bytes* of the tenant *writer*, or `NO_SLOT`."""
+        if self.kind is TierKind.HOST and self._index.held_in_host == self.count:
+            return NO_SLOT
+
+        def find(owner: int) -> int:
+            policy, count = self._policy(owner), self._counts[owner]
+            return next_victim(self._index, policy, self.kind, count=count, is_spared=is_spared)
+
+        return self.shares.choose(writer, need_bytes, find, size_of)
+
+    def oldest(self) -> int:
+        """Return the slot that would leave next, whosever and wherever in its prefix it is.
+
+        For tiers that are only remembered here, where the order of prefixes is not ours.
+        """
+        for tenant, policy in self._policies.items():
+            if self._counts[tenant]:
+                return policy.candidate()
+        return NO_SLOT
+
+    def _policy(self, tenant: int) -> EvictionPolicy:
+        policy = self._policies.get(tenant)
+        if policy is None:
+            quota = self.shares.quota_bytes(tenant)
+            policy = self._policies[tenant] = make_policy(self._eviction, quota, self._columns)
+        return policy
+
+
+def fingerprint(digest: Digest) -> int:
+    """Return 64 bits that recognise *digest* in a policy's memory."""
+    return int.from_bytes(digest[:8], "little")

@@ -1,0 +1,73 @@
+"""Shards: the parts of a chunk, cut along its heads, and which of them together make it up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from kvstore.types import Extent, HeadRange, Place, Root, TierKind
+
+NO_PLACE = Place(0)
+
+
+class ShardRecord(NamedTuple):
+    """One stored shard: which heads, how long, the root of its checksum tree, and where it is.
+
+    *tiers* are the bits of the tiers that hold it. The offset in *extent* means something only
+    with that of the host tier, *place* only with that of the durable one.
+    """
+
+    heads: HeadRange
+    extent: Extent
+    root: Root
+    tiers: int = TierKind.HOST
+    place: Place = NO_PLACE
+
+    @property
+    def size_bytes(self) -> int:
+        """How many bytes were stored."""
+        return self.extent.size_bytes
+
+    @property
+    def is_in_host(self) -> bool:
+        """Whether engines can read it where it lies."""
+        return self.tiers & TierKind.HOST != 0
+
+
+def covers(shards: Iterable[HeadRange], wanted: HeadRange) -> bool:
+    """Return whether *shards* together hold every head of *wanted*."""
+    reached = wanted.start
+    for heads in sorted(shards):
+        if heads.start > reached:
+            break
+        reached = max(reached, heads.stop)
+    return reached >= wanted.stop
+
+
+def choose_cover(
+    shards: Sequence[ShardRecord], wanted: HeadRange, usable: int = -1
+) -> list[ShardRecord]:
+    """Return the fewest shards that hold every head of *wanted*, in head order.
+
+    *shards* must cover *wanted* with those in *usable* tiers. Where shards in the host tier
+    are enough, no others are chosen.
+    """
+    if len(shards) == 1:
+        return list(shards)
+    in_host = [shard for shard in shards if shard.is_in_host]
+    if covers([shard.heads for shard in in_host], wanted):
+        shards = in_host
+    chosen: list[ShardRecord] = []
+    reached = wanted.start
+    while reached < wanted.stop:
+        best = max(
+            (
+                shard
+                for shard in shards
+                if shard.tiers & usable and shard.heads.start <= reached < shard.heads.stop
+            ),
+            key=lambda shard: shard.heads.stop,
+        )
+        chosen.append(best)
+        reached = best.heads.stop
+    return chosen

@@ -1,0 +1,262 @@
+"""What a store stands on: index, tiers, leases and who holds what, and the law over all.
+
+Knows nothing of requests: they are the store's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import NamedTuple, Protocol
+
+from kvstore.metrics import Counters
+from kvstore.store.index import Index, Namespace
+from kvstore.store.leases import Lease, Leases, Reservation, Reservations
+from kvstore.store.quota import Share, Shares
+from kvstore.store.residence import Residents
+from kvstore.store.room import HostRoom
+from kvstore.store.shards import ShardRecord, covers
+from kvstore.store.slower import SlowerTiers
+from kvstore.tiers.host import HostTier
+from kvstore.types import (
+    NO_SLOT,
+    Digest,
+    Extent,
+    HeadRange,
+    NamespaceId,
+    SessionId,
+    TierKind,
+)
+
+NO_TENANT = ""
+_HOST = TierKind.HOST
+
+
+class SlowTier(NamedTuple):
+    """A tier below the host tier, as the store knows it."""
+
+    kind: TierKind
+    eviction: str
+    shares: Shares
+
+
+class Movement(Protocol):
+    """What moves bytes between tiers, as the store sees it. No call waits."""
+
+    def published(self, slot: int, heads: HeadRange) -> None:
+        """Note new bytes in the host tier."""
+
+    def used(self, slots: Sequence[int]) -> None:
+        """Note a use of chunks in the host tier."""
+
+    def pressed(self) -> None:
+        """Note that room was taken."""
+
+    def removed(self, slot: int, shards: Sequence[ShardRecord]) -> None:
+        """Note that *slot* is about to be forgotten: slower tiers are to let go of *shards*."""
+
+    def is_wanted(self, slot: int) -> bool:
+        """Return whether a slower tier takes *slot* when it leaves the host tier."""
+
+    def expected_seconds(self, tiers: int, chunks: int, chunk_bytes: int) -> float:
+        """Return what it takes to bring chunks from *tiers* into the host tier."""
+
+
+class Shelves:
+    """All that is kept, in whichever tier, and all that holds it."""
+
+    def __init__(
+        self,
+        host: HostTier,
+        *,
+        eviction: str,
+        lease_ttl_seconds: float,
+        counters: Counters,
+        tenants: Sequence[Share] = (Share(NO_TENANT),),
+        slower: Sequence[SlowTier] = (),
+    ) -> None:
+        evicting = [_HOST, *(tier.kind for tier in slower if tier.kind is TierKind.DISK)]
+        self.host = host
+        self.index = Index(evicting)
+        self.leases = Leases(lease_ttl_seconds)
+        self.reservations = Reservations()
+        self.counters = counters
+        self.tenants = [share.tenant for share in tenants]
+        self.hit_chunks = dict.fromkeys(TierKind, 0)
+        shares = Shares("host", host.usage().capacity_bytes, tenants)
+        self.residents = Residents(self.index, _HOST, eviction, shares)
+        self.room = HostRoom(self.index, host, self.residents, counters, self._unpublished)
+        self.slower = SlowerTiers(
+            self.index,
+            {tier.kind: Residents(self.index, *tier) for tier in slower},
+        )
+        self.promoting: dict[Extent, int] = {}
+        self._movement: Movement | None = None
+        self._spaces: dict[NamespaceId, Namespace] = {}
+        self._orphans: dict[SessionId, list[Reservation]] = {}
+        self._watchers: dict[tuple[int, Digest], dict[Callable[[], None], None]] = {}
+        self._holds: dict[int, int] = {}
+
+    def attach_movement(self, movement: Movement) -> None:
+        """Let *movement* hear of all that happens."""
+        self._movement = movement
+        self.room.is_wanted = movement.is_wanted
+
+    # --- holding ------------------------------------------------------------------------
+
+    def hold(self, slot: int) -> None:
+        """Keep *slot* where it is while its bytes are being moved, until `let_go`."""
+        self.index.lease(slot)
+        self._holds[slot] = self._holds.get(slot, 0) + 1
+
+    def let_go(self, slot: int) -> None:
+        """End one hold on *slot*."""
+        self._holds[slot] -= 1
+        if not self._holds[slot]:
+            del self._holds[slot]
+        self.index.release(slot)
+        self._sweep()
+
+    def bury(self, session: SessionId) -> None:
+        """Free what an ended session had reserved: nobody can write there any more."""
+        for record in self._orphans.pop(session, ()):
+            self.room.give_back(record.tenant, record.extent)
+
+    def watch(self, space: Namespace, digest: Digest, changed: Callable[[], None]) -> None:
+        """Call *changed* once, when the arriving chunk *digest* is published or given up."""
+        self._watchers.setdefault((space.number, digest), {})[changed] = None
+
+    def unwatch(self, space: Namespace, digest: Digest, changed: Callable[[], None]) -> None:
+        """End a watch; nothing happens when *changed* has been called."""
+        watchers = self._watchers.get((space.number, digest), {})
+        watchers.pop(changed, None)
+        if not watchers:
+            self._watchers.pop((space.number, digest), None)
+
+    def announce(self, space: Namespace, digest: Digest) -> None:
+        """Call all who watch *digest*."""
+        for changed in self._watchers.pop((space.number, digest), ()):
+            changed()
+
+    # --- between tiers ------------------------------------------------------------------
+
+    def take_room(self, slot: int, size_bytes: int) -> Extent | None:
+        """Return room for a shard of *slot* that comes from a slower tier, or None."""
+        tenant = self.index.tenant_of(slot)
+        extent = self.room.take(tenant, size_bytes)
+        if extent is not None:
+            self.promoting[extent] = tenant
+        return extent
+
+    def give_up_room(self, extent: Extent) -> None:
+        """Take back what `take_room` gave."""
+        self.room.give_back(self.promoting.pop(extent), extent)
+
+    def promoted(self, slot: int, heads: HeadRange, extent: Extent, parent: Digest | None) -> bool:
+        """Publish the shard *heads* of *slot*, which was read into *extent* and is right.
+
+        Returns False, and frees the extent, when it is not needed any more.
+        """
+        shard = self.index.shard(slot, heads)
+        if shard is None or shard.is_in_host:
+            self.give_up_room(extent)
+            return False
+        del self.promoting[extent]
+        self.index.gain(slot, heads, _HOST, extent=extent)
+        space = self.index.space_of(slot)
+        above = NO_SLOT if parent is None else space.find(parent)
+        if above != NO_SLOT:
+            self.index.adopt(slot, above)
+        self.room.publish(slot, shard._replace(extent=extent, tiers=shard.tiers | _HOST))
+        return True
+
+    # --- the law ------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Raise `AssertionError` unless every law of the store holds."""
+        self.index.check()
+        extents = list(self.room.extents())
+        self.host.check(extent for extent, _ in extents)
+        self._check_accounts()
+        self.slower.check()
+        held = dict(self._holds)
+        for lease in self.leases:
+            for slot in lease.slots:
+                held[slot] = held.get(slot, 0) + 1
+        for slot in self.index.slots():
+            assert self.index.lease_count(slot) == held.pop(slot, 0), f"leases of slot {slot}"
+        assert not held, "leased chunks are present"
+
+    def _check_accounts(self) -> None:
+        """Raise `AssertionError` unless every extent is charged to who has it."""
+        used = [0] * len(self.tenants)
+        in_host = [slot for slot in self.index.slots() if self.index.tiers_of(slot) & _HOST]
+        assert self.residents.count == len(in_host), "chunks in the host tier"
+        for slot in in_host:
+            used[self.index.tenant_of(slot)] += self.room.footprint_of(slot)
+        for record in self._unpublished_records():
+            used[record.tenant] += self.host.footprint(record.extent.size_bytes)
+        for extent, tenant in self.promoting.items():
+            used[tenant] += self.host.footprint(extent.size_bytes)
+        self.residents.shares.check(used)
+
+    # --- inside -------------------------------------------------------------------------
+
+    def _unhold(self, ended: Iterable[Lease]) -> None:
+        for lease in ended:
+            for slot in lease.slots:
+                self.index.release(slot)
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Forget lost chunks that nobody holds any more."""
+        if self.index.hollow:
+            self.index.drop_hollow()
+
+    def _has_shard(self, slot: int, heads: HeadRange, tiers: int) -> bool:
+        shards = self.index.shards(slot)
+        return covers([shard.heads for shard in shards if shard.tiers & tiers], heads)
+
+    def _merge(self, slot: int, tenant: int, shard: ShardRecord) -> None:
+        """Add *shard* to *slot*, whose other shards, or same one, may lie in slower tiers."""
+        owner, need = self.index.tenant_of(slot), self.host.footprint(shard.size_bytes)
+        if owner != tenant:
+            # All of a chunk is one tenant's: that of its first shard.
+            self.residents.shares.refund(tenant, need)
+            self.residents.shares.charge(owner, need)
+        known = self.index.shard(slot, shard.heads)
+        if known is None:
+            self.index.add_shard(slot, shard)
+        elif (known.root, known.size_bytes) == (shard.root, shard.size_bytes):
+            self.index.gain(slot, shard.heads, _HOST, extent=shard.extent)
+        else:
+            # Computed anew, with other bytes: copies of the old ones are of no use any more.
+            self.index.add_shard(slot, shard)
+            self._forget_slower(slot, [known])
+
+    def _forget_slower(self, slot: int, shards: Sequence[ShardRecord]) -> None:
+        """Let all slower tiers forget *shards* of *slot*."""
+        if self._movement is not None:
+            self._movement.removed(slot, shards)
+        for kind in self.slower.residents:
+            for shard in shards:
+                if shard.tiers & kind:
+                    self.slower.left(slot, kind, shard.heads)
+
+    def _remove(self, slot: int) -> None:
+        """Let *slot*, which is not held, leave all tiers."""
+        self.index.lease(slot)
+        self._forget_slower(slot, [s for s in self.index.shards(slot) if s.tiers & ~_HOST])
+        if self.index.tiers_of(slot) & _HOST:
+            self.room.vacate(slot, evicted=False)
+        self.index.release(slot)
+        self._sweep()
+
+    def _unpublished_records(self) -> Iterator[Reservation]:
+        yield from self.reservations
+        for orphans in self._orphans.values():
+            yield from orphans
+
+    def _unpublished(self) -> Iterator[Extent]:
+        """Yield every extent in use that is no chunk's."""
+        yield from (record.extent for record in self._unpublished_records())
+        yield from self.promoting
