@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.limits import NAMESPACES_MAX
 from kvstore.tiers.base import Shard
 from kvstore.tiers.record_layout import (
     FILLING,
@@ -58,6 +59,7 @@ class Records:
         self._words = self._table.cast("Q")
         self._log = NamespaceLog(view, geometry)
         self._known = set(self._log.read())
+        self._refused: set[NamespaceId] = set()
         self._state = bytearray(geometry.entries)
         self._vacant = geometry.entries
         self._astray: dict[int, int] = {}
@@ -104,19 +106,26 @@ class Records:
         if number != _NOWHERE:
             self._vacate(number, offset)
 
+    def knows(self, namespace: NamespaceId) -> bool:
+        """Return whether it was said what *namespace* is."""
+        return namespace in self._known
+
     def introduce(self, namespace: NamespaceId, introduction: bytes) -> bool:
-        """Keep what will say what *namespace* is; return whether there was room."""
-        if namespace in self._known:
+        """Keep what will say what *namespace* is; return whether there was room.
+
+        One that found no room is not tried again soon: to look for some is slow.
+        """
+        if namespace in self._known or namespace in self._refused:
+            return namespace in self._known
+        if self._log.append(namespace, introduction) or (
+            self._make_room() and self._log.append(namespace, introduction)
+        ):
+            self._known.add(namespace)
             return True
-        if not self._log.append(namespace, introduction):
-            in_use = self._namespaces_in_use()
-            kept = {known: text for known, text in self._log.read().items() if known in in_use}
-            self._log.rewrite(kept)
-            self._known = set(kept)
-            if not self._log.append(namespace, introduction):
-                return False
-        self._known.add(namespace)
-        return True
+        if len(self._refused) >= NAMESPACES_MAX:
+            self._refused.clear()
+        self._refused.add(namespace)
+        return False
 
     def close(self) -> None:
         """Let go of the memory; the records stay."""
@@ -213,7 +222,15 @@ class Records:
         self._words[word] = checksum_of(body)
         self._state[number] = state
 
-    def _namespaces_in_use(self) -> set[NamespaceId]:
+    def _make_room(self) -> bool:
+        """Forget all namespaces that have no shards; return whether there were any."""
         rows = np.frombuffer(self._table, dtype=RECORD)
         ready = np.frombuffer(self._state, dtype=np.uint8) == READY
-        return set(map(NamespaceId, rows["namespace"][ready].tolist()))
+        in_use = set(rows["namespace"][ready].tolist())
+        if self._known <= in_use:
+            return False
+        self._log.rewrite(
+            {known: text for known, text in self._log.read().items() if known in in_use}
+        )
+        self._known &= in_use
+        return True
