@@ -81,7 +81,8 @@ class RemoteTier(Tier, Protocol):
     """A tier that bytes are copied to and from: disk, Redis, peers.
 
     Calls may be slow and may be cancelled at any await; neither ever leaves a shard that can
-    be read half. When the medium fails (an I/O error, no connection, no answer in time) they
+    be read half. A cancelled call ends only when nothing of it touches *source* or *target* any
+    more. When the medium fails (an I/O error, no connection, no answer in time) they
     raise `TierError`, which says nothing about what is kept.
     """
 
@@ -102,7 +103,13 @@ class RemoteTier(Tier, Protocol):
         """Forget *shard*; return whether it was here."""
 
     async def introduce(self, namespace: NamespaceId, manifest: bytes) -> None:
-        """Keep the canonical *manifest* beside the shards of *namespace*; comes before them."""
+        """Keep the canonical *manifest* beside the shards of *namespace*; comes before them.
+
+        *namespace* are the first 16 bytes of the SHA-256 of *manifest*.
+        """
+
+    async def probe(self) -> None:
+        """Do the least that shows whether the medium works; raises `TierError` when it does not."""
 
 
 class Recovered(NamedTuple):

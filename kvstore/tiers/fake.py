@@ -42,7 +42,7 @@ class _Kept(NamedTuple):
 class FakeTier:
     """Keeps shards in a dict up to *capacity_bytes*; *script* gives the fault of call n, if any.
 
-    Calls are numbered from 0 over write, read, remove and find, in the order in which they
+    Calls are numbered from 0 over write, read, remove, find and probe, in the order in which they
     are made. It is durable and shared: what tests of recovery and of other hosts need.
     """
 
@@ -94,6 +94,10 @@ class FakeTier:
     async def introduce(self, namespace: NamespaceId, manifest: bytes) -> None:
         """Keep the manifest."""
         self._manifests[namespace] = manifest
+
+    async def probe(self) -> None:
+        """Count as a call, too, with the fault that the script has for it."""
+        await self._fault(None)
 
     def manifests(self) -> dict[NamespaceId, bytes]:
         """Return all manifests."""
