@@ -63,6 +63,8 @@ RECORD_BANK_SIZE_BYTES: Final = 4 * MIB
 TENANTS_MAX: Final = 255
 # What an admission remembers of a tier: at most 5 MiB, whatever the tier's capacity.
 ADMISSION_ENTRIES_MAX: Final = MIB
+# Chunks that have left and that an eviction policy recognises, 8 bytes each.
+GHOSTS_MAX: Final = MIB
 
 # --- slower tiers ------------------------------------------------------------------------
 TIER_READS_MAX: Final = 8
@@ -97,6 +99,21 @@ HINT_KEEP_SECONDS: Final = 60.0
 RECOMPUTE_MAX_US: Final = 3_600_000_000
 TENANT_NAME_MAX_CHARS: Final = 64
 
+# --- disk tier ---------------------------------------------------------------------------
+DISK_SIZE_MIN_BYTES: Final = MIB
+DISK_SIZE_MAX_BYTES: Final = 16 * TIB
+# The smallest chunk takes a page of header and one of payload, and a record of 128 bytes: with
+# this share of the capacity the index has room for as many as fit.
+DISK_INDEX_SHARE: Final = 64
+# What one thread reads or writes at once: large enough for any disk, small enough that the
+# checksums of one part are taken while others move.
+DISK_PART_SIZE_BYTES: Final = MIB
+DISK_READ_THREADS: Final = 4
+DISK_WRITE_THREADS: Final = 2
+DISK_CALL_TIMEOUT_SECONDS: Final = 30.0
+DISK_CLOSE_TIMEOUT_SECONDS: Final = 5.0
+DISK_MARKER_MAX_BYTES: Final = 4 * KIB
+
 # --- leases ----------------------------------------------------------------------------
 LEASE_TTL_MIN_SECONDS: Final = 1.0
 LEASE_TTL_MAX_SECONDS: Final = 3600.0
@@ -113,3 +130,5 @@ assert KEYS_PER_REQUEST_MAX * (DIGEST_SIZE_BYTES + 2) < FRAME_SIZE_MAX_BYTES
 assert EXTENTS_PER_REPLY_MAX * 45 < FRAME_SIZE_MAX_BYTES
 assert CHUNK_SIZE_MAX_BYTES < 2**32
 assert ARENA_SIZE_MAX_BYTES // EXTENT_ALIGNMENT_BYTES <= 2**32
+assert DISK_SIZE_MAX_BYTES // EXTENT_ALIGNMENT_BYTES <= 2**32
+assert DISK_PART_SIZE_BYTES % CHECKSUM_BLOCK_BYTES == 0

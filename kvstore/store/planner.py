@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvstore.store.index import Index
-from kvstore.store.policy import EvictionPolicy
+from kvstore.store.policy import RETRIES, EvictionPolicy
 from kvstore.types import NO_SLOT, TierKind
 
 _SPARED_MAX: Final = 32
@@ -30,32 +30,48 @@ def next_victim(
     Held chunks never leave; those that *is_spared* names leave behind others, soft-pinned ones
     last. Few of the spared are looked past. The policy's order may change, nothing else does.
     """
-    spared = soft = NO_SLOT
+    spared = NO_SLOT
     spared_count = 0
     # Long prefixes are walked once, not again from each of their chunks.
     dead_ends: set[int] = set()
-    for _ in range(len(index) if count is None else count):
+    pinned: set[int] = set()
+    # Those held may be tried twice: in their turn, and again when nothing else is left.
+    for _ in range(2 * (len(index) if count is None else count) + RETRIES):
         slot = policy.candidate()
-        assert slot != NO_SLOT, "the policy knows every chunk of the tier"
-        is_settled = soft != NO_SLOT and index.is_soft_pinned(slot)
-        if not (is_settled or slot in dead_ends or index.is_held(slot)):
-            leaf = index.tree.leaf_below(slot, kind)
-            if index.tenant_of(leaf) != index.tenant_of(slot):
-                leaf = slot
-            if index.is_held(leaf):
-                dead_ends.update(index.tree.path_below(slot, kind))
-            elif index.is_soft_pinned(leaf):
-                soft = leaf
-            elif is_spared is not None and is_spared(leaf):
-                spared = leaf if spared == NO_SLOT else spared
-                spared_count += 1
-                dead_ends.update(index.tree.path_below(slot, kind))
-            else:
-                return leaf
+        if slot == NO_SLOT:
+            break
+        if slot in dead_ends or index.is_held(slot):
+            policy.postpone(slot)
+            continue
+        is_last = policy.is_deferred(slot)
+        if slot in pinned and not is_last:
+            policy.defer(slot)
+            continue
+        leaf = _end_through(index, slot, kind)
+        if index.is_held(leaf):
+            dead_ends.update(index.tree.path_below(slot, kind))
+            policy.postpone(slot)
+        elif is_last:
+            return leaf if spared == NO_SLOT else spared
+        elif index.is_soft_pinned(leaf):
+            pinned.update(index.tree.path_below(slot, kind))
+            policy.defer(slot)
+        elif is_spared is not None and is_spared(leaf):
+            spared = leaf if spared == NO_SLOT else spared
+            spared_count += 1
+            dead_ends.update(index.tree.path_below(slot, kind))
+            policy.postpone(slot)
             if spared_count == _SPARED_MAX:
                 break
-        policy.postpone(slot)
-    return soft if spared == NO_SLOT else spared
+        else:
+            return leaf
+    return spared
+
+
+def _end_through(index: Index, slot: int, kind: TierKind) -> int:
+    """Return the end of a prefix through *slot*, or *slot* when that is another tenant's."""
+    leaf = index.tree.leaf_below(slot, kind)
+    return leaf if index.tenant_of(leaf) == index.tenant_of(slot) else slot
 
 
 def cheapest_window(

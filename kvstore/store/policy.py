@@ -6,16 +6,18 @@ chunks cost no Python object each.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from array import array
 from typing import Final, Protocol
 
+from kvstore.limits import GHOSTS_MAX
 from kvstore.types import NO_SLOT
 
 
 class EvictionPolicy(Protocol):
     """Decides the order of leaving.
 
-    Every slot is admitted once and forgotten once; touch and postpone keep it in.
+    Every slot is admitted once and forgotten once; all else keeps it in.
     """
 
     def admit(self, slot: int, size_bytes: int, fingerprint: int) -> None:
@@ -30,8 +32,17 @@ class EvictionPolicy(Protocol):
     def postpone(self, slot: int) -> None:
         """Put *slot*, which may not leave now, behind all others that could leave instead."""
 
+    def defer(self, slot: int) -> None:
+        """Put *slot* among those that leave only when nobody else is left, used or not."""
+
+    def is_deferred(self, slot: int) -> bool:
+        """Return whether *slot* is among those that leave last."""
+
     def hasten(self, slot: int) -> None:
         """Let *slot* leave before all others, unless it is used again."""
+
+    def resume(self, slot: int) -> None:
+        """Let *slot*, if it was postponed, deferred or hastened, leave in its turn again."""
 
     def forget(self, slot: int, fingerprint: int, *, evicted: bool) -> None:
         """Take *slot* out; only an *evicted* one is remembered as having been here."""
@@ -66,87 +77,39 @@ class Columns:
 class Queue:
     """First in, first out, with removal from anywhere in constant time."""
 
-    __slots__ = ("_links", "count", "head", "tail")
+    __slots__ = ("_columns", "count", "head", "tail")
 
-    def __init__(self, links: Columns) -> None:
-        self._links = links
+    def __init__(self, columns: Columns) -> None:
+        self._columns = columns
         self.head = NO_SLOT
         self.tail = NO_SLOT
         self.count = 0
 
     def push(self, slot: int) -> None:
         """Put *slot* last."""
-        self._links.before[slot] = self.tail
-        self._links.after[slot] = NO_SLOT
+        self._columns.before[slot] = self.tail
+        self._columns.after[slot] = NO_SLOT
         if self.tail == NO_SLOT:
             self.head = slot
         else:
-            self._links.after[self.tail] = slot
+            self._columns.after[self.tail] = slot
         self.tail = slot
-        self.count += 1
-
-    def push_first(self, slot: int) -> None:
-        """Put *slot* before all others."""
-        self._links.before[slot] = NO_SLOT
-        self._links.after[slot] = self.head
-        if self.head == NO_SLOT:
-            self.tail = slot
-        else:
-            self._links.before[self.head] = slot
-        self.head = slot
         self.count += 1
 
     def remove(self, slot: int) -> None:
         """Take *slot* out, wherever it stands."""
-        before, after = self._links.before[slot], self._links.after[slot]
+        before, after = self._columns.before[slot], self._columns.after[slot]
         if before == NO_SLOT:
             assert self.head == slot, "the slot is in this queue"
             self.head = after
         else:
-            self._links.after[before] = after
+            self._columns.after[before] = after
         if after == NO_SLOT:
             assert self.tail == slot, "the slot is in this queue"
             self.tail = before
         else:
-            self._links.before[after] = before
+            self._columns.before[after] = before
         self.count -= 1
-
-
-class LRU:
-    """Least recently used leaves first."""
-
-    def __init__(self, columns: Columns | None = None) -> None:
-        self._links = columns or Columns()
-        self._queue = Queue(self._links)
-
-    def admit(self, slot: int, size_bytes: int, fingerprint: int) -> None:
-        """Take *slot* in as the most recent."""
-        del size_bytes, fingerprint
-        self._links.cover(slot)
-        self._queue.push(slot)
-
-    def touch(self, slot: int) -> None:
-        """Make *slot* the most recent."""
-        self._queue.remove(slot)
-        self._queue.push(slot)
-
-    def candidate(self) -> int:
-        """Return the least recent slot."""
-        return self._queue.head
-
-    def postpone(self, slot: int) -> None:
-        """Make *slot* the most recent: it is held, which is a use."""
-        self.touch(slot)
-
-    def hasten(self, slot: int) -> None:
-        """Make *slot* the least recent."""
-        self._queue.remove(slot)
-        self._queue.push_first(slot)
-
-    def forget(self, slot: int, fingerprint: int, *, evicted: bool) -> None:
-        """Take *slot* out."""
-        del fingerprint, evicted
-        self._queue.remove(slot)
 
 
 class Ghost:
@@ -177,98 +140,111 @@ class Ghost:
         self._table[at] = 0
         return (self._turn - entry) & 0xFFFFFFFF < span
 
+    def grow(self, count: int) -> None:
+        """Double the table until it has room for *count*, or is as large as one may be."""
+        while len(self._table) < min(count, GHOSTS_MAX):
+            # Where an entry belongs now depends on a bit that was not kept: it is in both.
+            self._table.extend(self._table)
+            self._mask = len(self._table) - 1
+
 
 _SMALL: Final = 0
 _MAIN: Final = 1
-_HELD: Final = 2
-_DONE: Final = 3
+_DONE: Final = 2
+_HELD: Final = 3
+_LAST: Final = 4
 _USES_MAX: Final = 3
-_GHOST_ENTRIES_LOG2: Final = 16
+# One part in so many is for newcomers.
+_SMALL_PART: Final = 10
+_GHOST_ENTRIES_LOG2: Final = 10
+# A ghost is remembered for as many others as there are chunks, and for no fewer than these.
+_SPAN_MIN: Final = 64
+# How many of those that were held are tried again before one that is to leave last does.
+RETRIES: Final = 64
 
 
-class S3Fifo:
-    """S3-FIFO: a small queue sifts out what is used once, a main queue keeps the rest.
+class _Waiting(ABC):
+    """What all policies do with chunks that may not leave now, leave first, or leave last.
 
-    After Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023: a tenth
-    of the bytes is for newcomers; those used more than once move to the main queue, which
-    gives each chunk another round for every use; those that left lately skip the sieve.
-
-    The paper knows no chunks that may not leave. Here they wait in a queue of their own, so
-    that they hide nobody who may; with every eviction the longest waiting is tried again.
-    Nor does it know chunks that are said to be done with: they leave before all others.
+    Each kind waits in a queue of its own and hides nobody else, however many wait. With every
+    eviction the longest held is tried again; up to 64 are before one that leaves last does, and
+    all are when there is nobody else.
     """
 
-    def __init__(self, capacity_bytes: int, columns: Columns | None = None) -> None:
-        self._small_target_bytes = capacity_bytes // 10
-        self._links = columns or Columns()
-        self._queues = tuple(Queue(self._links) for _ in range(4))
-        self._bytes = [0, 0, 0, 0]
-        self._ghost = Ghost(_GHOST_ENTRIES_LOG2)
-        self._state = self._links.state
-        self._size = self._links.size
-
-    def admit(self, slot: int, size_bytes: int, fingerprint: int) -> None:
-        """Take *slot* in: a newcomer to the small queue, one that left lately to the main one."""
-        self._links.cover(slot)
-        span = max(self._queues[_MAIN].count + self._queues[_HELD].count, 64)
-        self._size[slot] = size_bytes
-        self._enter(slot, _MAIN if self._ghost.take(fingerprint, span) else _SMALL, uses=0)
-
-    def touch(self, slot: int) -> None:
-        """Count a use, up to three."""
-        if self._state[slot] & 3 < _USES_MAX:
-            self._state[slot] += 1
+    def __init__(self, columns: Columns | None) -> None:
+        self._columns = columns or Columns()
+        self._state = self._columns.state
+        self._size = self._columns.size
+        self._queues = tuple(Queue(self._columns) for _ in range(5))
+        self._bytes = [0, 0, 0, 0, 0]
+        self._retries = RETRIES
 
     def candidate(self) -> int:
-        """Return who leaves next, after moving on all that earned another round."""
-        small, main, held, done = self._queues
+        """Return who leaves next."""
+        _, _, done, held, last = self._queues
         while True:
             if done.count:
                 slot = done.head
-                uses = self._state[slot] & 3
-                if not uses:
+                if not self._state[slot] & 3:
                     return slot
-                self._move(slot, _MAIN, uses=uses - 1)
-            elif small.count and (self._bytes[_SMALL] > self._small_target_bytes or not main.count):
-                slot = small.head
-                if self._state[slot] & 3 <= 1:
-                    return slot
-                self._move(slot, _MAIN, uses=0)
-            elif main.count:
-                slot = main.head
-                uses = self._state[slot] & 3
-                if not uses:
-                    return slot
-                self._move(slot, _MAIN, uses=uses - 1)
+                self.resume(slot)
+            elif (slot := self._in_turn()) != NO_SLOT:
+                return slot
+            elif last.count and not (held.count and self._retries):
+                return last.head
+            elif last.count:
+                self._retries -= 1
+                self.resume(held.head)
             elif held.count:
                 while held.count:
-                    self._try_again(held.head)
+                    self.resume(held.head)
             else:
                 return NO_SLOT
 
     def postpone(self, slot: int) -> None:
         """Set *slot* aside: it is held, so it is in use."""
-        self._move(slot, _HELD, uses=self._state[slot] & 3)
+        self._move(slot, _HELD)
+
+    def defer(self, slot: int) -> None:
+        """Set *slot* aside until nobody else is left."""
+        self._move(slot, _LAST)
+
+    def is_deferred(self, slot: int) -> bool:
+        """Return whether *slot* is set aside until nobody else is left."""
+        return self._state[slot] >> 2 == _LAST
 
     def hasten(self, slot: int) -> None:
         """Set *slot* aside as done with."""
         self._move(slot, _DONE, uses=0)
 
-    def forget(self, slot: int, fingerprint: int, *, evicted: bool) -> None:
-        """Take *slot* out; one evicted from the small queue is remembered."""
-        from_small = self._state[slot] >> 2 == _SMALL
-        self._leave(slot)
-        if evicted and from_small:
-            self._ghost.add(fingerprint)
-        if evicted and self._queues[_HELD].count:
-            self._try_again(self._queues[_HELD].head)
+    def resume(self, slot: int) -> None:
+        """Put *slot*, if it was set aside, last in the main queue."""
+        if self._state[slot] >> 2 >= _DONE:
+            self._move(slot, _MAIN)
 
-    def _try_again(self, slot: int) -> None:
-        self._move(slot, _MAIN, uses=self._state[slot] & 3)
+    @abstractmethod
+    def _in_turn(self) -> int:
+        """Return who leaves next of those that are not set aside, or `NO_SLOT`."""
 
-    def _move(self, slot: int, queue: int, *, uses: int) -> None:
+    def _take_in(self, slot: int, size_bytes: int, queue: int) -> None:
+        self._columns.cover(slot)
+        self._size[slot] = size_bytes
+        self._enter(slot, queue, uses=0)
+
+    def _let_go(self, slot: int, *, evicted: bool) -> int:
+        """Take *slot* out and return the queue that it was in."""
+        queue = self._state[slot] >> 2
         self._leave(slot)
-        self._enter(slot, queue, uses=uses)
+        if evicted:
+            self._retries = RETRIES
+            if self._queues[_HELD].count:
+                self.resume(self._queues[_HELD].head)
+        return queue
+
+    def _move(self, slot: int, queue: int, *, uses: int | None = None) -> None:
+        kept = self._state[slot] & 3 if uses is None else uses
+        self._leave(slot)
+        self._enter(slot, queue, uses=kept)
 
     def _enter(self, slot: int, queue: int, *, uses: int) -> None:
         self._state[slot] = queue << 2 | uses
@@ -281,9 +257,84 @@ class S3Fifo:
         self._bytes[queue] -= self._size[slot]
 
 
-def make_policy(name: str, capacity_bytes: int, columns: Columns | None = None) -> EvictionPolicy:
-    """Return the policy called *name* ("s3fifo" or "lru") for a tier of *capacity_bytes*."""
+class LRU(_Waiting):
+    """Least recently used leaves first."""
+
+    def __init__(self, columns: Columns | None = None) -> None:
+        """Start empty; the policies of one tier share *columns*."""
+        super().__init__(columns)
+
+    def admit(self, slot: int, size_bytes: int, fingerprint: int) -> None:
+        """Take *slot* in as the most recent."""
+        del fingerprint
+        self._take_in(slot, size_bytes, _MAIN)
+
+    def touch(self, slot: int) -> None:
+        """Make *slot* the most recent; one that leaves last stays among those."""
+        queue = self._state[slot] >> 2
+        self._move(slot, queue if queue == _LAST else _MAIN)
+
+    def forget(self, slot: int, fingerprint: int, *, evicted: bool) -> None:
+        """Take *slot* out."""
+        del fingerprint
+        self._let_go(slot, evicted=evicted)
+
+    def _in_turn(self) -> int:
+        return self._queues[_MAIN].head
+
+
+class S3Fifo(_Waiting):
+    """S3-FIFO: a small queue sifts out what is used once, a main queue keeps the rest.
+
+    After Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023: a tenth
+    of the bytes is for newcomers; those used more than once move to the main queue, which
+    gives each chunk another round for every use; those that left lately skip the sieve.
+    """
+
+    def __init__(self, columns: Columns | None = None) -> None:
+        """Start empty; the policies of one tier share *columns*."""
+        super().__init__(columns)
+        self._ghost = Ghost(_GHOST_ENTRIES_LOG2)
+
+    def admit(self, slot: int, size_bytes: int, fingerprint: int) -> None:
+        """Take *slot* in: a newcomer to the small queue, one that left lately to the main one."""
+        others = sum(queue.count for queue in self._queues[_MAIN:])
+        self._ghost.grow(others)
+        left_lately = self._ghost.take(fingerprint, max(others, _SPAN_MIN))
+        self._take_in(slot, size_bytes, _MAIN if left_lately else _SMALL)
+
+    def touch(self, slot: int) -> None:
+        """Count a use, up to three."""
+        if self._state[slot] & 3 < _USES_MAX:
+            self._state[slot] += 1
+
+    def forget(self, slot: int, fingerprint: int, *, evicted: bool) -> None:
+        """Take *slot* out; one evicted from the small queue is remembered."""
+        if self._let_go(slot, evicted=evicted) == _SMALL and evicted:
+            self._ghost.add(fingerprint)
+
+    def _in_turn(self) -> int:
+        """Return who leaves next, after moving on all that earned another round."""
+        small, main = self._queues[:_DONE]
+        while small.count or main.count:
+            filled = self._bytes[_SMALL] + self._bytes[_MAIN]
+            if small.count and (self._bytes[_SMALL] * _SMALL_PART > filled or not main.count):
+                slot = small.head
+                if self._state[slot] & 3 <= 1:
+                    return slot
+                self._move(slot, _MAIN, uses=0)
+            else:
+                slot = main.head
+                uses = self._state[slot] & 3
+                if not uses:
+                    return slot
+                self._move(slot, _MAIN, uses=uses - 1)
+        return NO_SLOT
+
+
+def make_policy(name: str, columns: Columns | None = None) -> EvictionPolicy:
+    """Return the policy called *name*, "s3fifo" or "lru"; those of one tier share *columns*."""
     if name == "lru":
         return LRU(columns)
     assert name == "s3fifo", f"no policy is called {name!r}"
-    return S3Fifo(capacity_bytes, columns)
+    return S3Fifo(columns)

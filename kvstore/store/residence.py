@@ -45,11 +45,31 @@ class Residents:
         """Let *slot* leave before all others of its tenant."""
         self._policies[self._index.tenant_of(slot)].hasten(slot)
 
+    def defer(self, slot: int) -> None:
+        """Let *slot*, if it is here, leave after all others of its tenant."""
+        if self._index.tiers_of(slot) & self.kind:
+            self._policies[self._index.tenant_of(slot)].defer(slot)
+
+    def resume(self, slot: int) -> None:
+        """Let *slot* leave in its turn again, and those before it that waited for its pin to end.
+
+        Nothing happens where it is soft-pinned still, not here, or `NO_SLOT`.
+        """
+        while slot != NO_SLOT and self._index.tiers_of(slot) & self.kind:
+            policy = self._policies[self._index.tenant_of(slot)]
+            if self._index.is_soft_pinned(slot) or not policy.is_deferred(slot):
+                break
+            policy.resume(slot)
+            slot = self._index.tree.parent(slot)
+
     def forget(self, slot: int, *, evicted: bool) -> None:
         """Take *slot* out, which is about to leave the tier."""
         tenant = self._index.tenant_of(slot)
         mark = fingerprint(self._index.digest(slot))
+        was_deferred = self._policies[tenant].is_deferred(slot)
         self._policies[tenant].forget(slot, mark, evicted=evicted)
+        if was_deferred:
+            self.resume(self._index.tree.parent(slot))
         self._counts[tenant] -= 1
         self.count -= 1
 
@@ -87,8 +107,7 @@ class Residents:
     def _policy(self, tenant: int) -> EvictionPolicy:
         policy = self._policies.get(tenant)
         if policy is None:
-            quota = self.shares.quota_bytes(tenant)
-            policy = self._policies[tenant] = make_policy(self._eviction, quota, self._columns)
+            policy = self._policies[tenant] = make_policy(self._eviction, self._columns)
         return policy
 
 

@@ -348,12 +348,18 @@ class Store(Shelves):
         slots = [slot for digest in digests if (slot := space.find(digest)) != NO_SLOT]
         for slot in slots:
             self.index.pin(slot, hard=hard)
+        for residents in () if hard else (self.residents, *self.slower.residents.values()):
+            for slot in slots:
+                residents.defer(slot)
         return len(slots)
 
     def unpin(self, space: Namespace, digests: Sequence[Digest]) -> int:
         """End the pins on the chunks; return how many had one."""
         slots = [slot for digest in digests if (slot := space.find(digest)) != NO_SLOT]
         unpinned = sum(self.index.unpin(slot) for slot in slots)
+        for residents in (self.residents, *self.slower.residents.values()):
+            for slot in slots:
+                residents.resume(slot)
         self._sweep()
         return unpinned
 

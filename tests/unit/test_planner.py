@@ -20,7 +20,7 @@ class Shelf:
 
     def __init__(self, eviction: str) -> None:
         self.index = Index()
-        self.policy = make_policy(eviction, 1000)
+        self.policy = make_policy(eviction)
         self.space = self.index.open_namespace(MANIFEST)
         self._added = 0
 
@@ -99,6 +99,28 @@ def test_soft_pins_leave_last_and_only_when_nothing_else_can(shelf):
     order = shelf.evict_all()
     assert sorted(order[:3]) == slots[3:]
     assert sorted(order[3:]) == slots[:2]
+
+
+def test_soft_pins_nearly_everywhere_are_looked_at_once(shelf):
+    slots = [slot for _ in range(20) for slot in shelf.add_prefix(10)]
+    for slot in slots:
+        shelf.index.pin(slot, hard=False)
+    assert shelf.evict() in slots
+    shelf.policy.candidate = counted = CountedCall(shelf.policy.candidate)
+    shelf.evict_all()
+    assert counted.calls < 2 * len(slots)
+
+
+class CountedCall:
+    """A function that counts how often it is called."""
+
+    def __init__(self, function) -> None:
+        self._function = function
+        self.calls = 0
+
+    def __call__(self) -> int:
+        self.calls += 1
+        return self._function()
 
 
 @pytest.mark.parametrize("hold", ["the end", "all", "all but the head"])

@@ -16,8 +16,6 @@ from kvstore.store.policy import (
 )
 from kvstore.types import NO_SLOT
 
-CAPACITY_BYTES = 1000
-
 
 def fingerprint(slot: int) -> int:
     return (slot + 1) << 40 | slot
@@ -41,7 +39,7 @@ def leave_all(policy: EvictionPolicy) -> list[int]:
 
 @pytest.fixture(params=["lru", "s3fifo"])
 def policy(request) -> EvictionPolicy:
-    return make_policy(request.param, CAPACITY_BYTES)
+    return make_policy(request.param)
 
 
 # --- both -------------------------------------------------------------------------------
@@ -79,6 +77,58 @@ def test_a_postponed_slot_leaves_when_it_is_the_last(policy):
     assert leave_all(policy) == [0]
 
 
+def test_a_deferred_slot_leaves_last_even_when_it_is_used(policy):
+    admit(policy, *range(4))
+    policy.defer(0)
+    policy.touch(0)
+    assert policy.is_deferred(0)
+    assert leave_all(policy) == [1, 2, 3, 0]
+
+
+def test_a_deferred_slot_that_is_resumed_leaves_in_its_turn(policy):
+    admit(policy, *range(4))
+    policy.defer(0)
+    policy.defer(3)
+    policy.resume(0)
+    policy.resume(1)
+    assert not policy.is_deferred(0)
+    assert leave_all(policy) == [1, 2, 0, 3]
+
+
+def test_a_hastened_slot_leaves_first_unless_it_is_used_again(policy):
+    admit(policy, *range(6))
+    policy.hasten(4)
+    policy.hasten(5)
+    policy.touch(4)
+    order = leave_all(policy)
+    assert order[0] == 5
+    assert order.index(4) > 1
+
+
+def test_some_that_were_held_are_tried_before_one_that_leaves_last(policy):
+    admit(policy, *range(200))
+    policy.defer(0)
+    for slot in range(1, 200):
+        policy.postpone(slot)
+    tried = []
+    while not policy.is_deferred(slot := policy.candidate()):
+        tried.append(slot)
+        policy.postpone(slot)
+    assert tried == list(range(1, 65))
+    leave(policy)
+    assert not policy.is_deferred(policy.candidate())
+
+
+def test_policies_of_one_tier_share_their_columns_and_nothing_else():
+    columns = Columns()
+    first, second = make_policy("s3fifo", columns), make_policy("lru", columns)
+    admit(first, 0, 2, 4)
+    admit(second, 1, 3)
+    second.defer(1)
+    assert leave_all(first) == [0, 2, 4]
+    assert leave_all(second) == [3, 1]
+
+
 def test_a_forgotten_slot_can_be_admitted_again(policy):
     admit(policy, 0, 1)
     policy.forget(0, fingerprint(0), evicted=False)
@@ -88,7 +138,7 @@ def test_a_forgotten_slot_can_be_admitted_again(policy):
 
 @given(st.sampled_from(["lru", "s3fifo"]), st.data())
 def test_postponing_all_that_are_held_always_finds_one_that_is_not(name, data):
-    policy = make_policy(name, CAPACITY_BYTES)
+    policy = make_policy(name)
     alive: set[int] = set()
     for slot in range(data.draw(st.integers(1, 40))):
         admit(policy, slot, size_bytes=data.draw(st.integers(1, 100)))
@@ -121,7 +171,7 @@ def test_lru_lets_the_least_recently_used_leave_first():
 
 
 def test_one_hit_wonders_leave_before_what_is_used_again():
-    policy = S3Fifo(CAPACITY_BYTES)
+    policy = S3Fifo()
     admit(policy, *range(10))
     for slot in range(5):
         policy.touch(slot)
@@ -132,14 +182,14 @@ def test_one_hit_wonders_leave_before_what_is_used_again():
 
 
 def test_a_single_use_is_not_enough_to_pass_the_sieve():
-    policy = S3Fifo(CAPACITY_BYTES)
+    policy = S3Fifo()
     admit(policy, 0, 1)
     policy.touch(0)
     assert leave(policy) == 0
 
 
 def test_what_left_lately_skips_the_sieve_when_it_comes_back():
-    policy = S3Fifo(CAPACITY_BYTES)
+    policy = S3Fifo()
     admit(policy, *range(20))
     gone = leave(policy)
     admit(policy, gone)
@@ -149,7 +199,7 @@ def test_what_left_lately_skips_the_sieve_when_it_comes_back():
 
 
 def test_what_was_deleted_and_not_evicted_is_a_newcomer_when_it_comes_back():
-    policy = S3Fifo(CAPACITY_BYTES)
+    policy = S3Fifo()
     admit(policy, *range(20))
     gone = leave(policy, evicted=False)
     admit(policy, gone)
@@ -167,7 +217,7 @@ def fill_main(policy: S3Fifo, *slots: int, size_bytes: int = 10) -> None:
 
 
 def test_every_use_gives_another_round_in_the_main_queue_up_to_three():
-    policy = S3Fifo(CAPACITY_BYTES)
+    policy = S3Fifo()
     fill_main(policy, 0, 1, 2)
     for _ in range(9):
         policy.touch(0)
@@ -176,28 +226,31 @@ def test_every_use_gives_another_round_in_the_main_queue_up_to_three():
 
 
 def test_the_main_queue_gives_way_while_newcomers_are_within_their_tenth():
-    policy = S3Fifo(CAPACITY_BYTES)
+    policy = S3Fifo()
     fill_main(policy, 0, 1, size_bytes=100)
-    admit(policy, 2, size_bytes=100)
+    admit(policy, 2, size_bytes=20)
     assert leave(policy) == 0
 
 
 def test_newcomers_leave_although_all_of_the_main_queue_is_held():
-    policy = S3Fifo(CAPACITY_BYTES)
+    policy = S3Fifo()
     fill_main(policy, *range(7), size_bytes=100)
     admit(policy, 7, size_bytes=100)
-    for _ in range(7):
-        policy.postpone(policy.candidate())
+    for slot in range(7):
+        policy.postpone(slot)
     assert leave(policy) == 7
 
 
-def test_with_every_eviction_one_that_was_held_is_tried_again():
-    policy = S3Fifo(CAPACITY_BYTES)
-    fill_main(policy, 0, 1)
-    admit(policy, 2, 3)
+def test_with_every_eviction_one_that_was_held_is_tried_again(policy):
+    admit(policy, *range(6))
     policy.postpone(0)
     policy.postpone(1)
-    assert leave_all(policy) == [2, 0, 1, 3]
+    assert leave(policy) == 2
+    admit(policy, *range(6, 20))
+    order = leave_all(policy)
+    assert order.index(0) < order.index(1)
+    if isinstance(policy, LRU):
+        assert order[:5] == [3, 4, 5, 0, 6]
 
 
 # --- the parts --------------------------------------------------------------------------
@@ -239,6 +292,15 @@ def test_a_ghost_is_recognised_once_and_only_within_its_span():
     assert not ghost.take(fingerprint(1), 10)
 
 
+def test_a_ghost_that_grows_forgets_nobody():
+    ghost = Ghost(4)
+    numbers = range(14)
+    for slot in numbers:
+        ghost.add(fingerprint(slot) | (slot & 1) << 4)
+    ghost.grow(100)
+    assert all(ghost.take(fingerprint(slot) | (slot & 1) << 4, 100) for slot in numbers)
+
+
 def test_a_newer_ghost_takes_the_place_of_an_older_one_that_shares_it():
     ghost = Ghost(4)
     ghost.add(1 << 40 | 5)
@@ -249,4 +311,4 @@ def test_a_newer_ghost_takes_the_place_of_an_older_one_that_shares_it():
 
 def test_an_unknown_policy_is_refused():
     with pytest.raises(AssertionError, match="fifo2"):
-        make_policy("fifo2", 1)
+        make_policy("fifo2")

@@ -96,6 +96,17 @@ def test_soft_pinned_chunks_leave_last(store, engine):
     assert engine.hits(digests) < 3
 
 
+def test_chunks_whose_soft_pins_have_ended_leave_in_their_turn(store, engine):
+    digests = fill_up(engine)
+    room = len(digests) - 3
+    store.pin(engine.space, digests[:3], hard=False)
+    engine.put(make_digests(room, prompt=1))
+    assert engine.hits(digests) == 3
+    assert store.unpin(engine.space, digests) == 3
+    engine.put(make_digests(room, prompt=2))
+    assert engine.hits(digests) < 3
+
+
 def test_deleting_counts_what_went_and_what_is_in_use(store, engine, other):
     digests = make_digests(5)
     engine.put(digests[:3])
