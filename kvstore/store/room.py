@@ -8,7 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from kvstore.protocol.manifest import encode_namespace
 from kvstore.store.planner import cheapest_window
+from kvstore.store.soundness import tenant_mark
+from kvstore.tiers.base import Shard, ShardKey
 from kvstore.types import NO_SLOT, Extent, TierKind
 
 if TYPE_CHECKING:
@@ -81,6 +84,24 @@ class HostRoom:
         if here == 1:
             chunk_bytes = self._index.space_of(slot).manifest.chunk_bytes
             self._residents.admit(slot, chunk_bytes)
+
+    def record(self, slot: int, shard: ShardRecord) -> None:
+        """Note for a restart what the extent of *shard*, of *slot*, holds from now on."""
+        if self._host.records is None:
+            return
+        index = self._index
+        space, tenant = index.space_of(slot), index.tenant_of(slot)
+        self._host.publish(
+            shard.extent,
+            Shard(
+                ShardKey(space.id, index.digest(slot), shard.heads),
+                index.parent_digest(slot),
+                shard.size_bytes,
+                shard.root,
+            ),
+            lambda: encode_namespace(space.manifest, space.tenant),
+            tenant_mark(self._residents.shares.shares[tenant].tenant),
+        )
 
     def vacate(self, slot: int, *, evicted: bool) -> list[ShardRecord]:
         """Let *slot* leave the host tier and free its extents; return the shards that were here.

@@ -11,12 +11,13 @@ from typing import NamedTuple, Protocol
 from kvstore.metrics import Counters
 from kvstore.store.index import Index, Namespace
 from kvstore.store.leases import Lease, Leases, Reservation, Reservations
-from kvstore.store.quota import Share, Shares
+from kvstore.store.quota import DEFAULT_TENANT, Share, Shares
 from kvstore.store.residence import Residents
 from kvstore.store.room import HostRoom
 from kvstore.store.shards import ShardRecord, covers
 from kvstore.store.slower import SlowerTiers
 from kvstore.tiers.host import HostTier
+from kvstore.tiers.record_layout import Owner
 from kvstore.types import (
     NO_SLOT,
     Digest,
@@ -93,6 +94,7 @@ class Shelves:
         self._movement: Movement | None = None
         self._spaces: dict[NamespaceId, Namespace] = {}
         self._orphans: dict[SessionId, list[Reservation]] = {}
+        self._writers: dict[SessionId, Owner] = {}
         self._watchers: dict[tuple[int, Digest], dict[Callable[[], None], None]] = {}
         self._holds: dict[int, int] = {}
 
@@ -100,6 +102,10 @@ class Shelves:
         """Let *movement* hear of all that happens."""
         self._movement = movement
         self.room.is_wanted = movement.is_wanted
+
+    def tenant_number(self, tenant: str) -> int:
+        """Return whose chunks those of *tenant* are; of one that is not configured, nobody's."""
+        return self.tenants.index(tenant) if tenant in self.tenants else DEFAULT_TENANT
 
     # --- holding ------------------------------------------------------------------------
 
@@ -147,8 +153,13 @@ class Shelves:
             self.promoting[extent] = tenant
         return extent
 
+    def hold_room(self, tenant: int, extent: Extent) -> None:
+        """Charge *extent*, which the host tier has given already, to *tenant*."""
+        self.residents.shares.charge(tenant, self.host.footprint(extent.size_bytes))
+        self.promoting[extent] = tenant
+
     def give_up_room(self, extent: Extent) -> None:
-        """Take back what `take_room` gave."""
+        """Take back what `take_room` gave, or `hold_room` charged."""
         self.room.give_back(self.promoting.pop(extent), extent)
 
     def promoted(self, slot: int, heads: HeadRange, extent: Extent, parent: Digest | None) -> bool:
@@ -166,7 +177,29 @@ class Shelves:
         above = NO_SLOT if parent is None else space.find(parent)
         if above != NO_SLOT:
             self.index.adopt(slot, above)
-        self.room.publish(slot, shard._replace(extent=extent, tiers=shard.tiers | _HOST))
+        here = shard._replace(extent=extent, tiers=shard.tiers | _HOST)
+        self.room.publish(slot, here)
+        self.room.record(slot, here)
+        return True
+
+    def restore(
+        self,
+        space: Namespace,
+        digest: Digest,
+        parent: Digest | None,
+        shard: ShardRecord,
+        tenant: int,
+    ) -> bool:
+        """Publish a shard that an earlier daemon left, and whose room is held.
+
+        Returns False, and frees its room, when it is not needed.
+        """
+        slot = self._place(space, digest, parent, shard, tenant)
+        if slot == NO_SLOT:
+            self.give_up_room(shard.extent)
+            return False
+        del self.promoting[shard.extent]
+        self.room.publish(slot, shard)
         return True
 
     # --- the law ------------------------------------------------------------------------
@@ -215,6 +248,29 @@ class Shelves:
     def _has_shard(self, slot: int, heads: HeadRange, tiers: int) -> bool:
         shards = self.index.shards(slot)
         return covers([shard.heads for shard in shards if shard.tiers & tiers], heads)
+
+    def _place(
+        self,
+        space: Namespace,
+        digest: Digest,
+        parent: Digest | None,
+        shard: ShardRecord,
+        tenant: int,
+    ) -> int:
+        """Enter a shard in the host tier into the index; return its slot.
+
+        `NO_SLOT` when shards cut otherwise got there first: it would only take up room.
+        """
+        slot = space.find(digest)
+        if slot != NO_SLOT and self._has_shard(slot, shard.heads, _HOST):
+            return NO_SLOT
+        above = NO_SLOT if parent is None else space.find(parent)
+        if slot == NO_SLOT:
+            return self.index.add(space, digest, above, shard, tenant)
+        self._merge(slot, tenant, shard)
+        if above != NO_SLOT:
+            self.index.adopt(slot, above)
+        return slot
 
     def _merge(self, slot: int, tenant: int, shard: ShardRecord) -> None:
         """Add *shard* to *slot*, whose other shards, or same one, may lie in slower tiers."""

@@ -18,6 +18,7 @@ from kvstore.store.quota import DEFAULT_TENANT
 from kvstore.store.recompute import Worth, worth_loading
 from kvstore.store.shards import ShardRecord, choose_cover, covers
 from kvstore.store.shelves import NO_TENANT, Shelves
+from kvstore.tiers.record_layout import Owner
 from kvstore.types import (
     NO_SLOT,
     Digest,
@@ -370,6 +371,10 @@ class Store(Shelves):
         self.counters.lease_expirations += len(ended)
         return len(ended)
 
+    def open_session(self, session: SessionId, writer: Owner) -> None:
+        """Note which process writes to what *session* reserves, for a restart to find."""
+        self._writers[session] = writer
+
     def end_session(self, session: SessionId) -> bool:
         """End the leases of *session* and withdraw its reservations.
 
@@ -377,6 +382,7 @@ class Store(Shelves):
         that is still alive may yet write there.
         """
         self._unhold(self.leases.end_session(session))
+        self._writers.pop(session, None)
         ended = self.reservations.end_session(session)
         if ended:
             self._orphans[session] = ended
@@ -416,27 +422,24 @@ class Store(Shelves):
         if extent is None:
             counters.reserve_chunks_no_space += 1
             return Granted(ReserveOutcome.NO_SPACE)
+        if not self.host.fill(extent, self._writers.get(wish.session, Owner())):
+            self.room.give_back(wish.tenant, extent)
+            counters.reserve_chunks_no_space += 1
+            return Granted(ReserveOutcome.NO_SPACE)
         counters.reserve_chunks_reserved += 1
         made = self.reservations.make(wish._replace(extent=extent))
         return Granted(ReserveOutcome.RESERVED, made, extent)
 
     def _publish(self, record: Reservation, root: Root) -> None:
         space, shard = record.space, ShardRecord(record.heads, record.extent, root)
-        slot = space.find(record.digest)
         self.counters.commit_chunks += 1
         self.counters.commit_bytes += record.extent.size_bytes
-        if slot != NO_SLOT and self._has_shard(slot, record.heads, _HOST):
-            # Shards cut otherwise got here first; this copy would only take up room.
+        slot = self._place(space, record.digest, record.parent, shard, record.tenant)
+        if slot == NO_SLOT:
             self.room.give_back(record.tenant, record.extent)
             return
-        parent = NO_SLOT if record.parent is None else space.find(record.parent)
-        if slot == NO_SLOT:
-            slot = self.index.add(space, record.digest, parent, shard, record.tenant)
-        else:
-            self._merge(slot, record.tenant, shard)
-            if parent != NO_SLOT:
-                self.index.adopt(slot, parent)
         self.room.publish(slot, shard)
+        self.room.record(slot, shard)
         if self._movement is not None:
             self._movement.published(slot, record.heads)
 

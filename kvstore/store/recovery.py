@@ -1,0 +1,228 @@
+"""What an earlier daemon left in the host tier, brought back: the arena was kept, it was not.
+
+Records say what is where. Those that cannot be true are dropped and counted; what was being
+written is set aside until nobody can write there any more; all else is served again, in the
+order in which it was published. The checksum table of every shard is held against its root at
+once. Its bytes are verified by every client that loads it and behind everybody's back, or, for
+clients that do not verify, before it is served at all.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import numpy as np
+
+from kvstore.errors import KVStoreError
+from kvstore.protocol.manifest import decode_namespace
+from kvstore.store.quota import DEFAULT_TENANT
+from kvstore.store.shards import ShardRecord
+from kvstore.store.soundness import apart, known, tenant_mark, within
+from kvstore.tiers.record_layout import FILLING, HAS_PARENT, Owner
+from kvstore.types import NO_SLOT, Digest, Extent, HeadRange, NamespaceId, Root
+
+if TYPE_CHECKING:
+    from kvstore.store.index import Namespace
+    from kvstore.store.soundness import Mask
+    from kvstore.store.store import Store
+    from kvstore.tiers.host import HostTier
+    from kvstore.tiers.records import Records, Rows
+
+_READY_COLUMNS: Final = (
+    "offset", "size_bytes", "root", "head_start", "head_stop", "flags", "tenant",
+    "namespace", "digest", "parent",
+)  # fmt: skip
+_OWNER_COLUMNS: Final = ("offset", "size_bytes", "pid", "started", "pid_space")
+
+
+class Left(NamedTuple):
+    """One shard that was left, and where it belongs."""
+
+    space: Namespace
+    digest: Digest
+    parent: Digest | None
+    shard: ShardRecord
+    tenant: int
+
+
+class Recovery:
+    """The host tier of an earlier daemon, on its way back into *store*, which has no chunks there.
+
+    *aside* has the extents that were being written, by who may still write there; the caller
+    gives them up (`Store.give_up_room`) once that is over. *dropped* counts, by reason, the
+    records that are not used.
+    """
+
+    def __init__(self, store: Store) -> None:
+        """Take in what is left. Blocking: some 10 us a shard."""
+        self.aside: dict[Owner, list[Extent]] = {}
+        self.dropped: Counter[str] = Counter()
+        self.shards = 0
+        self._store = store
+        self._left: list[Left] = []
+        self._spaces: dict[NamespaceId, Namespace] = {}
+        if store.host.records is not None:
+            self._take_in(store.host.records)
+
+    def publish(self) -> None:
+        """Serve all that is left from now on, to clients that verify what they load."""
+        early = [left for left in self._left if not self._publish(left)]
+        self._adopt(early)
+        self._leave_spaces()
+
+    async def prove(self, *, first: bool) -> None:
+        """Verify every byte, one shard at a time; what is wrong is dropped and counted.
+
+        With *first* a shard is published here, once it is proven; without, `publish` came
+        before, and what has left the arena since is passed over.
+        """
+        early: list[Left] = []
+        host = self._store.host
+        for left in self._left:
+            extent, root = left.shard.extent, left.shard.root
+            if not first and not self._is_served(left):
+                continue
+            is_right = await asyncio.to_thread(host.verify_bytes, extent, root)
+            if not is_right and (first or self._is_served(left)):
+                self._discard(left, is_served=not first)
+            elif first and not self._publish(left):
+                early.append(left)
+        self._left.clear()
+        self._adopt(early)
+        self._leave_spaces()
+
+    # --- taking in ----------------------------------------------------------------------------
+
+    def _take_in(self, records: Records) -> None:
+        found = records.scan()
+        self._count("torn", found.torn)
+        self._open_spaces(records, found.rows)
+        kept = self._sound(found.rows)
+        records.resume(found, kept)
+        rows = found.rows[kept]
+        rows = rows[np.argsort(rows["sequence"], kind="stable")]
+        self._store.host.occupy(map(Extent, rows["offset"].tolist(), rows["size_bytes"].tolist()))
+        filling = rows["state"] == FILLING
+        self._set_aside(rows[filling])
+        self._line_up(rows[~filling])
+
+    def _open_spaces(self, records: Records, rows: Rows) -> None:
+        """Enter the namespaces that *rows* are of, so that none of them goes meanwhile."""
+        in_use = set(rows["namespace"].tolist())
+        for namespace, introduction in records.namespaces().items():
+            if namespace not in in_use:
+                continue
+            try:
+                manifest, tenant = decode_namespace(introduction)
+                # A version that knows another field has another name for the same manifest.
+                if manifest.namespace_id(tenant) == namespace:
+                    self._spaces[namespace] = self._store.enter(manifest, tenant)
+            except KVStoreError:
+                continue
+
+    def _leave_spaces(self) -> None:
+        for space in self._spaces.values():
+            self._store.leave(space)
+        self._spaces.clear()
+
+    def _sound(self, rows: Rows) -> Mask:
+        """Return which of *rows* are to be used; counts the others by the first reason not to."""
+        tests: tuple[tuple[str, Callable[[Rows, HostTier], Mask]], ...] = (
+            ("out of bounds", within),
+            ("overlapping", apart),
+            ("of no known namespace", self._is_known),
+            ("of other bytes", _has_table),
+        )
+        kept = np.arange(len(rows))
+        for reason, test in tests:
+            holds = test(rows[kept], self._store.host)
+            self._count(reason, len(kept) - int(holds.sum()))
+            kept = kept[holds]
+        sound = np.zeros(len(rows), dtype=np.bool_)
+        sound[kept] = True
+        return sound
+
+    def _is_known(self, rows: Rows, _: HostTier) -> Mask:
+        heads = {namespace: space.manifest.kv_heads for namespace, space in self._spaces.items()}
+        writing: Mask = rows["state"] == FILLING
+        return writing | known(rows, heads)
+
+    def _set_aside(self, rows: Rows) -> None:
+        for offset, size_bytes, *owner in rows[list(_OWNER_COLUMNS)].tolist():
+            extent = Extent(offset, size_bytes)
+            self._store.hold_room(DEFAULT_TENANT, extent)
+            self.aside.setdefault(Owner(*owner), []).append(extent)
+
+    def _line_up(self, rows: Rows) -> None:
+        """Keep the room of all shards in *rows*, and what there is to know of them."""
+        tenants = {tenant_mark(name): number for number, name in enumerate(self._store.tenants)}
+        for row in rows[list(_READY_COLUMNS)].tolist():
+            offset, size_bytes, root, start, stop, flags, mark, namespace, digest, parent = row
+            tenant = tenants.get(mark, DEFAULT_TENANT)
+            extent = Extent(offset, size_bytes)
+            self._store.hold_room(tenant, extent)
+            self._left.append(
+                Left(
+                    self._spaces[namespace],
+                    Digest(digest),
+                    Digest(parent) if flags & HAS_PARENT else None,
+                    ShardRecord(HeadRange(start, stop), extent, Root(root)),
+                    tenant,
+                )
+            )
+
+    # --- publishing ---------------------------------------------------------------------------
+
+    def _publish(self, left: Left) -> bool:
+        """Serve one shard; return whether its place in its prefix is found already."""
+        if self._store.restore(*left):
+            self.shards += 1
+        else:
+            self._count("kept twice", 1)
+        return left.parent is None or left.space.find(left.parent) != NO_SLOT
+
+    def _adopt(self, early: Iterable[Left]) -> None:
+        """Put chunks that came before their parents where they belong."""
+        for left in early:
+            assert left.parent is not None, "only children come early"
+            slot, parent = left.space.find(left.digest), left.space.find(left.parent)
+            if NO_SLOT not in {slot, parent}:
+                self._store.index.adopt(slot, parent)
+
+    def _is_served(self, left: Left) -> bool:
+        """Return whether the very bytes that were left are served now."""
+        slot = left.space.find(left.digest)
+        shard = None if slot == NO_SLOT else self._store.index.shard(slot, left.shard.heads)
+        return (
+            shard is not None
+            and shard.is_in_host
+            and (shard.extent, shard.root) == (left.shard.extent, left.shard.root)
+        )
+
+    def _discard(self, left: Left, *, is_served: bool) -> None:
+        self._store.counters.checksum_failures += 1
+        self._count("of other bytes", 1)
+        if is_served:
+            self._store.room.vacate(left.space.find(left.digest), evicted=False)
+        else:
+            self._store.give_up_room(left.shard.extent)
+
+    def _count(self, reason: str, number: int) -> None:
+        if number:
+            self.dropped[reason] += number
+
+
+def _has_table(rows: Rows, host: HostTier) -> Mask:
+    """Return which of *rows* are of a shard whose checksum table is the one of its root."""
+    columns = rows[["state", "offset", "size_bytes", "root"]].tolist()
+    return np.fromiter(
+        (
+            state == FILLING or host.verify_table(Extent(offset, size_bytes), Root(root))
+            for state, offset, size_bytes, root in columns
+        ),
+        dtype=np.bool_,
+        count=len(rows),
+    )
