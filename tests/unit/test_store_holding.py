@@ -104,6 +104,9 @@ def test_chunks_whose_soft_pins_have_ended_leave_in_their_turn(store, engine):
     assert engine.hits(digests) == 3
     assert store.unpin(engine.space, digests) == 3
     engine.put(make_digests(room, prompt=2))
+    for _ in range(2):
+        lease, _ = engine.load(make_digests(room, prompt=2))
+        store.release(engine.session, [lease])
     engine.put(make_digests(room, prompt=3))
     assert engine.hits(digests) < 3
 
