@@ -292,6 +292,12 @@ class Index:
         )
         self._put_shards(slot, shards)
 
+    def set_root(self, slot: int, heads: HeadRange, root: Root) -> ShardRecord:
+        """Note the root of a shard whose writer took no checksums; return the shard."""
+        shards = [s._replace(root=root) if s.heads == heads else s for s in self.shards(slot)]
+        self._put_shards(slot, shards)
+        return next(shard for shard in shards if shard.heads == heads)
+
     def lose(self, slot: int, kind: TierKind, heads: HeadRange | None = None) -> list[ShardRecord]:
         """Note that *slot*, or its shard *heads* alone, is in the tier *kind* no more.
 

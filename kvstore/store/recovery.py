@@ -52,15 +52,16 @@ class Recovery:
     """The host tier of an earlier daemon, on its way back into *store*, which has no chunks there.
 
     *aside* has the extents that were being written, by who may still write there; the caller
-    gives them up (`Store.give_up_room`) once that is over. *dropped* counts, by reason, the
-    records that are not used.
+    gives them up (`Store.give_up_room`) once that is over. *left* counts the shards that come
+    back, *dropped*, by reason, those that do not.
     """
 
     def __init__(self, store: Store) -> None:
         """Take in what is left. Blocking: some 10 us a shard."""
         self.aside: dict[Owner, list[Extent]] = {}
         self.dropped: Counter[str] = Counter()
-        self.shards = 0
+        self.left = 0
+        self.left_bytes = 0
         self._store = store
         self._left: list[Left] = []
         self._spaces: dict[NamespaceId, Namespace] = {}
@@ -173,14 +174,14 @@ class Recovery:
                     tenant,
                 )
             )
+            self.left += 1
+            self.left_bytes += size_bytes
 
     # --- publishing ---------------------------------------------------------------------------
 
     def _publish(self, left: Left) -> bool:
         """Serve one shard; return whether its place in its prefix is found already."""
-        if self._store.restore(*left):
-            self.shards += 1
-        else:
+        if not self._store.restore(*left):
             self._count("kept twice", 1)
         return left.parent is None or left.space.find(left.parent) != NO_SLOT
 

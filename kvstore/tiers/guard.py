@@ -45,6 +45,7 @@ class GuardCounters(msgspec.Struct, kw_only=True):
     write_chunks: int = 0
     write_bytes: int = 0
     write_chunks_refused: int = 0
+    evict_chunks: int = 0
     remove_chunks: int = 0
     find_requests: int = 0
     find_chunks: int = 0

@@ -8,7 +8,7 @@ from typing import Final, Literal
 
 from xxhash import xxh3_64_intdigest
 
-from kvstore.hashing import block_count, stored_size, table_offset
+from kvstore.hashing import Digests64, block_count, stored_size, table_offset
 from kvstore.limits import CHECKSUM_BLOCK_BYTES, CHECKSUM_SIZE_BYTES, EXTENT_ALIGNMENT_BYTES
 from kvstore.tiers.base import Shard, TierUsage
 from kvstore.tiers.kept import KeptArena
@@ -54,6 +54,11 @@ class HostTier:
         self.verification = verification
         self._allocator = Allocator(self.arena.size_bytes)
 
+    @property
+    def cold(self) -> str:
+        """Why nothing that an earlier daemon left could be used; empty when that is not so."""
+        return self._memory.cold if isinstance(self._memory, KeptArena) else ""
+
     def allocate(self, size_bytes: int) -> Extent | None:
         """Return room for *size_bytes* and their table, or None when no free run is long enough."""
         extent = self._allocator.allocate(self.padded(size_bytes))
@@ -97,6 +102,13 @@ class HostTier:
     def view(self, extent: Extent) -> memoryview:
         """Return the bytes of *extent*, without their table."""
         return self.arena.view[extent.offset : extent.offset + extent.size_bytes]
+
+    def seal(self, extent: Extent, blocks: Digests64) -> None:
+        """Put *blocks*, the digests of the bytes in *extent*, behind them."""
+        if self.checksums:
+            table = blocks.astype("<u8", copy=False).tobytes()
+            start = extent.offset + table_offset(extent.size_bytes)
+            self.arena.view[start : start + len(table)] = table
 
     def verify(self, extent: Extent, root: Root) -> bool:
         """Return whether table and bytes of *extent* agree with *root*."""

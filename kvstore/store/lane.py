@@ -1,0 +1,274 @@
+"""What is to be moved between the host tier and one slower tier, and in which order.
+
+Loads go first, the earliest deadline before all others, then prefetches; removals, which make
+room, and writes yield to loads. Decides only: the mover acts.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from collections import deque
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from kvstore.limits import (
+    REMOVE_QUEUE_CHUNKS_MAX,
+    TIER_READS_MAX,
+    TIER_WRITES_MAX,
+    WRITE_QUEUE_CHUNKS_MAX,
+)
+from kvstore.store.index import Namespace
+from kvstore.tiers.base import Shard
+from kvstore.types import Digest, HeadRange, Place
+
+NO_DEADLINE: Final = math.inf
+# Under loads without end, one write at a time goes on after this.
+_PATIENCE_SECONDS: Final = 1.0
+
+FetchKey = tuple[int, HeadRange]
+WriteKey = tuple[Namespace, Digest, HeadRange]
+
+
+class Fetch:
+    """One shard on its way into the host tier, for all who wait for it.
+
+    *tried* are the bits of the tiers that could not give it. One without a waiter that was
+    not prefetched is of no use to anybody.
+    """
+
+    __slots__ = (
+        "deadline",
+        "heads",
+        "is_prefetch",
+        "is_running",
+        "parent",
+        "runs_as_load",
+        "slot",
+        "tried",
+        "waiters",
+    )
+
+    def __init__(self, slot: int, heads: HeadRange, parent: Digest | None) -> None:
+        self.slot = slot
+        self.heads = heads
+        self.parent = parent
+        self.deadline = NO_DEADLINE
+        self.is_prefetch = False
+        self.is_running = False
+        self.runs_as_load = False
+        self.tried = 0
+        self.waiters: dict[Callable[[Fetch, bool], None], None] = {}
+
+    @property
+    def key(self) -> FetchKey:
+        """What makes two fetches the same."""
+        return self.slot, self.heads
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether anybody has use for it."""
+        return self.is_prefetch or bool(self.waiters)
+
+
+class Write:
+    """One shard that is to be copied to a slower tier; *done* are told how that went."""
+
+    __slots__ = ("digest", "done", "heads", "is_urgent", "queued_at", "size_bytes", "space")
+
+    def __init__(
+        self,
+        space: Namespace,
+        digest: Digest,
+        heads: HeadRange,
+        size_bytes: int,
+        *,
+        is_urgent: bool,
+        queued_at: float,
+    ) -> None:
+        self.space = space
+        self.digest = digest
+        self.heads = heads
+        self.size_bytes = size_bytes
+        self.is_urgent = is_urgent
+        self.queued_at = queued_at
+        self.done: list[Callable[[bool], None]] = []
+
+    @property
+    def key(self) -> WriteKey:
+        """What makes two writes the same."""
+        return self.space, self.digest, self.heads
+
+    def finish(self, *, kept: bool) -> None:
+        """Tell all who wait for it."""
+        done, self.done = self.done, []
+        for tell in done:
+            tell(kept)
+
+
+class Removal:
+    """One shard that a slower tier is to forget."""
+
+    __slots__ = ("place", "shard")
+
+    def __init__(self, shard: Shard, place: Place) -> None:
+        self.shard = shard
+        self.place = place
+
+
+Job = Fetch | Write | Removal
+
+
+class Lane:
+    """The queues before one slower tier. *writes_max_bytes* bounds what waits to be written."""
+
+    def __init__(self, writes_max_bytes: int) -> None:
+        self.write_bytes = 0
+        self.dropped_writes = 0
+        self._writes_max_bytes = writes_max_bytes
+        self._order = itertools.count()
+        self._fetches: list[tuple[bool, float, int, Fetch]] = []
+        self._writes: dict[WriteKey, Write] = {}
+        self._removals: deque[Removal] = deque()
+        self._reading = 0
+        self._reading_loads = 0
+        self._writing = 0
+
+    @property
+    def write_chunks(self) -> int:
+        """How many writes wait."""
+        return len(self._writes)
+
+    @property
+    def fetch_chunks(self) -> int:
+        """How many fetches wait, those that nobody needs any more included."""
+        return len(self._fetches)
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether nothing waits to be written or is being written."""
+        return not (self._writes or self._removals or self._writing)
+
+    # --- putting in ---------------------------------------------------------------------
+
+    def put_fetch(self, fetch: Fetch) -> None:
+        """Queue *fetch*, or queue it again with a deadline that has moved forward."""
+        is_load = bool(fetch.waiters)
+        heapq.heappush(self._fetches, (not is_load, fetch.deadline, next(self._order), fetch))
+
+    def take_fetches(self) -> list[Fetch]:
+        """Take out all fetches that wait."""
+        waiting = {fetch.key: fetch for *_, fetch in self._fetches if not fetch.is_running}
+        self._fetches.clear()
+        return list(waiting.values())
+
+    def put_write(self, write: Write) -> bool:
+        """Queue *write*, the oldest that nobody waits for giving way; return whether there is room.
+
+        One for the same shard is joined.
+        """
+        waiting = self._writes.get(write.key)
+        if waiting is not None:
+            waiting.done += write.done
+            waiting.is_urgent |= write.is_urgent
+            return True
+        for oldest in self._droppable():
+            if self._has_room(write.size_bytes):
+                break
+            self._drop(oldest)
+        if not self._has_room(write.size_bytes):
+            self.dropped_writes += 1
+            return False
+        self._writes[write.key] = write
+        self.write_bytes += write.size_bytes
+        return True
+
+    def has_write(self, key: WriteKey) -> bool:
+        """Return whether that shard waits to be written."""
+        return key in self._writes
+
+    def take_urgent_writes(self) -> list[Write]:
+        """Take out all writes that somebody waits for."""
+        urgent = [write for write in self._writes.values() if write.is_urgent]
+        for write in urgent:
+            self._take_write(write)
+        return urgent
+
+    def put_removal(self, removal: Removal) -> None:
+        """Queue *removal*; beyond the bound it is left to the tier's own cleaning."""
+        if len(self._removals) < REMOVE_QUEUE_CHUNKS_MAX:
+            self._removals.append(removal)
+
+    # --- taking out ---------------------------------------------------------------------
+
+    def next(self, now: float, *, writes: bool = True) -> Job | None:
+        """Return what is to be done next, which then counts as under way, or None.
+
+        Without *writes* only fetches are.
+        """
+        fetch = self._next_fetch()
+        if fetch is not None:
+            return fetch
+        if not writes or self._writing >= self._writes_allowed(now):
+            return None
+        if self._removals:
+            self._writing += 1
+            return self._removals.popleft()
+        for write in self._writes.values():
+            self._writing += 1
+            self._take_write(write)
+            return write
+        return None
+
+    def ended(self, job: Job) -> None:
+        """Note that *job* is under way no more."""
+        if isinstance(job, Fetch):
+            self._reading -= 1
+            self._reading_loads -= job.runs_as_load
+            job.is_running = job.runs_as_load = False
+        else:
+            self._writing -= 1
+
+    def _next_fetch(self) -> Fetch | None:
+        if self._reading >= TIER_READS_MAX:
+            return None
+        while self._fetches:
+            *_, fetch = heapq.heappop(self._fetches)
+            if fetch.is_needed and not fetch.is_running:
+                fetch.is_running = True
+                self._reading += 1
+                fetch.runs_as_load = bool(fetch.waiters)
+                self._reading_loads += fetch.runs_as_load
+                return fetch
+        return None
+
+    def _writes_allowed(self, now: float) -> int:
+        if not self._reading_loads and not self._has_loads():
+            return TIER_WRITES_MAX
+        oldest = next(iter(self._writes.values()), None)
+        return int(oldest is not None and now - oldest.queued_at > _PATIENCE_SECONDS)
+
+    def _has_loads(self) -> bool:
+        while self._fetches and not self._fetches[0][3].is_needed:
+            heapq.heappop(self._fetches)
+        return bool(self._fetches) and not self._fetches[0][0]
+
+    def _has_room(self, size_bytes: int) -> bool:
+        return (
+            len(self._writes) < WRITE_QUEUE_CHUNKS_MAX
+            and self.write_bytes + size_bytes <= self._writes_max_bytes
+        )
+
+    def _droppable(self) -> Iterator[Write]:
+        """Yield the writes that nobody waits for, oldest first."""
+        return (write for write in list(self._writes.values()) if not write.is_urgent)
+
+    def _drop(self, write: Write) -> None:
+        self._take_write(write)
+        self.dropped_writes += 1
+        write.finish(kept=False)
+
+    def _take_write(self, write: Write) -> None:
+        del self._writes[write.key]
+        self.write_bytes -= write.size_bytes

@@ -1,0 +1,227 @@
+"""One slower tier as the mover sees it, and how single shards travel to and from it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeVar
+
+from kvstore.hashing import Digests64, root_of
+from kvstore.protocol.manifest import encode_namespace
+from kvstore.store.admission import Admission, AdmitAll
+from kvstore.store.residence import fingerprint
+from kvstore.tiers.base import Shard, ShardKey
+from kvstore.transfer.copies import digest_blocks
+from kvstore.types import NO_SLOT, Extent, NamespaceId, TierKind
+
+if TYPE_CHECKING:
+    from kvstore.store.lane import Fetch, Lane, Write
+    from kvstore.store.shards import ShardRecord
+    from kvstore.store.store import Store
+    from kvstore.tiers.guard import GuardedTier
+
+_HOST: Final = TierKind.HOST
+# A tier that says that it is full, though by its figures it is not, is asked so often.
+_WRITE_TRIES_MAX: Final = 16
+
+WritePolicy = Literal["through", "back", "on_evict"]
+Answer = TypeVar("Answer")
+
+
+class Threads(Protocol):
+    """Runs what takes long without the GIL, such as checksums, beside the event loop."""
+
+    async def __call__(self, work: Callable[[], Answer], /) -> Answer:
+        """Return what *work* returns."""
+
+
+class Route:
+    """The way between the host tier and one slower tier."""
+
+    def __init__(
+        self,
+        store: Store,
+        tier: GuardedTier,
+        lane: Lane,
+        policy: WritePolicy,
+        admission: Admission | None,
+        in_thread: Threads,
+    ) -> None:
+        self.tier = tier
+        self.kind: Final = tier.kind
+        self.lane = lane
+        self.policy = policy
+        self.admission = admission or AdmitAll()
+        self.is_selective: Final = not isinstance(self.admission, AdmitAll)
+        self.finding = 0
+        self._store = store
+        self._in_thread = in_thread
+        self._introduced: set[NamespaceId] = set()
+
+    @property
+    def knows_capacity(self) -> bool:
+        """Whether it is for us to make room there; a server does so itself."""
+        return self.tier.usage().capacity_bytes > 0 and not self.tier.is_shared
+
+    # --- up -----------------------------------------------------------------------------
+
+    async def fetch(self, fetch: Fetch) -> bool:
+        """Bring a shard into the host tier; return whether it is there now.
+
+        Raises `TierError` when the tier could not say.
+        """
+        store, slot = self._store, fetch.slot
+        record = store.index.shard(slot, fetch.heads)
+        if record is None or record.is_in_host:
+            return record is not None
+        if not record.tiers & self.kind:
+            return False
+        extent = store.take_room(slot, record.size_bytes)
+        if extent is None:
+            return False
+        reading = _Reading(store, slot, extent)
+        try:
+            shard = self._shard(slot, record)
+            target = store.host.view(extent)
+            here = await self.tier.read(shard, record.place, target, reading.ended)
+            blocks = await self._in_thread(lambda: digest_blocks(target)) if here else None
+        except BaseException:
+            reading.discard()
+            raise
+        if blocks is None or root_of(blocks) != record.root:
+            reading.discard()
+            store.counters.checksum_failures += blocks is not None
+            store.slower.left(slot, self.kind, fetch.heads)
+            return False
+        return self._publish(fetch, extent, blocks)
+
+    def _publish(self, fetch: Fetch, extent: Extent, blocks: Digests64) -> bool:
+        store = self._store
+        store.host.seal(extent, blocks)
+        if store.promoted(fetch.slot, fetch.heads, extent, fetch.parent):
+            store.counters.promote_chunks += 1
+            store.counters.promote_bytes += extent.size_bytes
+        record = store.index.shard(fetch.slot, fetch.heads)
+        return record is not None and record.is_in_host
+
+    # --- down ---------------------------------------------------------------------------
+
+    async def write(self, write: Write) -> bool:
+        """Copy a shard from the host tier, if it is still there; return whether it is kept.
+
+        Raises `TierError` when the tier could not say.
+        """
+        store = self._store
+        slot = write.space.find(write.digest)
+        record = None if slot == NO_SLOT else store.index.shard(slot, write.heads)
+        if record is None:
+            return False
+        if record.tiers & self.kind:
+            return True
+        if not record.is_in_host:
+            return False
+        store.hold(slot)
+        try:
+            return await self._copy_down(slot, record)
+        finally:
+            store.let_go(slot)
+
+    async def _copy_down(self, slot: int, record: ShardRecord) -> bool:
+        store = self._store
+        await self._introduce(slot)
+        source = store.host.view(record.extent)
+        if not store.host.checksums:
+            root = root_of(await self._in_thread(lambda: digest_blocks(source)))
+            record = store.index.set_root(slot, record.heads, root)
+        for _ in range(_WRITE_TRIES_MAX):
+            if not await self._make_room(slot, record.size_bytes):
+                return False
+            store.hold(slot)
+            shard = self._shard(slot, record)
+            place = await self.tier.write(shard, source, lambda: store.let_go(slot))
+            if place is not None:
+                store.slower.entered(slot, record.heads, self.kind, place)
+                return True
+            if not self.knows_capacity or not await self._evict_for(slot, record.size_bytes):
+                return False
+        return False
+
+    async def _introduce(self, slot: int) -> None:
+        space = self._store.index.space_of(slot)
+        if space.id not in self._introduced:
+            await self.tier.introduce(space.id, encode_namespace(space.manifest, space.tenant))
+            self._introduced.add(space.id)
+
+    async def _make_room(self, slot: int, size_bytes: int) -> bool:
+        """Evict until *slot* fits by the tier's figures and its tenant's quota."""
+        if not self.knows_capacity:
+            return True
+        shares = self._store.slower.residents[self.kind].shares
+        tenant = self._store.index.tenant_of(slot)
+        while True:
+            usage = self.tier.usage()
+            has_room = usage.used_bytes + size_bytes <= usage.capacity_bytes
+            if has_room and not shares.is_over(tenant, size_bytes):
+                return True
+            if not await self._evict_for(slot, size_bytes):
+                return False
+
+    async def _evict_for(self, slot: int, size_bytes: int) -> bool:
+        """Evict one chunk for *slot*, unless the admission says that it is worth more."""
+        store = self._store
+        tenant = store.index.tenant_of(slot)
+        victim = store.slower.next_victim(self.kind, tenant, size_bytes)
+        if victim == NO_SLOT:
+            return False
+        newcomer, leaver = store.index.digest(slot), store.index.digest(victim)
+        if not self.admission.admits(fingerprint(newcomer), fingerprint(leaver)):
+            return False
+        await self._evict(victim)
+        return True
+
+    async def _evict(self, slot: int) -> None:
+        store = self._store
+        store.hold(slot)
+        try:
+            for record in store.index.shards(slot):
+                if record.tiers & self.kind:
+                    await self.tier.remove(self._shard(slot, record), record.place)
+                    store.slower.left(slot, self.kind, record.heads, evicted=True)
+            self.tier.counters.evict_chunks += 1
+        finally:
+            store.let_go(slot)
+
+    def _shard(self, slot: int, record: ShardRecord) -> Shard:
+        return shard_of(self._store, slot, record)
+
+
+class _Reading:
+    """Room that is being read into: free again when the tier has let go of it, unless published."""
+
+    def __init__(self, store: Store, slot: int, extent: Extent) -> None:
+        self._store = store
+        self._slot = slot
+        self._extent = extent
+        self._has_ended = False
+        self._is_unwanted = False
+        store.hold(slot)
+
+    def ended(self) -> None:
+        """Note that the tier does not touch the room any more."""
+        self._has_ended = True
+        self._store.let_go(self._slot)
+        if self._is_unwanted:
+            self._store.give_up_room(self._extent)
+
+    def discard(self) -> None:
+        """Give the room up as soon as that is safe."""
+        if self._has_ended:
+            self._store.give_up_room(self._extent)
+        else:
+            self._is_unwanted = True
+
+
+def shard_of(store: Store, slot: int, record: ShardRecord) -> Shard:
+    """Return *record* of *slot* as tiers know it."""
+    space, digest = store.index.space_of(slot), store.index.digest(slot)
+    key = ShardKey(space.id, digest, record.heads)
+    return Shard(key, store.index.parent_digest(slot), record.size_bytes, record.root)
