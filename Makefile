@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PIP_VERSION := 26.3
 VLLM := .venv-vllm
 UV_VERSION := 0.13.8
-NATIVE := $(wildcard hatch_build.py transfer/*.c transfer/*.h)
+NATIVE := $(wildcard hatch_build.py transfer/*.c transfer/*.h compression/*.c compression/*.h gpu/cuda/*.cuh)
 
 .PHONY: help demo test test-vllm check coverage lint format bench setup clean
 
@@ -56,7 +56,8 @@ bench: $(VENV)/dev.stamp
 setup: $(VENV)/dev.stamp
 
 clean:
-	rm -rf $(VENV) $(VLLM) build dist .coverage .coverage.* htmlcov transfer/_copy.so
+	rm -rf $(VENV) $(VLLM) build dist .coverage .coverage.* htmlcov transfer/_copy.so \
+	    compression/_codecs.so
 	rm -rf .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .grimp_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 

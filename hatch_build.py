@@ -1,7 +1,8 @@
-"""Build the C helper of `transfer/` with the system compiler.
+"""Build the C libraries of `transfer/` and `compression/` with the system compiler.
 
 As a hatchling hook it runs for every wheel and editable install; `python hatch_build.py` builds
-in place for a checkout. Without a compiler the package stays pure Python and copies are slower.
+in place for a checkout. Without a compiler the package stays pure Python: copies and codecs are
+slower, and give the same bytes.
 """
 
 from __future__ import annotations
@@ -13,14 +14,35 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
-SOURCE = Path("transfer/_copy.c")
-LIBRARY = Path("transfer/_copy.so")
-# The baseline of the architecture: the library itself chooses wider instructions at run time.
+# The baseline of the architecture: each library itself chooses wider instructions at run time.
 FLAGS = ("-O3", "-shared", "-fPIC", "-Wall", "-Wextra")
+
+
+class Library(NamedTuple):
+    """A shared library and what it is made of, relative to the root of the repository."""
+
+    target: Path
+    source: Path
+    flags: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Return the path of the target as build settings write it."""
+        return self.target.as_posix()
+
+
+COPIES = Library(Path("transfer/_copy.so"), Path("transfer/_copy.c"))
+# Every stored byte is the same on every machine, so no multiply-add is ever fused.
+CODECS = Library(
+    Path("compression/_codecs.so"),
+    Path("compression/_codecs.c"),
+    ("-ffp-contract=off", "-fno-math-errno", "-fno-trapping-math"),
+)
+LIBRARIES = (COPIES, CODECS)
 
 
 def find_compiler() -> str | None:
@@ -28,18 +50,18 @@ def find_compiler() -> str | None:
     return shutil.which(os.environ.get("CC", "cc"))
 
 
-def build_library(root: Path) -> str | None:
-    """Compile the library below *root*; return why not when that failed.
+def compile_library(root: Path, library: Library, target: Path, *flags: str) -> str | None:
+    """Compile *library* below *root* to *target*; return why not when that failed.
 
     A library that is in use stays intact: the new one replaces it by a rename.
     """
     compiler = find_compiler()
     if compiler is None:
         return "no C compiler found"
-    target = root / LIBRARY
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".build-") as folder:
         built = Path(folder) / target.name
-        command = [compiler, *FLAGS, "-o", str(built), str(root / SOURCE)]
+        options = (*FLAGS, *library.flags, *flags)
+        command = [compiler, *options, "-o", str(built), str(root / library.source), "-lm"]
         outcome = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
         if outcome.returncode != 0:
             return outcome.stderr.strip()
@@ -47,14 +69,22 @@ def build_library(root: Path) -> str | None:
     return None
 
 
+def build_libraries(root: Path) -> dict[str, str]:
+    """Compile all libraries in place; return why not for each that failed."""
+    failures = {
+        library.key: compile_library(root, library, root / library.target) for library in LIBRARIES
+    }
+    return {key: failure for key, failure in failures.items() if failure is not None}
+
+
 def wheel_tag() -> str:
-    """Return the tag of a wheel with the library: any Python 3, this platform."""
+    """Return the tag of a wheel with a library: any Python 3, this platform."""
     platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
     return f"py3-none-{platform}"
 
 
-class CopyLibraryHook(BuildHookInterface[Any]):
-    """Add the compiled library to the wheel, or leave the wheel pure."""
+class LibrariesHook(BuildHookInterface[Any]):
+    """Add the compiled libraries to the wheel, or leave the wheel pure."""
 
     PLUGIN_NAME = "custom"
 
@@ -62,16 +92,17 @@ class CopyLibraryHook(BuildHookInterface[Any]):
         """Build before the wheel is packed; *version* is "standard" or "editable"."""
         if self.target_name != "wheel":
             return
-        failure = build_library(Path(self.root))
-        if failure is not None:
-            self.app.display_warning(f"transfer/_copy.so was not built: {failure}")
-            return
-        build_data["artifacts"].append(f"/{LIBRARY.as_posix()}")
-        build_data["pure_python"] = False
-        build_data["tag"] = wheel_tag()
+        failures = build_libraries(Path(self.root))
+        for key, failure in failures.items():
+            self.app.display_warning(f"{key} was not built: {failure}")
+        built = [library.key for library in LIBRARIES if library.key not in failures]
+        if built:
+            build_data["artifacts"].extend(f"/{key}" for key in built)
+            build_data["pure_python"] = False
+            build_data["tag"] = wheel_tag()
 
 
 if __name__ == "__main__":
-    problem = build_library(Path(__file__).resolve().parent)
-    if problem is not None:
-        sys.exit(f"transfer/_copy.so was not built: {problem}")
+    problems = build_libraries(Path(__file__).resolve().parent)
+    if problems:
+        sys.exit("\n".join(f"{key} was not built: {why}" for key, why in problems.items()))

@@ -1,0 +1,36 @@
+/* The functions that _codecs.c calls by name, of one width of vectors. */
+
+static const kernel NAME(kernel) = {
+    .name = KERNEL_NAME,
+    .encode =
+        {[KV_KEYS] = {[KV_FP8] = NAME(fp8_encode),
+                      [KV_INT8] = NAME(int8_keys_encode),
+                      [KV_INT4] = NAME(int4_keys_encode),
+                      [KV_NVFP4] = NAME(nvfp4_encode),
+                      [KV_HQ4] = NAME(hq_encode),
+                      [KV_HQ3] = NAME(hq_encode)},
+         [KV_VALUES] = {[KV_FP8] = NAME(fp8_encode),
+                        [KV_INT8] = NAME(int8_values_encode),
+                        [KV_INT4] = NAME(int4_values_encode),
+                        [KV_NVFP4] = NAME(nvfp4_encode),
+                        [KV_HQ4] = NAME(hq_encode),
+                        [KV_HQ3] = NAME(hq_encode)}},
+    .decode =
+        {[KV_KEYS] = {[KV_FP8] = NAME(fp8_decode),
+                      [KV_INT8] = NAME(int8_decode),
+                      [KV_INT4] = NAME(int4_keys_decode),
+                      [KV_NVFP4] = NAME(nvfp4_decode),
+                      [KV_HQ4] = NAME(hq_decode),
+                      [KV_HQ3] = NAME(hq_decode)},
+         [KV_VALUES] = {[KV_FP8] = NAME(fp8_decode),
+                        [KV_INT8] = NAME(int8_decode),
+                        [KV_INT4] = NAME(int4_values_decode),
+                        [KV_NVFP4] = NAME(nvfp4_decode),
+                        [KV_HQ4] = NAME(hq_decode),
+                        [KV_HQ3] = NAME(hq_decode)}},
+    .widen_exponents = NAME(widen_exponents),
+    .split_row = NAME(split_row),
+    .merge_row = NAME(merge_row),
+    .pack_plane = NAME(pack_plane),
+    .unpack_plane = NAME(unpack_plane),
+};

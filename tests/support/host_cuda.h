@@ -1,0 +1,223 @@
+/* A GPU for tests: runs CUDA kernels on the CPU, thread by thread, as the language defines them.
+ *
+ * Every CUDA thread is a fiber of its own. Barriers and warp collectives are where fibers switch,
+ * so a kernel that would hang, or that lets some lanes of a warp miss a collective, is stopped
+ * with a message instead. Memory is ordinary: with AddressSanitizer every access is checked.
+ * Blocks run one after the other, which CUDA allows; speed is not the point.
+ */
+#ifndef KVSTORE_HOST_CUDA_H
+#define KVSTORE_HOST_CUDA_H
+
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <ucontext.h>
+
+#include <functional>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __shared__ static
+#define __launch_bounds__(...)
+
+struct dim3 {
+    unsigned x, y, z;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+
+namespace host_cuda {
+
+enum State { RUNS, AT_WARP, AT_BLOCK, ENDED };
+enum { WARP = 32, STACK_BYTES = 256 * 1024 };
+
+struct Fiber {
+    ucontext_t context;
+    std::vector<char> stack;
+    State state;
+    unsigned posted[2]; /* what this lane gave to a collective; two, so that none is overwritten */
+    unsigned turn;
+};
+
+inline std::vector<Fiber> fibers;
+inline ucontext_t scheduler;
+inline unsigned current;
+inline std::function<void()> body;
+inline dim3 block_index, block_size, grid_size;
+
+inline void stop(const char *why) {
+    fprintf(stderr, "host_cuda: block %u thread %u: %s\n", block_index.x, current, why);
+    abort();
+}
+
+inline void enter() {
+    body();
+    fibers[current].state = ENDED;
+    swapcontext(&fibers[current].context, &scheduler);
+}
+
+inline void wait_as(State state) {
+    Fiber &self = fibers[current];
+    self.state = state;
+    swapcontext(&self.context, &scheduler);
+}
+
+inline void run_lane(unsigned lane) {
+    current = lane;
+    swapcontext(&scheduler, &fibers[lane].context);
+}
+
+/* Run one warp until every lane has ended or waits for the block. */
+inline void run_warp(unsigned first, unsigned end) {
+    for (;;) {
+        unsigned at_warp = 0, at_block = 0, ended = 0;
+        for (unsigned lane = first; lane < end; lane++) {
+            if (fibers[lane].state == RUNS) {
+                run_lane(lane);
+            }
+            at_warp += fibers[lane].state == AT_WARP;
+            at_block += fibers[lane].state == AT_BLOCK;
+            ended += fibers[lane].state == ENDED;
+        }
+        if (at_warp == 0) {
+            return;
+        }
+        if (at_block + ended != 0) {
+            stop("lanes of one warp wait at different places");
+        }
+        for (unsigned lane = first; lane < end; lane++) {
+            fibers[lane].state = RUNS;
+        }
+    }
+}
+
+inline void run_block() {
+    unsigned count = block_size.x;
+    for (unsigned i = 0; i < count; i++) {
+        Fiber &fiber = fibers[i];
+        getcontext(&fiber.context);
+        fiber.stack.resize(STACK_BYTES);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = STACK_BYTES;
+        fiber.context.uc_link = nullptr;
+        fiber.state = RUNS;
+        fiber.turn = 0;
+        makecontext(&fiber.context, enter, 0);
+    }
+    for (;;) {
+        unsigned ended = 0;
+        for (unsigned first = 0; first < count; first += WARP) {
+            run_warp(first, first + WARP);
+        }
+        for (unsigned i = 0; i < count; i++) {
+            ended += fibers[i].state == ENDED;
+        }
+        if (ended == count) {
+            return;
+        }
+        if (ended != 0) {
+            stop("threads have ended while others wait at a barrier");
+        }
+        for (unsigned i = 0; i < count; i++) {
+            fibers[i].state = RUNS;
+        }
+    }
+}
+
+inline void launch(unsigned grid, unsigned block, std::function<void()> kernel) {
+    if (block % WARP != 0) {
+        stop("a block must be whole warps");
+    }
+    body = kernel;
+    grid_size = {grid, 1, 1};
+    block_size = {block, 1, 1};
+    fibers = std::vector<Fiber>(block);
+    for (unsigned i = 0; i < grid; i++) {
+        block_index = {i, 0, 0};
+        run_block();
+    }
+    fibers.clear();
+}
+
+/* Give *value* to the warp and wait until every lane has; then `given(lane)` reads any of them. */
+inline unsigned post(unsigned value) {
+    Fiber &self = fibers[current];
+    unsigned turn = self.turn++ & 1;
+    self.posted[turn] = value;
+    wait_as(AT_WARP);
+    return turn;
+}
+
+inline unsigned given(unsigned lane, unsigned turn) {
+    return fibers[current / WARP * WARP + lane % WARP].posted[turn];
+}
+
+inline dim3 thread_index() { return {current, 0, 0}; }
+
+} // namespace host_cuda
+
+#define threadIdx (host_cuda::thread_index())
+#define blockIdx (host_cuda::block_index)
+#define blockDim (host_cuda::block_size)
+#define gridDim (host_cuda::grid_size)
+
+inline void __syncthreads() { host_cuda::wait_as(host_cuda::AT_BLOCK); }
+
+inline void __syncwarp() { host_cuda::post(0); }
+
+inline unsigned __shfl_sync(unsigned, unsigned value, unsigned lane) {
+    return host_cuda::given(lane, host_cuda::post(value));
+}
+
+inline unsigned __shfl_xor_sync(unsigned, unsigned value, unsigned mask) {
+    unsigned turn = host_cuda::post(value);
+    return host_cuda::given((host_cuda::current % host_cuda::WARP) ^ mask, turn);
+}
+
+inline unsigned __shfl_up_sync(unsigned, unsigned value, unsigned distance) {
+    unsigned turn = host_cuda::post(value), lane = host_cuda::current % host_cuda::WARP;
+    return lane < distance ? value : host_cuda::given(lane - distance, turn);
+}
+
+inline unsigned __ballot_sync(unsigned, int predicate) {
+    unsigned turn = host_cuda::post(predicate != 0), votes = 0;
+    for (unsigned lane = 0; lane < host_cuda::WARP; lane++) {
+        votes |= host_cuda::given(lane, turn) << lane;
+    }
+    return votes;
+}
+
+inline int __popc(unsigned bits) { return __builtin_popcount(bits); }
+
+inline float atomicAdd(float *at, float value) {
+    float before = *at;
+    *at += value;
+    return before;
+}
+
+inline double atomicAdd(double *at, double value) {
+    double before = *at;
+    *at += value;
+    return before;
+}
+
+inline unsigned atomicAdd(unsigned *at, unsigned value) {
+    unsigned before = *at;
+    *at += value;
+    return before;
+}
+
+inline unsigned atomicOr(unsigned *at, unsigned value) {
+    unsigned before = *at;
+    *at |= value;
+    return before;
+}
+
+#endif
