@@ -43,6 +43,8 @@ LAYERS_MAX: Final = 1024
 KV_HEADS_MAX: Final = 1024
 HEAD_DIM_MAX: Final = 65_536
 CHUNK_SIZE_MAX_BYTES: Final = GIB
+# Tokens at the start of a sequence that lossy codecs leave as they are.
+SINKS_MAX: Final = 64
 
 # --- arena -----------------------------------------------------------------------------
 EXTENT_ALIGNMENT_BYTES: Final = 4 * KIB
