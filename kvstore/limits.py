@@ -100,6 +100,7 @@ HINT_SECONDS_MAX: Final = 86_400
 HINT_KEEP_SECONDS: Final = 60.0
 RECOMPUTE_MAX_US: Final = 3_600_000_000
 TENANT_NAME_MAX_CHARS: Final = 64
+HOST_NAME_MAX_CHARS: Final = 255
 
 # --- disk tier ---------------------------------------------------------------------------
 DISK_SIZE_MIN_BYTES: Final = MIB
@@ -115,6 +116,22 @@ DISK_WRITE_THREADS: Final = 2
 DISK_CALL_TIMEOUT_SECONDS: Final = 30.0
 DISK_CLOSE_TIMEOUT_SECONDS: Final = 5.0
 DISK_MARKER_MAX_BYTES: Final = 4 * KIB
+
+# --- redis tier ------------------------------------------------------------------------
+# A value and its 128-byte label stay within 4 MiB: larger ones are slower on every path, and
+# one byte above a power of two costs the server a quarter more memory.
+REDIS_STRIPE_BYTES: Final = 4 * MIB - CHECKSUM_BLOCK_BYTES
+REDIS_CONNECTIONS_MAX: Final = 32
+REDIS_TIMEOUT_MIN_SECONDS: Final = 0.01
+REDIS_TIMEOUT_MAX_SECONDS: Final = 60.0
+REDIS_PREFIX_MAX_CHARS: Final = 64
+REDIS_SEEDS_MAX: Final = 64
+REDIS_SECRET_MAX_BYTES: Final = 4 * KIB
+# Bytes that come slower than this count as not coming at all.
+REDIS_SPEED_MIN_BYTES_PER_SECOND: Final = 16 * MIB
+REDIS_REDIRECTS_MAX: Final = 5
+REDIS_SHARDS_PER_CHUNK_MAX: Final = 256
+REDIS_REPLY_MAX_BYTES: Final = 16 * MIB
 
 # --- leases ----------------------------------------------------------------------------
 LEASE_TTL_MIN_SECONDS: Final = 1.0
