@@ -11,6 +11,7 @@ from kvstore.daemon.address import SocketAddress
 from kvstore.daemon.lifecycle import keep_house, notify, prefault, until_stopped
 from kvstore.daemon.peers import Admission
 from kvstore.daemon.server import Server
+from kvstore.daemon.warm import WarmStart
 from kvstore.errors import ConfigError
 from kvstore.limits import EXTENT_ALIGNMENT_BYTES
 from kvstore.metrics import Counters
@@ -38,6 +39,11 @@ async def _serve(config: Config) -> None:
     try:
         store = _make_store(config)
         try:
+            warm = WarmStart(
+                store,
+                verify_loads=config.tiers.host.verify_load,
+                grace_seconds=config.leases.orphan_grace_seconds,
+            )
             server = _make_server(config, store, address)
             await server.start(listening)
             log.info(
@@ -45,7 +51,7 @@ async def _serve(config: Config) -> None:
                 extra={"socket": str(address.path), "arena_bytes": store.host.arena.size_bytes},
             )
             notify("READY=1")
-            await _live(config, server)
+            await _live(config, server, warm)
         finally:
             store.host.close()
     finally:
@@ -53,10 +59,13 @@ async def _serve(config: Config) -> None:
         address.release()
 
 
-async def _live(config: Config, server: Server) -> None:
+async def _live(config: Config, server: Server, warm: WarmStart) -> None:
     """Run the background tasks until a signal comes, then drain."""
     async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(keep_house(server.store), name="housekeeping")]
+        tasks = [
+            group.create_task(keep_house(server.store), name="housekeeping"),
+            group.create_task(warm.settle(), name="warm start"),
+        ]
         if config.tiers.host.prefault:
             tasks.append(group.create_task(prefault(server.store.host.arena), name="prefault"))
         stopped_by = await until_stopped()

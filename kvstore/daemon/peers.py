@@ -8,10 +8,15 @@ import os
 import socket
 import struct
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import Final, NamedTuple
+
+from kvstore.tiers.record_layout import Owner
 
 _UCRED: Final = struct.Struct("3i")
 _ROOT_UID: Final = 0
+# Of /proc/PID/stat, counted from behind the program's name.
+_STARTED_FIELD: Final = 19
 
 
 class Credentials(NamedTuple):
@@ -26,6 +31,45 @@ def credentials_of(connection: socket.socket) -> Credentials:
     """Return the SO_PEERCRED of *connection*."""
     raw = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
     return Credentials(*_UCRED.unpack(raw))
+
+
+def owner_of(pid: int) -> Owner:
+    """Return what will tell the process *pid* from all others, in the life of this machine."""
+    started = _started(pid)
+    return Owner(pid, started, _pid_space()) if started else Owner()
+
+
+def watch(owner: Owner) -> PeerProcess | None:
+    """Return *owner* to be watched, or None when that process has ended.
+
+    One that cannot be seen from here, because of its pid namespace, counts as alive.
+    """
+    if owner.pid == 0 or owner.pid_space != _pid_space():
+        return PeerProcess(0)
+    # The pid is held before its start is read: from then on it is nobody else's.
+    process = PeerProcess(owner.pid)
+    if _started(owner.pid) == owner.started:
+        return process
+    process.close()
+    return None
+
+
+def _started(pid: int) -> int:
+    """Return when *pid* was started, in ticks since the boot, or 0 when it cannot be seen."""
+    try:
+        # The name of the program, in parentheses, may hold anything.
+        fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
+        return int(fields[_STARTED_FIELD])
+    except (OSError, ValueError, IndexError):
+        return 0
+
+
+def _pid_space() -> int:
+    """Return the number of this process's pid namespace, 0 where there is none."""
+    try:
+        return Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return 0
 
 
 class Admission:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from kvstore import __version__
 from kvstore.daemon.address import SocketAddress
-from kvstore.daemon.peers import Admission, Credentials
+from kvstore.daemon.peers import Admission, Credentials, owner_of
 from kvstore.daemon.session import Session
 from kvstore.errors import DrainingError, LimitError, RefusedError
 from kvstore.limits import STATS_NAME_MAX_CHARS, STATS_NAMESPACES_MAX
@@ -90,6 +90,8 @@ class Server:
         if len(self._sessions) >= self._sessions_max:
             self.store.counters.sessions_refused += 1
             raise LimitError(f"{len(self._sessions)} sessions are open (server.sessions_max)")
+        if self.store.host.records is not None:
+            self.store.open_session(session.id, owner_of(peer.pid))
         self.store.counters.sessions_opened += 1
         self._sessions[session.id] = session
 

@@ -12,7 +12,7 @@ from kvstore.protocol.manifest import encode_namespace
 from kvstore.store.planner import cheapest_window
 from kvstore.store.soundness import tenant_mark
 from kvstore.tiers.base import Shard, ShardKey
-from kvstore.types import NO_SLOT, Extent, TierKind
+from kvstore.types import NO_SLOT, Digest, Extent, TierKind
 
 if TYPE_CHECKING:
     from kvstore.metrics import Counters
@@ -85,8 +85,11 @@ class HostRoom:
             chunk_bytes = self._index.space_of(slot).manifest.chunk_bytes
             self._residents.admit(slot, chunk_bytes)
 
-    def record(self, slot: int, shard: ShardRecord) -> None:
-        """Note for a restart what the extent of *shard*, of *slot*, holds from now on."""
+    def record(self, slot: int, shard: ShardRecord, parent: Digest | None) -> None:
+        """Note for a restart what the extent of *shard*, of *slot*, holds from now on.
+
+        The chunk *parent* may be one that comes later.
+        """
         if self._host.records is None:
             return
         index = self._index
@@ -95,7 +98,7 @@ class HostRoom:
             shard.extent,
             Shard(
                 ShardKey(space.id, index.digest(slot), shard.heads),
-                index.parent_digest(slot),
+                index.parent_digest(slot) if parent is None else parent,
                 shard.size_bytes,
                 shard.root,
             ),

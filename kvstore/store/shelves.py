@@ -179,7 +179,7 @@ class Shelves:
             self.index.adopt(slot, above)
         here = shard._replace(extent=extent, tiers=shard.tiers | _HOST)
         self.room.publish(slot, here)
-        self.room.record(slot, here)
+        self.room.record(slot, here, parent)
         return True
 
     def restore(

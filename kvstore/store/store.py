@@ -439,7 +439,7 @@ class Store(Shelves):
             self.room.give_back(record.tenant, record.extent)
             return
         self.room.publish(slot, shard)
-        self.room.record(slot, shard)
+        self.room.record(slot, shard, record.parent)
         if self._movement is not None:
             self._movement.published(slot, record.heads)
 
