@@ -17,6 +17,7 @@ _UCRED: Final = struct.Struct("3i")
 _ROOT_UID: Final = 0
 # Of /proc/PID/stat, counted from behind the program's name.
 _STARTED_FIELD: Final = 19
+_PID_SPACE: Final = Path("/proc/self/ns/pid")
 
 
 class Credentials(NamedTuple):
@@ -67,7 +68,7 @@ def _started(pid: int) -> int:
 def _pid_space() -> int:
     """Return the number of this process's pid namespace, 0 where there is none."""
     try:
-        return Path("/proc/self/ns/pid").stat().st_ino
+        return _PID_SPACE.stat().st_ino
     except OSError:
         return 0
 
