@@ -8,49 +8,55 @@
 #ifndef KVSTORE_BATCH_CUH
 #define KVSTORE_BATCH_CUH
 
-#include "numbers.cuh"
+#include "layout.cuh"
+#include "scales.cuh"
 
 #define KV_THREADS 256
-#define KV_LANES 8   /* vectors side by side: a slab of 64 channels */
-#define KV_ROWS 32   /* threads above each other */
+#define KV_LANES 8 /* vectors beside each other: a slab of 64 channels */
+#define KV_ROWS 32 /* rows of threads */
 #define KV_SLAB 64
+#define KV_WARPS (KV_THREADS / 32)
 
-#define KV_BF16 0
-#define KV_FP16 1
+enum { KV_BF16 = 1, KV_FP16 = 2 };
 
 struct Section {
     uint64_t plane;  /* where page 0 of this K or V begins */
     uint64_t offset; /* where the section begins in its container */
+    uint32_t layer;  /* as the container counts them */
+    uint32_t unused;
 };
 
 struct Report {
     float error;     /* sum of squares of what was lost */
     float energy;    /* sum of squares of the values */
-    uint32_t broken; /* not zero: there is an infinity or a NaN, the section cannot be encoded */
+    uint32_t broken; /* not zero: something is not finite, the section cannot be encoded */
     uint32_t unused;
 };
 
+/* Arguments of every kernel, by value; KERNEL_ARGUMENTS in gpu/kernels.py says the same. */
 struct Batch {
     const Section *sections;
-    const int32_t *pages;      /* [chunk][page of the chunk] */
-    const uint64_t *containers; /* [chunk] */
-    Report *reports;           /* [chunk][section], zero before an encode; none for a decode */
-    int64_t page_stride;       /* bytes, as are the other strides */
+    const int32_t *pages;       /* [chunk][page of the chunk] */
+    const uint64_t *containers; /* [chunk]: addresses */
+    Report *reports;            /* [chunk][section], zero before an encode; unused by decodes */
+    int64_t page_stride;        /* bytes, as are the other strides */
     int64_t token_stride;
     int64_t head_stride;
-    uint32_t chunk_count, section_count, heads, tokens, width, page_tokens, page_count;
-    uint32_t first_token;      /* of the chunk within its first page */
+    uint64_t extra; /* bytes of the parts sinks and tail of a head block */
+    uint64_t table;
+    uint32_t chunk_count, section_count, heads, tokens;
+    uint32_t width, sinks, page_tokens, page_count;
+    uint32_t first_token; /* of a chunk within its first page */
+    uint32_t unused;
 };
 
 struct Place {
-    uint32_t chunk, section, head, part, slab;
+    uint32_t chunk, section, head, part;
 };
 
-/* The inverse of numbering: slabs fastest, then parts (of the tokens), heads, sections, chunks. */
-KV_INLINE Place place_of(const Batch &batch, uint32_t index, uint32_t parts, uint32_t slabs) {
+/* The inverse of numbering: parts (of a head) fastest, then heads, sections, chunks. */
+KV_INLINE Place place_of(const Batch &batch, uint32_t index, uint32_t parts) {
     Place at;
-    at.slab = index % slabs;
-    index /= slabs;
     at.part = index % parts;
     index /= parts;
     at.head = index % batch.heads;
@@ -60,8 +66,8 @@ KV_INLINE Place place_of(const Batch &batch, uint32_t index, uint32_t parts, uin
     return at;
 }
 
-KV_INLINE uint32_t tiles_of(const Batch &batch, uint32_t parts, uint32_t slabs) {
-    return batch.chunk_count * batch.section_count * batch.heads * parts * slabs;
+KV_INLINE uint32_t places_of(const Batch &batch, uint32_t parts) {
+    return batch.chunk_count * batch.section_count * batch.heads * parts;
 }
 
 KV_INLINE uint8_t *row_of(const Batch &batch, const Place &at, uint32_t token) {
@@ -69,17 +75,21 @@ KV_INLINE uint8_t *row_of(const Batch &batch, const Place &at, uint32_t token) {
     uint32_t page = position / batch.page_tokens, within = position % batch.page_tokens;
     int64_t number = batch.pages[(uint64_t)at.chunk * batch.page_count + page];
     uint64_t address = batch.sections[at.section].plane;
-    address += (uint64_t)(number * batch.page_stride + within * batch.token_stride);
-    return (uint8_t *)(address + (uint64_t)(at.head * batch.head_stride));
+    address += (uint64_t)(number * batch.page_stride + (int64_t)within * batch.token_stride);
+    return (uint8_t *)(address + (uint64_t)((int64_t)at.head * batch.head_stride));
 }
 
-KV_INLINE uint8_t *section_of(const Batch &batch, const Place &at) {
-    return (uint8_t *)(batch.containers[at.chunk] + batch.sections[at.section].offset);
+KV_INLINE uint8_t *block_of(const Batch &batch, const Place &at, uint64_t block_bytes) {
+    uint64_t section = batch.containers[at.chunk] + batch.sections[at.section].offset;
+    return (uint8_t *)(section + at.head * block_bytes);
 }
 
 KV_INLINE Report *report_of(const Batch &batch, const Place &at) {
     return batch.reports + (uint64_t)at.chunk * batch.section_count + at.section;
 }
+
+KV_INLINE uint32_t smaller(uint32_t a, uint32_t b) { return a < b ? a : b; }
+KV_INLINE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
 /* --- eight values at a time ---------------------------------------------------------------------- */
 
@@ -112,24 +122,135 @@ template <int DTYPE> KV_INLINE uint4 narrow8(const float *values) {
 KV_INLINE uint4 load16(const uint8_t *at) { return *(const uint4 *)at; }
 KV_INLINE void store16(uint8_t *at, const uint4 &vector) { *(uint4 *)at = vector; }
 
+/* Eight values of a token, zeros for a sink and outside of the chunk or the head. */
+template <int DTYPE>
+KV_INLINE void read8(
+    const Batch &batch, const Place &at, uint32_t token, uint32_t channel, float *values) {
+    uint4 packed = {0, 0, 0, 0};
+    if (token >= batch.sinks && token < batch.tokens && channel < batch.width) {
+        packed = load16(row_of(batch, at, token) + channel * 2);
+    }
+    widen8<DTYPE>(packed, values);
+}
+
+template <int DTYPE>
+KV_INLINE void write8(
+    const Batch &batch, const Place &at, uint32_t token, uint32_t channel, const float *values) {
+    if (token < batch.tokens && channel < batch.width) {
+        store16(row_of(batch, at, token) + channel * 2, narrow8<DTYPE>(values));
+    }
+}
+
+/* The low bytes of four words as one. */
+KV_INLINE uint32_t bytes4(const uint32_t *codes) {
+    return (codes[0] & 0xffu) | (codes[1] & 0xffu) << 8 | (codes[2] & 0xffu) << 16 |
+           codes[3] << 24;
+}
+
+KV_INLINE void store8(uint8_t *at, const uint32_t *codes) {
+    *(uint2 *)at = uint2{bytes4(codes), bytes4(codes + 4)};
+}
+
+KV_INLINE void load8(const uint8_t *at, uint32_t *codes) {
+    uint2 packed = *(const uint2 *)at;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        codes[i] = packed.x >> (8 * i) & 0xffu;
+        codes[i + 4] = packed.y >> (8 * i) & 0xffu;
+    }
+}
+
+KV_INLINE float energy8(const float *values) {
+    float energy = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        energy = kv_add(energy, kv_mul(values[i], values[i]));
+    }
+    return energy;
+}
+
+/* Zero what pads the parts of a head block; one thread block of the head does it. */
+KV_INLINE void zero_padding(const kv_layout &layout, uint8_t *block) {
+    for (int i = 0; i < KV_PARTS; i++) {
+        uint64_t at = layout.size[i] + threadIdx.x;
+        if (at < kv_pad16(layout.size[i])) {
+            block[layout.part[i] + at] = 0;
+        }
+    }
+}
+
 /* --- reductions ------------------------------------------------------------------------------------ */
 
+#define KV_EVERY_LANE 0xffffffffu
+
 KV_INLINE float shuffled(float value, int mask) {
-    return kv_float_of_bits(__shfl_xor_sync(0xffffffffu, kv_bits_of_float(value), mask));
+    return kv_float_of_bits(__shfl_xor_sync(KV_EVERY_LANE, kv_bits_of_float(value), mask));
 }
 
 KV_INLINE int32_t shuffled(int32_t value, int mask) {
-    return (int32_t)__shfl_xor_sync(0xffffffffu, (uint32_t)value, mask);
+    return (int32_t)__shfl_xor_sync(KV_EVERY_LANE, (uint32_t)value, mask);
 }
 
-/* Add what the threads of the block found to the report of its tile's section, once. */
+KV_INLINE int32_t larger_key(int32_t a, int32_t b) { return a > b ? a : b; }
+KV_INLINE int32_t smaller_key(int32_t a, int32_t b) { return a < b ? a : b; }
+
+/* The greatest of a value of every thread, for every thread. */
+KV_INLINE int32_t largest_of_block(int32_t value) {
+    __shared__ int32_t found[KV_WARPS];
+    for (int mask = 16; mask > 0; mask >>= 1) {
+        value = larger_key(value, shuffled(value, mask));
+    }
+    if (threadIdx.x % 32 == 0) {
+        found[threadIdx.x / 32] = value;
+    }
+    __syncthreads();
+    for (int i = 0; i < KV_WARPS; i++) {
+        value = larger_key(value, found[i]);
+    }
+    __syncthreads();
+    return value;
+}
+
+/* The greatest of every channel of the slab over all rows of threads, for every thread: *keys*
+ * are those of its eight channels. */
+KV_INLINE void largest_of_channels(int32_t *keys) {
+    __shared__ int32_t found[KV_WARPS][KV_SLAB];
+    uint32_t lane = threadIdx.x % KV_LANES, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        keys[i] = larger_key(keys[i], shuffled(keys[i], 8));
+        keys[i] = larger_key(keys[i], shuffled(keys[i], 16));
+    }
+    if (threadIdx.x % 32 < KV_LANES) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            found[warp][lane * 8 + i] = keys[i];
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x < KV_SLAB) {
+        int32_t key = found[0][threadIdx.x];
+        for (int i = 1; i < KV_WARPS; i++) {
+            key = larger_key(key, found[i][threadIdx.x]);
+        }
+        found[0][threadIdx.x] = key;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        keys[i] = found[0][lane * 8 + i];
+    }
+    __syncthreads();
+}
+
+/* Add what the threads of a block found to the report of its section, in one go. */
 KV_INLINE void report(const Batch &batch, const Place &at, float error, float energy, int broken) {
-    __shared__ float errors[KV_THREADS / 32], energies[KV_THREADS / 32];
+    __shared__ float errors[KV_WARPS], energies[KV_WARPS];
     for (int mask = 16; mask > 0; mask >>= 1) {
         error = kv_add(error, shuffled(error, mask));
         energy = kv_add(energy, shuffled(energy, mask));
     }
-    uint32_t votes = __ballot_sync(0xffffffffu, broken);
+    uint32_t votes = __ballot_sync(KV_EVERY_LANE, broken);
     if (threadIdx.x % 32 == 0) {
         errors[threadIdx.x / 32] = error;
         energies[threadIdx.x / 32] = energy;
@@ -139,7 +260,7 @@ KV_INLINE void report(const Batch &batch, const Place &at, float error, float en
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        for (int i = 1; i < KV_THREADS / 32; i++) {
+        for (int i = 1; i < KV_WARPS; i++) {
             error = kv_add(error, errors[i]);
             energy = kv_add(energy, energies[i]);
         }
@@ -148,5 +269,17 @@ KV_INLINE void report(const Batch &batch, const Place &at, float error, float en
     }
     __syncthreads();
 }
+
+/* --- kernels ----------------------------------------------------------------------------------------- */
+
+/* Blocks take the parts of heads in turn, however many blocks there are. */
+#define KV_KERNEL(name, parts, work)                                                               \
+    extern "C" __global__ void __launch_bounds__(KV_THREADS) name(const Batch batch) {             \
+        uint32_t part_count = (uint32_t)(parts);                                                   \
+        for (uint32_t i = blockIdx.x; i < places_of(batch, part_count); i += gridDim.x) {          \
+            Place at = place_of(batch, i, part_count);                                             \
+            work;                                                                                  \
+        }                                                                                          \
+    }
 
 #endif

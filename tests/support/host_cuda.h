@@ -8,6 +8,7 @@
 #ifndef KVSTORE_HOST_CUDA_H
 #define KVSTORE_HOST_CUDA_H
 
+#include <setjmp.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -15,6 +16,7 @@
 #include <ucontext.h>
 
 #include <functional>
+#include <memory>
 #include <vector>
 
 #define __global__
@@ -36,18 +38,21 @@ struct alignas(8) uint2 {
 namespace host_cuda {
 
 enum State { RUNS, AT_WARP, AT_BLOCK, ENDED };
-enum { WARP = 32, STACK_BYTES = 256 * 1024 };
+enum { WARP = 32, STACK_BYTES = 64 * 1024 };
 
 struct Fiber {
     ucontext_t context;
-    std::vector<char> stack;
+    jmp_buf place; /* where it waits: cheaper than a context, which saves signals too */
+    std::unique_ptr<char[]> stack;
     State state;
     unsigned posted[2]; /* what this lane gave to a collective; two, so that none is overwritten */
     unsigned turn;
+    bool is_new;
 };
 
 inline std::vector<Fiber> fibers;
 inline ucontext_t scheduler;
+inline jmp_buf scheduler_place;
 inline unsigned current;
 inline std::function<void()> body;
 inline dim3 block_index, block_size, grid_size;
@@ -60,18 +65,27 @@ inline void stop(const char *why) {
 inline void enter() {
     body();
     fibers[current].state = ENDED;
-    swapcontext(&fibers[current].context, &scheduler);
+    _longjmp(scheduler_place, 1);
 }
 
 inline void wait_as(State state) {
     Fiber &self = fibers[current];
     self.state = state;
-    swapcontext(&self.context, &scheduler);
+    if (_setjmp(self.place) == 0) {
+        _longjmp(scheduler_place, 1);
+    }
 }
 
 inline void run_lane(unsigned lane) {
     current = lane;
-    swapcontext(&scheduler, &fibers[lane].context);
+    if (_setjmp(scheduler_place) != 0) {
+        return;
+    }
+    if (fibers[lane].is_new) {
+        fibers[lane].is_new = false;
+        swapcontext(&scheduler, &fibers[lane].context);
+    }
+    _longjmp(fibers[lane].place, 1);
 }
 
 /* Run one warp until every lane has ended or waits for the block. */
@@ -98,18 +112,24 @@ inline void run_warp(unsigned first, unsigned end) {
     }
 }
 
+inline void start(Fiber &fiber) {
+    getcontext(&fiber.context);
+    fiber.is_new = true;
+    if (!fiber.stack) {
+        fiber.stack.reset(new char[STACK_BYTES]);
+    }
+    fiber.context.uc_stack.ss_sp = fiber.stack.get();
+    fiber.context.uc_stack.ss_size = STACK_BYTES;
+    fiber.context.uc_link = nullptr;
+    fiber.state = RUNS;
+    fiber.turn = 0;
+    makecontext(&fiber.context, enter, 0);
+}
+
 inline void run_block() {
     unsigned count = block_size.x;
-    for (unsigned i = 0; i < count; i++) {
-        Fiber &fiber = fibers[i];
-        getcontext(&fiber.context);
-        fiber.stack.resize(STACK_BYTES);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = STACK_BYTES;
-        fiber.context.uc_link = nullptr;
-        fiber.state = RUNS;
-        fiber.turn = 0;
-        makecontext(&fiber.context, enter, 0);
+    for (Fiber &fiber : fibers) {
+        start(fiber);
     }
     for (;;) {
         unsigned ended = 0;
@@ -138,12 +158,13 @@ inline void launch(unsigned grid, unsigned block, std::function<void()> kernel) 
     body = kernel;
     grid_size = {grid, 1, 1};
     block_size = {block, 1, 1};
-    fibers = std::vector<Fiber>(block);
+    if (fibers.size() != block) {
+        fibers = std::vector<Fiber>(block);
+    }
     for (unsigned i = 0; i < grid; i++) {
         block_index = {i, 0, 0};
         run_block();
     }
-    fibers.clear();
 }
 
 /* Give *value* to the warp and wait until every lane has; then `given(lane)` reads any of them. */

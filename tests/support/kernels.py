@@ -1,0 +1,260 @@
+"""Scenes for kernels: paged caches of an engine, containers, and what NumPy makes of them."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import pytest
+
+from kvstore.compression.eights import FP8
+from kvstore.compression.floats import narrow
+from kvstore.compression.hadamard import Hadamard
+from kvstore.compression.integers import Int4KV, Int8KV
+from kvstore.compression.nvfp4 import NVFP4
+from kvstore.compression.shapes import (
+    CodecId,
+    Encoded,
+    Kind,
+    SectionCoder,
+    SectionShape,
+    SourceType,
+    fixed_section_bytes,
+    head_layout,
+    padded,
+)
+from kvstore.compression.tables import HQ3, HQ4
+from kvstore.gpu.batches import REPORT, SECTION, Chunks, Pages, Places, batch_of
+from kvstore.gpu.build import SOURCES, source_names
+from kvstore.types import HeadRange
+
+CODECS: dict[CodecId, tuple[str, SectionCoder]] = {
+    CodecId.INT8KV: ("int8", Int8KV()),
+    CodecId.INT4KV: ("int4", Int4KV()),
+}
+TABLES = {CodecId.HQ4: HQ4.table_id, CodecId.HQ3: HQ3.table_id}
+PAGE_TOKENS = 16
+CHUNKS, SECTIONS = 2, 2
+SUPPORT = Path(__file__).parent
+
+
+class Kernels(Protocol):
+    """Runs a kernel by name over arrays of the host."""
+
+    def run(self, source: str, name: str, grid: int, scene: Scene, reports: np.ndarray) -> None: ...
+
+
+class HostKernels:
+    """Kernels built with g++ and run by host_cuda.h."""
+
+    def __init__(self, folder: Path) -> None:
+        self._libraries = {
+            source: ctypes.CDLL(str(folder / f"{source}.so")) for source in source_names()
+        }
+
+    def run(self, source: str, name: str, grid: int, scene: Scene, reports: np.ndarray) -> None:
+        library = self._libraries[source]
+        batch = scene.batch(scene.addresses(reports))
+        address = ctypes.cast(getattr(library, name), ctypes.c_void_p)
+        library.host_launch(address, ctypes.c_uint(grid), ctypes.c_void_p(batch.ctypes.data))
+
+
+def build_host_kernels(folder: Path, *flags: str) -> HostKernels:
+    """Compile every source for the host; skip the test where there is no g++."""
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++: the kernels cannot be built for the host")
+    for source in source_names():
+        command = [
+            *(compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off"),
+            *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags),
+            f'-DKERNEL_SOURCE="{SOURCES / source}.cu"',
+            *("-o", str(folder / f"{source}.so"), str(SUPPORT / "host_launch.cpp")),
+        ]
+        subprocess.run(command, check=True)
+    return HostKernels(folder)
+
+
+@dataclass
+class Scene:
+    """Some chunks of two layers of one kind, in pages, and room for their containers."""
+
+    codec: CodecId
+    shape: SectionShape
+    source: str
+    coder: SectionCoder
+    planes: np.ndarray  # [section][page][token or head][head or token][channel]
+    table: np.ndarray  # [chunk][page]
+    heads_first: bool
+    first_token: int
+    containers: np.ndarray  # [chunk][byte]
+
+    @classmethod
+    def by_chance(
+        cls,
+        codec: CodecId,
+        kind: Kind,
+        source: SourceType,
+        size: tuple[int, int, int],
+        sinks: int,
+    ) -> Scene:
+        heads, tokens, width = size
+        words = (codec, kind, source, size, sinks)
+        rng = np.random.default_rng(zlib.crc32(repr(words).encode()))
+        shape = SectionShape(
+            kind, source, heads, tokens, width, 0, min(sinks, tokens), 0, TABLES.get(codec, 0)
+        )
+        first_token, heads_first = int(rng.integers(0, 3)), bool(rng.integers(0, 2))
+        page_count = -(-(tokens + first_token) // PAGE_TOKENS)
+        pages = CHUNKS * page_count + 3
+        table = rng.permutation(pages)[: CHUNKS * page_count].reshape(CHUNKS, page_count)
+        inner = (heads, PAGE_TOKENS) if heads_first else (PAGE_TOKENS, heads)
+        spread = np.exp(rng.standard_normal(width))
+        values = rng.standard_normal((SECTIONS, pages, *inner, width)) * spread
+        values += rng.standard_normal(width)
+        section = fixed_section_bytes(codec, shape)
+        return cls(
+            codec=codec,
+            shape=shape,
+            source=CODECS[codec][0],
+            coder=CODECS[codec][1],
+            planes=narrow(values.astype(np.float32), source),
+            table=table.astype(np.int32),
+            heads_first=heads_first,
+            first_token=first_token,
+            containers=np.full((CHUNKS, padded(SECTIONS * section, 256) + 256), 0xA5, np.uint8),
+        )
+
+    # --- what the chunk holds, the slow way ---------------------------------------------
+
+    def values(self, chunk: int, section: int) -> np.ndarray:
+        """Return the values `[head][token][channel]` of a section."""
+        pages = self.planes[section][self.table[chunk]]
+        if self.heads_first:
+            pages = pages.transpose(0, 2, 1, 3)
+        rows = pages.reshape(-1, self.shape.heads, self.shape.dim)
+        rows = rows[self.first_token : self.first_token + self.shape.tokens]
+        return np.ascontiguousarray(rows.transpose(1, 0, 2))
+
+    def put(self, *, chunk: int, section: int, value: int) -> None:
+        """Overwrite one value of the last token."""
+        position = self.first_token + self.shape.tokens - 1
+        page = self.table[chunk, position // PAGE_TOKENS]
+        place = self.planes[section, page]
+        token = position % PAGE_TOKENS
+        (place[-1, token] if self.heads_first else place[token, -1])[3] = value
+
+    # --- what kernels are told -------------------------------------------------------------
+
+    def section_records(self) -> np.ndarray:
+        """Return the sections with planes as offsets from the start of `planes`."""
+        records = np.zeros(SECTIONS, dtype=SECTION)
+        size = fixed_section_bytes(self.codec, self.shape)
+        for index in range(SECTIONS):
+            records[index] = (index * self.planes[0].nbytes, index * size, index, 0)
+        return records
+
+    def addresses(self, reports: np.ndarray) -> Places:
+        """Return where the arrays of this scene lie in the host's memory; keeps them alive."""
+        self._sections = self.section_records()
+        self._sections["plane"] += np.uint64(self.planes.ctypes.data)
+        base, step = self.containers.ctypes.data, self.containers.strides[0]
+        self._containers = (base + step * np.arange(CHUNKS)).astype(np.uint64)
+        return Places(
+            sections=self._sections.ctypes.data,
+            pages=self.table.ctypes.data,
+            containers=self._containers.ctypes.data,
+            reports=reports.ctypes.data,
+        )
+
+    def batch(self, places: Places) -> np.ndarray[Any, np.dtype[Any]]:
+        """Return the kernel's argument."""
+        strides = self.planes[0].strides
+        head, token = (strides[1], strides[2]) if self.heads_first else (strides[2], strides[1])
+        layout = head_layout(self.codec, self.shape)
+        offset = layout.parts["sinks"][0]
+        return batch_of(
+            Chunks(
+                chunk_count=CHUNKS,
+                section_count=SECTIONS,
+                heads=self.shape.heads,
+                tokens=self.shape.tokens,
+                width=self.shape.dim,
+                sinks=self.shape.sinks,
+                extra=layout.size_bytes - offset,
+                table=self.shape.table,
+            ),
+            Pages(
+                page_tokens=PAGE_TOKENS,
+                page_count=self.table.shape[1],
+                page_stride=strides[0],
+                token_stride=token,
+                head_stride=head,
+                first_token=self.first_token,
+            ),
+            places,
+        )
+
+    # --- comparisons --------------------------------------------------------------------------
+
+    def kernel(self, direction: str) -> str:
+        side = "keys" if self.shape.kind is Kind.K else "values"
+        dtype = {SourceType.BFLOAT16: "bf16", SourceType.FLOAT16: "fp16"}[self.shape.source]
+        return f"{self.source}_{side}_{direction}_{dtype}"
+
+    def encode(self, kernels: Kernels) -> np.ndarray:
+        reports = np.zeros((CHUNKS, SECTIONS), dtype=REPORT)
+        kernels.run(self.source, self.kernel("encode"), 3, self, reports)
+        return reports
+
+    def sections_by_numpy(self) -> tuple[np.ndarray, list[list[Encoded]]]:
+        size = fixed_section_bytes(self.codec, self.shape)
+        content = np.full_like(self.containers, 0xA5)
+        found: list[list[Encoded]] = []
+        for chunk in range(CHUNKS):
+            found.append([])
+            for section in range(SECTIONS):
+                target = content[chunk, section * size : (section + 1) * size]
+                shape = SectionShape(**{**_fields(self.shape), "layer": section})
+                values = self.values(chunk, section)
+                found[chunk].append(self.coder.encode(shape, values, target))
+        return content, found
+
+    def check_encode(self, kernels: Kernels) -> None:
+        reports = self.encode(kernels)
+        content, found = self.sections_by_numpy()
+        assert np.array_equal(self.containers, content)
+        assert not reports["broken"].any()
+        for chunk, section in np.ndindex(CHUNKS, SECTIONS):
+            report, expected = reports[chunk, section], found[chunk][section]
+            assert report["energy"] == pytest.approx(expected.energy, rel=1e-3)
+            assert report["error"] == pytest.approx(expected.error, rel=1e-2, abs=1e-6)
+
+    def check_decode(self, kernels: Kernels) -> None:
+        """Decode what NumPy encoded; pages outside the chunks stay as they are."""
+        self.containers, _ = self.sections_by_numpy()
+        size = fixed_section_bytes(self.codec, self.shape)
+        expected = []
+        for chunk, section in np.ndindex(CHUNKS, SECTIONS):
+            shape = SectionShape(**{**_fields(self.shape), "layer": section})
+            decoded = np.zeros((shape.heads, shape.tokens, shape.dim), shape.source.carrier)
+            source = self.containers[chunk, section * size : (section + 1) * size]
+            self.coder.decode(shape, source, decoded, HeadRange(0, shape.heads))
+            expected.append(decoded)
+        self.planes[:] = 0x1234
+        kernels.run(self.source, self.kernel("decode"), 3, self, np.zeros(1, dtype=REPORT))
+        for (chunk, section), decoded in zip(np.ndindex(CHUNKS, SECTIONS), expected, strict=True):
+            ours = self.values(chunk, section)
+            assert np.array_equal(ours[:, self.shape.sinks :], decoded[:, self.shape.sinks :])
+        touched = CHUNKS * SECTIONS * self.shape.heads * self.shape.tokens * self.shape.dim
+        assert (self.planes == 0x1234).sum() >= self.planes.size - touched
+
+
+def _fields(shape: SectionShape) -> dict[str, Any]:
+    return {name: getattr(shape, name) for name in shape.__slots__}
