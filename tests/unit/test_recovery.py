@@ -6,64 +6,26 @@ import os
 
 import pytest
 
-from kvstore.errors import TooLargeError
-from kvstore.hashing import block_digests, root_of, table_offset
 from kvstore.limits import MIB
-from kvstore.metrics import Counters
 from kvstore.store.quota import Share
 from kvstore.store.recovery import Recovery
-from kvstore.store.soundness import apart, within
 from kvstore.store.store import Store
-from kvstore.tiers.base import Shard, ShardKey
-from kvstore.tiers.host import HostTier
-from kvstore.tiers.kept import KeptArena
-from kvstore.tiers.record_layout import READY, Owner, ready_body
-from kvstore.types import NO_SLOT, Extent, HeadRange, ReserveOutcome, Root, SessionId
+from kvstore.tiers.record_layout import Owner
+from kvstore.types import NO_SLOT, Extent, HeadRange, ReserveOutcome, SessionId
+from tests.support.kept_stores import MANIFEST, TENANTS, KeptStores, bring_back
 from tests.support.making import loose_digest, make_digests, make_manifest, make_payload
-from tests.support.stores import LEASE_TTL_SECONDS, Engine, fill_up
+from tests.support.stores import Engine, fill_up
 
-MANIFEST = make_manifest()
 DIGESTS = make_digests(6)
 OWNER = Owner(pid=7, started=8, pid_space=9)
-TENANTS = (Share(""), Share("anna"), Share("bert"))
 
 
 @pytest.fixture
-def path(tmp_path):
-    return tmp_path / "arena"
-
-
-@pytest.fixture
-def start(path):
+def start(tmp_path):
     """Return a function that starts a store over the kept arena, after ending the one before."""
-    running: list[Store] = []
-
-    def start_next(*, tenants=TENANTS, eviction="lru", capacity_bytes=MIB) -> Store:
-        for before in running:
-            before.host.close()
-        running[:] = [
-            Store(
-                HostTier(KeptArena(path, capacity_bytes)),
-                eviction=eviction,
-                lease_ttl_seconds=LEASE_TTL_SECONDS,
-                counters=Counters(),
-                tenants=tenants,
-            )
-        ]
-        return running[0]
-
-    yield start_next
-    for last in running:
-        last.check()
-        last.host.close()
-
-
-def bring_back(store: Store) -> Recovery:
-    recovery = Recovery(store)
-    store.check()
-    recovery.publish()
-    store.check()
-    return recovery
+    stores = KeptStores(tmp_path / "arena")
+    yield stores
+    stores.close()
 
 
 def assert_served(engine: Engine, digests) -> None:
@@ -286,148 +248,6 @@ def test_a_reservation_that_cannot_be_recorded_is_no_space(start, monkeypatch):
     store.check()
 
 
-# --- what cannot be true -----------------------------------------------------------------------
-
-
-def write_bytes(tier: HostTier, extent: Extent, payload: bytes) -> Root:
-    """Fill *extent* as a client does, and return the root."""
-    blocks = block_digests(payload)
-    tier.view(extent)[:] = payload
-    start = extent.offset + table_offset(extent.size_bytes)
-    tier.arena.view[start : start + blocks.nbytes] = blocks.tobytes()
-    return root_of(blocks)
-
-
-def publish(tier: HostTier, extent: Extent, number: int, **changed) -> None:
-    """Record a shard by hand, whose bytes are right unless *changed*."""
-    size = extent.size_bytes
-    space = MANIFEST.namespace_id()
-    fields = {"heads": HeadRange(0, 4), "root": None, "namespace": space} | changed
-    root = fields["root"]
-    if root is None:
-        payload = make_payload(loose_digest(number), size)
-        root = write_bytes(tier, extent, payload)
-    key = ShardKey(fields["namespace"], loose_digest(number), fields["heads"])
-    tier.publish(extent, Shard(key, None, size, root), MANIFEST.encode)
-
-
-@pytest.fixture
-def left(path):
-    """Return a function that ends a daemon which has left what it was told to."""
-    memory = KeptArena(path, MIB)
-    yield HostTier(memory)
-    memory.close()
-
-
-@pytest.mark.parametrize(
-    ("extents", "reason"),
-    [
-        ([Extent(0, 9000), Extent(8192, 100)], "overlapping"),
-        ([Extent(4096, 20_000), Extent(8192, 100), Extent(16384, 100)], "overlapping"),
-        ([Extent(100, 100)], "out of bounds"),
-        ([Extent(MIB - 4096, 4096)], "out of bounds"),
-        ([Extent(2**40, 4096)], "out of bounds"),
-        ([Extent(0, 0)], "out of bounds"),
-        ([Extent(0, 2**31)], "out of bounds"),
-    ],
-)
-def test_extents_that_cannot_be_are_dropped_and_counted(path, start, extents, reason):
-    tier = HostTier(KeptArena(path, MIB))
-    tier.records.introduce(MANIFEST.namespace_id(), MANIFEST.encode())
-    publish(tier, Extent(512 * 1024, 5000), 99)
-    for number, extent in enumerate(extents):
-        key = ShardKey(MANIFEST.namespace_id(), loose_digest(number), HeadRange(0, 4))
-        body = Shard(key, None, extent.size_bytes, Root(1))
-        tier.records._write(number + 1, READY, ready_body(extent, body, number, 0))
-    tier.close()
-    store = start()
-    recovery = bring_back(store)
-    assert recovery.left == 1
-    assert recovery.dropped == {reason: len(extents)}
-    # They are gone for good.
-    assert bring_back(start()).dropped == {}
-
-
-def test_what_is_written_stays_set_aside_where_it_overlaps_what_was_published(path, start):
-    tier = HostTier(KeptArena(path, MIB))
-    publish(tier, Extent(8192, 5000), 1)
-    tier.records.fill(Extent(4096, 6000), OWNER)
-    tier.records.fill(Extent(0, 4097), OWNER)
-    tier.close()
-    store = start()
-    recovery = bring_back(store)
-    assert recovery.dropped == {"overlapping": 2}
-    assert recovery.aside == {OWNER: [Extent(0, 4097)]}
-
-
-def test_rows_that_do_not_exist_overlap_nothing(left):
-    rows = left.records.scan().rows
-    assert within(rows, left).tolist() == apart(rows, left).tolist() == []
-
-
-@pytest.mark.parametrize(
-    ("changed", "reason"),
-    [
-        ({"heads": HeadRange(0, 5)}, "of no known namespace"),
-        ({"heads": HeadRange(2, 2)}, "of no known namespace"),
-        ({"root": Root(12345)}, "of other bytes"),
-    ],
-)
-def test_shards_that_cannot_be_are_dropped_and_counted(path, start, changed, reason):
-    tier = HostTier(KeptArena(path, MIB))
-    publish(tier, Extent(0, 5000), 1, **changed)
-    publish(tier, Extent(65536, 5000), 2)
-    tier.close()
-    recovery = bring_back(start())
-    assert (recovery.left, recovery.dropped) == (1, {reason: 1})
-
-
-@pytest.mark.parametrize("introduction", [b"no manifest", b"{}", None])
-def test_shards_of_a_namespace_that_is_not_what_it_says_are_dropped(path, start, introduction):
-    tier = HostTier(KeptArena(path, MIB))
-    other = make_manifest(model="other")
-    text = other.encode() if introduction is None else introduction
-    tier.records.introduce(MANIFEST.namespace_id(), text)
-    publish(tier, Extent(0, 5000), 1)
-    tier.close()
-    recovery = bring_back(start())
-    assert (recovery.left, recovery.dropped) == (0, {"of no known namespace": 1})
-
-
-def test_namespaces_whose_chunks_no_longer_fit_are_dropped(path, start, monkeypatch):
-    Engine(start(), MANIFEST).put(DIGESTS[:1])
-    store = start()
-
-    def refuse(*_: object) -> None:
-        raise TooLargeError("too large")
-
-    monkeypatch.setattr(store, "_check_fits", refuse)
-    assert bring_back(store).dropped == {"of no known namespace": 1}
-
-
-def test_a_shard_that_is_there_twice_comes_back_once(path, start):
-    tier = HostTier(KeptArena(path, MIB))
-    publish(tier, Extent(0, 5000), 1)
-    publish(tier, Extent(65536, 5000), 1)
-    tier.close()
-    store = start()
-    recovery = bring_back(store)
-    assert recovery.dropped == {"kept twice": 1}
-    store.check()
-    assert len(store.index) == 1
-
-
-def test_torn_records_are_counted(path, start):
-    Engine(start(), MANIFEST).put(DIGESTS)
-    store = start()
-    table = store.host._memory._map
-    numbers = store.host.records.scan().numbers
-    at = 4096 + 2 * 4 * MIB + int(numbers[2]) * 160 + 20
-    table[at] ^= 1
-    recovery = bring_back(store)
-    assert (recovery.left, recovery.dropped) == (5, {"torn": 1})
-
-
 # --- bytes --------------------------------------------------------------------------------------
 
 
@@ -517,10 +337,10 @@ async def test_a_leased_chunk_of_changed_bytes_goes_too(spoiled):
     spoiled.check()
 
 
-def test_an_arena_that_is_not_the_one_of_the_records_gives_nothing(path, start):
+def test_an_arena_that_is_not_the_one_of_the_records_gives_nothing(start):
     Engine(start(), MANIFEST).put(DIGESTS)
     start().host.close()
-    with path.open("r+b") as file:
+    with start.path.open("r+b") as file:
         file.write(os.urandom(MIB))
     recovery = bring_back(start())
     assert (recovery.left, recovery.dropped) == (0, {"of other bytes": 6})
