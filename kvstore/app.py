@@ -11,10 +11,12 @@ from kvstore.daemon.address import SocketAddress
 from kvstore.daemon.lifecycle import keep_house, notify, prefault, until_stopped
 from kvstore.daemon.peers import Admission
 from kvstore.daemon.server import Server
+from kvstore.daemon.tenants import Tenants
 from kvstore.daemon.warm import WarmStart
 from kvstore.errors import ConfigError
 from kvstore.limits import EXTENT_ALIGNMENT_BYTES
 from kvstore.metrics import Counters
+from kvstore.store.mover import Mover
 from kvstore.store.store import Store
 from kvstore.tiers.host import HostTier, make_memory
 
@@ -44,7 +46,9 @@ async def _serve(config: Config) -> None:
                 verify_loads=config.tiers.host.verify_load,
                 grace_seconds=config.leases.orphan_grace_seconds,
             )
-            server = _make_server(config, store, address)
+            loop = asyncio.get_running_loop()
+            mover = Mover(store, clock=loop.time, in_thread=asyncio.to_thread)
+            server = _make_server(config, store, mover, address)
             await server.start(listening)
             log.info(
                 "ready",
@@ -92,11 +96,13 @@ def _make_store(config: Config) -> Store:
     )
 
 
-def _make_server(config: Config, store: Store, address: SocketAddress) -> Server:
+def _make_server(config: Config, store: Store, mover: Mover, address: SocketAddress) -> Server:
     return Server(
         store,
+        mover,
         address,
         Admission(config.server.allowed_uids, config.server.allowed_gids),
+        tenants=Tenants({}),
         sessions_max=config.server.sessions_max,
         orphan_grace_seconds=config.leases.orphan_grace_seconds,
         verify_loads=config.tiers.host.verify_load,

@@ -59,6 +59,15 @@ class TierKind(IntEnum):
 
 
 @unique
+class HintKind(IntEnum):
+    """What an engine expects of a conversation."""
+
+    RETURNS_IN = 0
+    GOES_TO = 1
+    FINISHED = 2
+
+
+@unique
 class ReserveOutcome(IntEnum):
     """What became of one key of a reserve request."""
 

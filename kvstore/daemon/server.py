@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import os
 import socket
 import time
 from typing import TYPE_CHECKING
 
 from kvstore import __version__
 from kvstore.daemon.address import SocketAddress
+from kvstore.daemon.hints import Hints
 from kvstore.daemon.peers import Admission, Credentials, owner_of
 from kvstore.daemon.session import Session
+from kvstore.daemon.stats import daemon_stats
+from kvstore.daemon.tenants import Tenants
 from kvstore.errors import DrainingError, LimitError, RefusedError
-from kvstore.limits import STATS_NAME_MAX_CHARS, STATS_NAMESPACES_MAX
 from kvstore.protocol import messages as m
 from kvstore.types import SessionId
 
 if TYPE_CHECKING:
+    from kvstore.store.mover import Mover
     from kvstore.store.store import Store
 
 log = logging.getLogger(__name__)
@@ -33,15 +35,20 @@ class Server:
     def __init__(
         self,
         store: Store,
+        mover: Mover,
         address: SocketAddress,
         admission: Admission,
         *,
+        tenants: Tenants,
         sessions_max: int,
         orphan_grace_seconds: float,
         verify_loads: bool,
         prefaults: bool,
     ) -> None:
         self.store = store
+        self.mover = mover
+        self.tenants = tenants
+        self.hints: Hints
         self.address = address
         self.verify_loads = verify_loads
         self.prefaults = prefaults
@@ -54,13 +61,14 @@ class Server:
         self._orphan_grace_seconds = orphan_grace_seconds
         self._refused_uids: set[int] = set()
         self._last_session = 0
-        self._started_at = time.monotonic()
+        self.started_at = time.monotonic()
         self._listener: asyncio.Server | None = None
         self._settled = asyncio.Event()
 
     async def start(self, listening: socket.socket) -> None:
         """Accept sessions on *listening*, a bound Unix socket."""
         self.loop = asyncio.get_running_loop()
+        self.hints = Hints(self.store, self.mover, self.loop)
         self._listener = await self.loop.create_unix_server(
             self._new_session, sock=listening, backlog=_ACCEPT_BACKLOG
         )
@@ -117,64 +125,15 @@ class Server:
         if self.draining and not len(self.store.leases) and not len(self.store.reservations):
             self._settled.set()
 
+    @property
+    def session_count(self) -> int:
+        """How many sessions are open."""
+        return len(self._sessions)
+
     def stats(self) -> m.DaemonStats:
         """Return one look at everything."""
-        store, arena = self.store, self.store.host.arena
-        return m.DaemonStats(
-            version=__version__,
-            pid=os.getpid(),
-            state="draining" if self.draining else "ready",
-            socket=str(self.address.path),
-            uptime_seconds=time.monotonic() - self._started_at,
-            resident_bytes=_resident_bytes(),
-            sessions=len(self._sessions),
-            leases=len(store.leases),
-            reservations=len(store.reservations),
-            tiers=[self._host_stats()],
-            namespaces=self._namespace_stats(),
-            namespaces_count=len(store.index.namespaces),
-            arena=m.ArenaStats(
-                kind=arena.kind,
-                size_bytes=arena.size_bytes,
-                prefaulted_bytes=arena.prefaulted_bytes,
-                huge_pages=arena.huge_pages,
-            ),
-            counters=store.counters.as_dict(),
-        )
-
-    def _namespace_stats(self) -> list[m.NamespaceStats]:
-        largest = sorted(self.store.index.namespaces, key=lambda space: -len(space.ready))
-        return [
-            m.NamespaceStats(
-                namespace=space.id.hex(),
-                model=space.manifest.model[:STATS_NAME_MAX_CHARS],
-                revision=space.manifest.revision[:STATS_NAME_MAX_CHARS],
-                dtype=space.manifest.dtype,
-                group=space.manifest.group[:STATS_NAME_MAX_CHARS],
-                chunk_tokens=space.manifest.chunk_tokens,
-                chunk_bytes=space.manifest.chunk_bytes,
-                chunks=len(space.ready),
-            )
-            for space in largest[:STATS_NAMESPACES_MAX]
-        ]
-
-    def _host_stats(self) -> m.TierStats:
-        usage = self.store.host.usage()
-        return m.TierStats(
-            tier="host",
-            capacity_bytes=usage.capacity_bytes,
-            used_bytes=usage.used_bytes,
-            largest_free_bytes=usage.largest_free_bytes,
-            chunks=len(self.store.index),
-        )
+        return daemon_stats(self)
 
     def _new_session(self) -> Session:
         self._last_session += 1
         return Session(self, SessionId(self._last_session))
-
-
-def _resident_bytes() -> int:
-    """Return the daemon's own memory: resident, but for the pages it shares (the arena)."""
-    with open("/proc/self/statm", "rb") as file:  # noqa: PTH123  # read at every look, and hot
-        _, resident, shared, *_ = map(int, file.read().split())
-    return (resident - shared) * os.sysconf("SC_PAGE_SIZE")

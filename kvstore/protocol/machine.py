@@ -12,7 +12,7 @@ from typing import Final
 from kvstore.errors import LimitError, OrderError, VersionError
 from kvstore.limits import IN_FLIGHT_PER_SESSION_MAX
 from kvstore.protocol.messages import (
-    PROTOCOL_VERSION,
+    VERSIONS_SPOKEN,
     AnyRequest,
     Attach,
     Hello,
@@ -53,9 +53,10 @@ class SessionMachine:
         if self.state is not SessionState.ATTACHED or isinstance(request, Hello):
             self._check_order(request)
         if isinstance(request, Hello):
-            if request.version != PROTOCOL_VERSION:
+            if request.version not in VERSIONS_SPOKEN:
+                spoken = " and ".join(map(str, VERSIONS_SPOKEN))
                 raise VersionError(
-                    f"client speaks protocol {request.version}, this daemon {PROTOCOL_VERSION}"
+                    f"client speaks protocol {request.version}, this daemon {spoken}"
                 )
             self.state = SessionState.GREETED
         if request.request_id in self._in_flight or request.request_id == 0:

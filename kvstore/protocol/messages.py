@@ -18,15 +18,21 @@ from kvstore.limits import (
     CLIENT_NAME_SIZE_MAX_BYTES,
     DEADLINE_MAX_MS,
     DIGEST_SIZE_BYTES,
+    HINT_SECONDS_MAX,
+    HOST_NAME_MAX_CHARS,
     KEYS_PER_REQUEST_MAX,
     KV_HEADS_MAX,
     LEASES_PER_SESSION_MAX,
     MANIFEST_SIZE_MAX_BYTES,
     PING_PAYLOAD_MAX_BYTES,
+    RECOMPUTE_MAX_US,
     REQUEST_ID_MAX,
+    TENANT_NAME_MAX_CHARS,
 )
+from kvstore.types import HintKind
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
+VERSIONS_SPOKEN: Final = (1, 2)
 
 RequestId = Annotated[int, Meta(ge=0, le=REQUEST_ID_MAX)]
 DeadlineMs = Annotated[int, Meta(ge=1, le=DEADLINE_MAX_MS)]
@@ -37,6 +43,7 @@ HandleList = Annotated[list[Handle], Meta(min_length=1, max_length=LEASES_PER_SE
 Head = Annotated[int, Meta(ge=0, le=KV_HEADS_MAX)]
 Size = Annotated[int, Meta(ge=1, le=CHUNK_SIZE_MAX_BYTES)]
 U64 = Annotated[int, Meta(ge=0)]
+RecomputeUs = Annotated[int, Meta(ge=0, le=RECOMPUTE_MAX_US)]
 
 
 class Message(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -55,10 +62,14 @@ class Request(Message, frozen=True, gc=False):
 
 
 class Hello(Request, tag=1, frozen=True, gc=False):
-    """First message of a session. The daemon refuses versions that it does not speak."""
+    """First message of a session. The daemon refuses versions that it does not speak.
+
+    A named *tenant*, whom the peer must be allowed to be, has namespaces of its own.
+    """
 
     version: int
     client: Annotated[str, Meta(max_length=CLIENT_NAME_SIZE_MAX_BYTES)] = ""
+    tenant: Annotated[str, Meta(max_length=TENANT_NAME_MAX_CHARS)] = ""
 
 
 class Attach(Request, tag=2, frozen=True, gc=False):
@@ -76,7 +87,8 @@ class Lookup(Request, tag=3, frozen=True, gc=False):
 
     With *window* w > 0: the largest n such that chunks [n - w, n) are present, the rule of
     sliding-window groups. With *wait*, chunks that others are writing are waited for until
-    the deadline. With *lease*, the chunks counted are leased to this session.
+    the deadline. With *lease*, the chunks counted are leased to this session. *recompute_us*
+    is what computing one chunk costs: those that take longer to load are not counted.
     """
 
     space: Handle
@@ -84,18 +96,21 @@ class Lookup(Request, tag=3, frozen=True, gc=False):
     window: Annotated[int, Meta(ge=0, le=KEYS_PER_REQUEST_MAX)] = 0
     wait: bool = False
     lease: bool = False
+    recompute_us: RecomputeUs = 0
 
 
 class Load(Request, tag=4, frozen=True, gc=False):
     """Lease the leading chunks present and say where the shards covering the heads lie.
 
-    *head_stop* 0 stands for all heads.
+    *head_stop* 0 stands for all heads. Chunks in slower tiers are brought up first; what has
+    not come by the deadline is left out. *recompute_us* as in a look-up.
     """
 
     space: Handle
     digests: DigestList
     head_start: Head = 0
     head_stop: Head = 0
+    recompute_us: RecomputeUs = 0
 
 
 class Reserve(Request, tag=5, frozen=True, gc=False):
@@ -170,6 +185,27 @@ class Ping(Request, tag=13, frozen=True, gc=False):
     payload: Annotated[bytes, Meta(max_length=PING_PAYLOAD_MAX_BYTES)] = b""
 
 
+class Prefetch(Request, tag=14, frozen=True, gc=False):
+    """Bring the leading chunks present into the host tier, when nothing else is to be done."""
+
+    space: Handle
+    digests: DigestList
+
+
+class Hint(Request, tag=15, frozen=True, gc=False):
+    """Say what is expected of the conversation that ends with the last of *digests*.
+
+    It returns in about *seconds*, goes on at the host called *host*, or is finished. Advice:
+    the daemon may keep, bring up, pass on or let go of its chunks, and owes nothing.
+    """
+
+    space: Handle
+    digests: DigestList
+    kind: HintKind
+    seconds: Annotated[int, Meta(ge=0, le=HINT_SECONDS_MAX)] = 0
+    host: Annotated[str, Meta(max_length=HOST_NAME_MAX_CHARS)] = ""
+
+
 AnyRequest = (
     Hello
     | Attach
@@ -184,6 +220,8 @@ AnyRequest = (
     | Delete
     | Stats
     | Ping
+    | Prefetch
+    | Hint
 )
 
 
@@ -200,7 +238,8 @@ class Welcome(Message, tag=65, frozen=True, gc=False):
 class Attached(Message, tag=66, frozen=True, gc=False):
     """The namespace is entered; *space* stands for it in this session's requests.
 
-    *prefaulted* says that the arena is, or is being, backed by memory as a whole.
+    *prefaulted* says that the arena is, or is being, backed by memory as a whole, *through*
+    that a commit is answered only once slower tiers have what they are to have.
     """
 
     space: Handle
@@ -210,19 +249,22 @@ class Attached(Message, tag=66, frozen=True, gc=False):
     checksums: bool
     verify_loads: bool
     prefaulted: bool = False
+    through: bool = False
 
 
 class Found(Message, tag=67, frozen=True, gc=False):
     """*hits* chunks count; *tiers* is run-length: [tier, chunks] in prefix order.
 
     *arriving* chunks directly behind the hits are being written. *lease* is 0 when none was
-    asked for or nothing was found.
+    asked for or nothing was found. *expected_us* is what their load takes, by all that is
+    known; 0 when they are in the host tier.
     """
 
     hits: int
     arriving: int
     tiers: list[tuple[int, int]]
     lease: Handle = 0
+    expected_us: int = 0
 
 
 class Shard(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -265,9 +307,14 @@ class Failure(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class Committed(Message, tag=70, frozen=True, gc=False):
-    """All filled reservations are published, but for those in *failures*."""
+    """All filled reservations are published, but for those in *failures*.
+
+    Those in *volatile* are in the host tier alone, though a slower tier was to have a copy
+    before this reply.
+    """
 
     failures: list[Failure]
+    volatile: list[Handle] = []
 
 
 class Done(Message, tag=71, frozen=True, gc=False):
@@ -284,13 +331,25 @@ class Pong(Message, tag=72, frozen=True, gc=False):
 
 
 class TierStats(msgspec.Struct, frozen=True, kw_only=True):
-    """What one tier holds."""
+    """What one tier holds, and how it does.
+
+    *state* is "ready", or "failing" while it is not asked. *counters* are those of the tier.
+    """
 
     tier: str
     capacity_bytes: int
     used_bytes: int
     largest_free_bytes: int
     chunks: int
+    hit_chunks: int = 0
+    state: str = "ready"
+    write: str = ""
+    queued_chunks: int = 0
+    queued_bytes: int = 0
+    read_bytes_per_second: int = 0
+    write_bytes_per_second: int = 0
+    read_seconds: float = 0.0
+    counters: dict[str, int] = {}
 
 
 class NamespaceStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -304,6 +363,17 @@ class NamespaceStats(msgspec.Struct, frozen=True, kw_only=True):
     chunk_tokens: int
     chunk_bytes: int
     chunks: int
+
+
+class TenantStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What one tenant has in one tier, and may have; no quota is the whole tier."""
+
+    tenant: str
+    tier: str
+    chunks: int
+    used_bytes: int
+    quota_bytes: int
+    floor_bytes: int
 
 
 class ArenaStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -335,6 +405,7 @@ class DaemonStats(msgspec.Struct, frozen=True, kw_only=True):
     namespaces_count: int
     arena: ArenaStats
     counters: dict[str, int]
+    tenants: list[TenantStats] = []
 
 
 class StatsReply(Message, tag=73, frozen=True, gc=False):

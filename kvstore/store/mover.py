@@ -82,6 +82,16 @@ class Mover:
                 self._kick(route)
 
     @property
+    def writes_through(self) -> bool:
+        """Whether some tier must have a copy before a store is called durable."""
+        return any(route.policy == "through" for route in self.routes.values())
+
+    @property
+    def can_find(self) -> bool:
+        """Whether some tier that other hosts write to can be asked now."""
+        return any(r.tier.is_shared and r.tier.is_usable for r in self.routes.values())
+
+    @property
     def is_busy(self) -> bool:
         """Whether something is being moved, or waits to be and could."""
         return bool(self._fetches) or self._finding > 0 or not self._is_settled()
@@ -210,20 +220,20 @@ class Mover:
 
     def when_written(
         self, space: Namespace, digest: Digest, heads: HeadRange, done: Callable[[bool], None]
-    ) -> bool:
+    ) -> int:
         """Call *done* for every tier that must have a copy before a store is called durable.
 
-        Returns False, and calls nothing, when there is none to wait for.
+        Returns how many tiers these are. *done* may be called at once.
         """
         slot = space.find(digest)
-        waits = False
+        waits = 0
         for route in self.routes.values():
             if route.policy != "through" or slot == NO_SLOT:
                 continue
             record = self._store.index.shard(slot, heads)
             if record is None or record.tiers & route.kind:
                 continue
-            waits = True
+            waits += 1
             if self._admits(route, slot):
                 self._put_write(route, slot, record, done)
             else:

@@ -122,6 +122,23 @@ class Shelves:
         self.index.release(slot)
         self._sweep()
 
+    def keep(self, space: Namespace, digests: Sequence[Digest], *, kept: bool) -> None:
+        """Let the leading chunks leave last, or no longer."""
+        for slot in self.index.leading(space, digests):
+            self.index.keep(slot, kept=kept)
+
+    def hasten(self, space: Namespace, digests: Sequence[Digest]) -> None:
+        """Let chunks leave first that belong to this prefix alone, from its end on."""
+        below = NO_SLOT
+        for digest in reversed(digests):
+            slot = space.find(digest)
+            if slot == NO_SLOT or not self.index.tiers_of(slot) & _HOST:
+                continue
+            if self.index.tree.has_others(slot, below):
+                break
+            self.residents.hasten(slot)
+            below = slot
+
     def bury(self, session: SessionId) -> None:
         """Free what an ended session had reserved: nobody can write there any more."""
         for record in self._orphans.pop(session, ()):

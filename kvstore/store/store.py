@@ -292,8 +292,8 @@ class Store(Shelves):
             self._movement.pressed()
         return granted
 
-    def commit(self, session: SessionId, reservation: ReservationId, root: Root) -> None:
-        """Publish a filled reservation once its bytes are found to match *root*.
+    def commit(self, session: SessionId, reservation: ReservationId, root: Root) -> Reservation:
+        """Publish a filled reservation once its bytes are found to match *root*; return it.
 
         Raises `ReservationError` when the session has no such reservation, and
         `ChecksumError`, which frees it, when the bytes are not those of *root*.
@@ -308,6 +308,7 @@ class Store(Shelves):
         self.reservations.end(reservation)
         self._publish(record, root)
         self.announce(record.space, record.digest)
+        return record
 
     def abort(self, session: SessionId, reservations: Iterable[ReservationId]) -> int:
         """Free *reservations* of *session*, all or none; raises `ReservationError`."""

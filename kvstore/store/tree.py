@@ -132,6 +132,12 @@ class PrefixTree:
             yield slot
             slot = child[slot]
 
+    def has_others(self, slot: int, child: int, kind: TierKind = TierKind.HOST) -> bool:
+        """Return whether *slot* has children in one tier besides *child*."""
+        branches = self._branches[kind]
+        first = branches.child[slot]
+        return first != NO_SLOT and (first != child or branches.next_sibling[first] != NO_SLOT)
+
     def children(self, slot: int, kind: TierKind = TierKind.HOST) -> list[int]:
         """Return the children of *slot* in one tier."""
         return list(self._branches[kind].children(slot))

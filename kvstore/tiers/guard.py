@@ -24,7 +24,7 @@ from kvstore.limits import (
     BREAKER_PAUSE_MAX_SECONDS,
     BREAKER_PAUSE_MIN_SECONDS,
     BREAKER_TROUBLE_MAX_SECONDS,
-    TIER_BANDWIDTH_MIN_BYTES,
+    TIER_BANDWIDTH_FLOOR_BYTES,
     TIER_TIMEOUT_SECONDS,
 )
 from kvstore.tiers.base import Recovered, RemoteTier, Shard, SharedTier, TierUsage
@@ -214,7 +214,7 @@ class GuardedTier:
             self.counters.refused_while_open += 1
             raise TierError(f"the {self.kind.name.lower()} tier is not asked while it fails")
         began_at = self._clock()
-        timeout = self._timeout_seconds + size_bytes / TIER_BANDWIDTH_MIN_BYTES
+        timeout = self._timeout_seconds + size_bytes / TIER_BANDWIDTH_FLOOR_BYTES
         try:
             answer = await self._bounded(asked, timeout, let_go)
         except TierError as error:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from kvstore.protocol import messages as m
+from kvstore.types import HintKind
 
 GOLDEN_DIRECTORY: Final = Path(__file__).parents[1] / "protocol" / "golden"
 
@@ -55,15 +56,36 @@ _STATS = {
     },
     "counters": {"commit_chunks": 1, "requests": 7},
 }
+_TIER_2 = {
+    "hit_chunks": 3,
+    "state": "failing",
+    "write": "back",
+    "queued_chunks": 2,
+    "queued_bytes": 65_536,
+    "read_bytes_per_second": 1_000_000,
+    "write_bytes_per_second": 500_000,
+    "read_seconds": 0.25,
+    "counters": {"timeouts": 1},
+}
+_TENANT = {
+    "tenant": "blue",
+    "tier": "host",
+    "chunks": 1,
+    "used_bytes": 36_864,
+    "quota_bytes": 65_536,
+    "floor_bytes": 0,
+}
+_STATS_2 = _STATS | {"tiers": [_STATS["tiers"][0] | _TIER_2], "tenants": [_TENANT]}
 
 
-def _stats() -> m.DaemonStats:
+def _stats(plain: dict[str, object]) -> m.DaemonStats:
     nested = {
-        "tiers": [m.TierStats(**_STATS["tiers"][0])],
-        "namespaces": [m.NamespaceStats(**_STATS["namespaces"][0])],
-        "arena": m.ArenaStats(**_STATS["arena"]),
+        "tiers": [m.TierStats(**plain["tiers"][0])],
+        "namespaces": [m.NamespaceStats(**plain["namespaces"][0])],
+        "arena": m.ArenaStats(**plain["arena"]),
+        "tenants": [m.TenantStats(**tenant) for tenant in plain.get("tenants", ())],
     }
-    return m.DaemonStats(**(_STATS | nested))
+    return m.DaemonStats(**(plain | nested))
 
 
 class Golden(NamedTuple):
@@ -74,12 +96,13 @@ class Golden(NamedTuple):
 
 
 REQUESTS: Final = {
-    "hello": Golden(m.Hello(1, 5000, 1, "engine"), [1, 1, 5000, 1, "engine"]),
+    "hello_2": Golden(m.Hello(1, 5000, 2, "engine", "blue"), [1, 1, 5000, 2, "engine", "blue"]),
     "attach": Golden(m.Attach(2, 5000, _MANIFEST, 32_768), [2, 2, 5000, _MANIFEST, 32_768]),
-    "lookup": Golden(
-        m.Lookup(3, 50, 0, [A, B], 2, wait=True, lease=True), [3, 3, 50, 0, [A, B], 2, True, True]
+    "lookup_2": Golden(
+        m.Lookup(3, 50, 0, [A, B], 2, wait=True, lease=True, recompute_us=70_000),
+        [3, 3, 50, 0, [A, B], 2, True, True, 70_000],
     ),
-    "load": Golden(m.Load(4, 50, 0, [A], 2, 4), [4, 4, 50, 0, [A], 2, 4]),
+    "load_2": Golden(m.Load(4, 50, 0, [A], 2, 4, 9), [4, 4, 50, 0, [A], 2, 4, 9]),
     "reserve": Golden(
         m.Reserve(5, 50, 1, [B], A, 0, 4, [70_000]), [5, 5, 50, 1, [B], A, 0, 4, [70_000]]
     ),
@@ -94,17 +117,32 @@ REQUESTS: Final = {
     "delete": Golden(m.Delete(11, 50, 0, [A, B]), [11, 11, 50, 0, [A, B]]),
     "stats": Golden(m.Stats(12, 600_000), [12, 12, 600_000]),
     "ping": Golden(m.Ping(2**63 - 1, 50, b"\x00payload"), [13, 2**63 - 1, 50, b"\x00payload"]),
+    "prefetch": Golden(m.Prefetch(14, 50, 0, [A, B]), [14, 14, 50, 0, [A, B]]),
+    "hint": Golden(
+        m.Hint(15, 50, 0, [A], HintKind.GOES_TO, 30, "node-7"),
+        [15, 15, 50, 0, [A], 1, 30, "node-7"],
+    ),
 }
 
 REPLIES: Final = {
     "welcome": Golden(m.Welcome(1, 1, "kvstore 0.1.0"), [65, 1, 1, "kvstore 0.1.0"]),
-    "attached": Golden(
+    "attached_2": Golden(
         m.Attached(
-            2, 0, A[:16], 2**32, 60_000, checksums=True, verify_loads=False, prefaulted=True
+            2,
+            0,
+            A[:16],
+            2**32,
+            60_000,
+            checksums=True,
+            verify_loads=False,
+            prefaulted=True,
+            through=True,
         ),
-        [66, 2, 0, A[:16], 2**32, 60_000, True, False, True],
+        [66, 2, 0, A[:16], 2**32, 60_000, True, False, True, True],
     ),
-    "found": Golden(m.Found(3, 5, 1, [(2, 4), (4, 1)], 77), [67, 3, 5, 1, [[2, 4], [4, 1]], 77]),
+    "found_2": Golden(
+        m.Found(3, 5, 1, [(2, 4), (4, 1)], 77, 1500), [67, 3, 5, 1, [[2, 4], [4, 1]], 77, 1500]
+    ),
     "loaded": Golden(
         m.Loaded(4, 77, [[m.Shard(0, 2, 4096, 16_384, 2**64 - 1), m.Shard(2, 4, 0, 1, 0)], []]),
         [68, 4, 77, [[[0, 2, 4096, 16_384, 2**64 - 1], [2, 4, 0, 1, 0]], []]],
@@ -112,16 +150,30 @@ REPLIES: Final = {
     "reserved": Golden(
         m.Reserved(5, [m.Slot(0, 9, 2**40), m.Slot(1)]), [69, 5, [[0, 9, 2**40], [1, 0, 0]]]
     ),
-    "committed": Golden(
-        m.Committed(6, [m.Failure(9, 32, "wrong bytes")]), [70, 6, [[9, 32, "wrong bytes"]]]
+    "committed_2": Golden(
+        m.Committed(6, [m.Failure(9, 32, "wrong bytes")], [10]),
+        [70, 6, [[9, 32, "wrong bytes"]], [10]],
     ),
     "done": Golden(m.Done(7, 2, 1), [71, 7, 2, 1]),
     "pong": Golden(m.Pong(8, b"\x00payload"), [72, 8, b"\x00payload"]),
-    "stats_reply": Golden(m.StatsReply(9, _stats()), [73, 9, _STATS]),
+    "stats_reply_2": Golden(m.StatsReply(9, _stats(_STATS_2)), [73, 9, _STATS_2]),
     "error": Golden(m.Error(0, 20, "no space", retryable=True), [127, 0, 20, "no space", True]),
 }
 
 ALL: Final = REQUESTS | REPLIES
+
+# Written by peers of version 1, and read by all: what was appended since has its default.
+VERSION_1: Final = {
+    "hello": m.Hello(1, 5000, 1, "engine"),
+    "lookup": m.Lookup(3, 50, 0, [A, B], 2, wait=True, lease=True),
+    "load": m.Load(4, 50, 0, [A], 2, 4),
+    "attached": m.Attached(
+        2, 0, A[:16], 2**32, 60_000, checksums=True, verify_loads=False, prefaulted=True
+    ),
+    "found": m.Found(3, 5, 1, [(2, 4), (4, 1)], 77),
+    "committed": m.Committed(6, [m.Failure(9, 32, "wrong bytes")]),
+    "stats_reply": m.StatsReply(9, _stats(_STATS)),
+}
 
 
 def golden_bytes(name: str) -> bytes:
