@@ -1,0 +1,491 @@
+"""One connection to one server: small commands in batches, and stripes without a copy.
+
+redis-py connects, checks certificates and authenticates; then a *lane* owns the socket. A lane
+is used by one thread at a time, blocks, and gives up at a deadline. Whatever ends a batch
+before its last reply has come breaks the lane for good: no later batch can ever take a reply
+that was meant for this one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import ssl
+import time
+from collections.abc import Callable, Generator, Sequence
+from enum import Enum, auto
+from typing import Final, NamedTuple, Protocol, cast
+
+import hiredis
+import numpy as np
+import redis
+from redis.backoff import NoBackoff
+from redis.retry import Retry
+
+from kvstore.hashing import Digests64, block_count
+from kvstore.limits import CHECKSUM_BLOCK_BYTES, MIB, REDIS_REPLY_MAX_BYTES
+from kvstore.tiers.redis_records import (
+    LABEL_BYTES,
+    Label,
+    Stripe,
+    Unreadable,
+    read_label,
+)
+from kvstore.tiers.redis_url import Address
+from kvstore.transfer import copies
+from kvstore.transfer.native import address_of
+
+Command = tuple[bytes, ...]
+"""The words of one command."""
+
+_LINE_MAX_BYTES: Final = 4096
+_RECEIVE_BYTES: Final = 64 * 1024
+_BUFFER_BYTES: Final = 4 * MIB
+_KEEPALIVE: Final = {
+    socket.TCP_KEEPIDLE: 10,
+    socket.TCP_KEEPINTVL: 5,
+    socket.TCP_KEEPCNT: 3,
+}
+
+
+class LaneError(Exception):
+    """The connection failed, or what came over it is no answer; the lane is broken."""
+
+
+class LaneTimeoutError(LaneError):
+    """No answer, or not all of it, in time."""
+
+
+class ReplyError(Exception):
+    """What a server answers in place of a result. It is a value, in the place of its reply."""
+
+    @property
+    def word(self) -> str:
+        """The first word: OOM, MOVED, WRONGTYPE and so on."""
+        return str(self).partition(" ")[0]
+
+
+Reply = bytes | int | None | ReplyError | list["Reply"]
+
+
+class Fetched(Enum):
+    """What became of one stripe that was asked for."""
+
+    HERE = auto()
+    """Its bytes are in the target; only their checksum is left to check."""
+
+    ABSENT = auto()
+    FOREIGN = auto()
+    """Under its name is something that no version of kvstore has put there."""
+
+    NEWER = auto()
+    OTHER = auto()
+    """A stripe of the same key, but of a shard of another size."""
+
+    DAMAGED = auto()
+    """What came is not what was asked for: altered in the server, or on the way."""
+
+
+class Target(NamedTuple):
+    """Where one shard goes: its bytes, and the digests of its blocks once they are there."""
+
+    view: memoryview
+    digests: Digests64
+
+    @classmethod
+    def over(cls, view: memoryview) -> Target:
+        """Return *view* as a target."""
+        return cls(view, np.zeros(block_count(len(view)), dtype=np.uint64))
+
+
+class Access(NamedTuple):
+    """What a server wants to know, and how long it may take."""
+
+    username: str = ""
+    password: str = ""
+    database: int = 0
+    tls: bool = False
+    ca_file: str | None = None
+    timeout_seconds: float = 1.0
+
+
+class _Connection(Protocol):
+    """What is used of redis-py's connections, and the socket that they have made."""
+
+    bulk: socket.socket
+
+    def connect(self) -> None:
+        """Connect, authenticate and select the database."""
+
+    def disconnect(self) -> None:
+        """Close the socket."""
+
+
+class _Taken:
+    """Mixed into redis-py's connections: keeps their socket."""
+
+    bulk: socket.socket
+
+    def _connect(self) -> socket.socket:
+        self.bulk = super()._connect()  # type: ignore[misc]
+        return self.bulk
+
+
+class _Tcp(_Taken, redis.Connection):
+    pass
+
+
+class _Tls(_Taken, redis.SSLConnection):
+    pass
+
+
+class _Path(_Taken, redis.UnixDomainSocketConnection):
+    pass
+
+
+_MakeConnection = Callable[..., _Connection]
+
+
+def connect(address: Address, access: Access) -> Lane:
+    """Return a lane to *address*, authenticated, with its database selected.
+
+    Blocking. Raises `redis.RedisError` or `OSError`.
+    """
+    options: dict[str, object] = {
+        "db": access.database,
+        "username": access.username or None,
+        "password": access.password or None,
+        "socket_timeout": access.timeout_seconds,
+        "socket_connect_timeout": access.timeout_seconds,
+        "retry": Retry(NoBackoff(), 0),
+        "protocol": 2,
+        "driver_info": None,
+    }
+    if address.is_path:
+        make = cast(_MakeConnection, _Path)
+        options["path"] = address.host
+    else:
+        make = cast(_MakeConnection, _Tls if access.tls else _Tcp)
+        options |= {"host": address.host, "port": address.port}
+        options |= {"socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE}
+        if access.tls:
+            options["ssl_ca_certs"] = access.ca_file
+    connection = make(**options)
+    connection.connect()
+    if address.is_path:
+        # The kernel's default of 208 KiB costs a third of the speed. TCP sizes its own.
+        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
+            connection.bulk.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+    return Lane(connection, access.timeout_seconds)
+
+
+class Lane:
+    """One connection. *timeout_seconds* bounds every wait in which no byte moves."""
+
+    def __init__(self, connection: _Connection, timeout_seconds: float) -> None:
+        self._connection = connection
+        self._socket = connection.bulk
+        self._is_tls = isinstance(self._socket, ssl.SSLSocket)
+        self._timeout_seconds = timeout_seconds
+        self._ends_at = 0.0
+        self._small = memoryview(bytearray(_LINE_MAX_BYTES))
+        self._have = self._small[:0]
+        self.is_broken = False
+        self.was_used = False
+
+    def is_quiet(self) -> bool:
+        """Return whether the connection still stands and nothing has come unasked."""
+        self._socket.settimeout(0)
+        try:
+            # The socket below: TLS would take bytes off it.
+            came = socket.socket.recv(self._socket, 1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return not self.is_broken
+        except OSError:
+            return False
+        # TLS has messages of its own, and ours are told apart by their labels.
+        return self._is_tls and came != b"" and not self.is_broken
+
+    def abort(self) -> None:
+        """End whatever another thread is doing here, at once: its next read or write fails."""
+        self.is_broken = True
+        with contextlib.suppress(OSError):
+            # Not what TLS makes of it, which waits and forgets what the other thread uses.
+            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Close the connection. Idempotent, and only for whoever has the lane."""
+        self.is_broken = True
+        self._connection.disconnect()
+
+    def begin(self, ends_at: float) -> None:
+        """Let the next calls end by *ends_at* on the monotonic clock."""
+        self._ends_at = ends_at
+        self.was_used = True
+
+    # --- small commands ------------------------------------------------------------------
+
+    def call(self, commands: Sequence[Command]) -> list[Reply]:
+        """Send *commands* at once and return their replies; raises `LaneError`."""
+        if not commands:
+            return []
+        with self._unbroken():
+            self._send([memoryview(pack(commands))])
+            return self._replies(len(commands))
+
+    def _replies(self, count: int) -> list[Reply]:
+        reader = hiredis.Reader(protocolError=LaneError, replyError=ReplyError)
+        replies: list[Reply] = []
+        room = memoryview(bytearray(_RECEIVE_BYTES))
+        received = 0
+        while len(replies) < count:
+            size = self._receive_into(room)
+            received += size
+            if received > REDIS_REPLY_MAX_BYTES:
+                raise LaneError(f"a reply of more than {REDIS_REPLY_MAX_BYTES} bytes")
+            reader.feed(bytes(room[:size]))
+            while len(replies) < count and (reply := reader.gets()) is not False:
+                replies.append(cast(Reply, reply))
+        if reader.has_data():
+            raise LaneError("more replies than commands")
+        return replies
+
+    # --- stripes -------------------------------------------------------------------------
+
+    def store(
+        self,
+        stripes: Sequence[Stripe],
+        source: memoryview,
+        *,
+        ttl_ms: int,
+        window: int,
+        asking: bool = False,
+    ) -> list[ReplyError | None]:
+        """Set *stripes* from *source*, the bytes of their shard; return what each met, if anything.
+
+        At most *window* are unanswered at a time. After a refusal that is no redirection to
+        another server for that key, the rest is not sent and counts as refused alike.
+        """
+        outcomes: list[ReplyError | None] = []
+        with self._unbroken():
+            sent = 0
+            while len(outcomes) < len(stripes):
+                if sent < len(stripes) and sent - len(outcomes) < window:
+                    self._send_set(stripes[sent], source, ttl_ms=ttl_ms, asking=asking)
+                    sent += 1
+                    continue
+                outcomes.append(self._status(asking=asking))
+                refused = outcomes[-1]
+                if refused is not None and not is_ask(refused):
+                    outcomes += [self._status(asking=asking) for _ in range(sent - len(outcomes))]
+                    outcomes += [refused] * (len(stripes) - len(outcomes))
+            self._expect_silence()
+        return outcomes
+
+    def _send_set(self, stripe: Stripe, source: memoryview, *, ttl_ms: int, asking: bool) -> None:
+        words = 5 if ttl_ms else 3
+        head = b"*%d\r\n$3\r\nSET\r\n$%d\r\n%b\r\n$%d\r\n%b" % (
+            words,
+            len(stripe.name),
+            stripe.name,
+            stripe.value_bytes,
+            stripe.label,
+        )
+        tail = b"\r\n"
+        if ttl_ms:
+            tail += b"$2\r\nPX\r\n$%d\r\n%d\r\n" % (len(str(ttl_ms)), ttl_ms)
+        if asking:
+            head = pack([(b"ASKING",)]) + head
+        self._send([memoryview(head), source[stripe.start : stripe.stop], memoryview(tail)])
+
+    def fetch(
+        self,
+        stripes: Sequence[Stripe],
+        target: Target,
+        *,
+        window: int,
+        asking: bool = False,
+    ) -> list[Fetched | ReplyError]:
+        """Get *stripes* into *target*, the room of their shard; return what became of each.
+
+        Stripes behind one that is not as it should be may be left out, and count as it does.
+        """
+        outcomes: list[Fetched | ReplyError] = []
+        with self._unbroken():
+            asked, wanted = 0, len(stripes)
+            while len(outcomes) < wanted:
+                if asked < wanted and asked - len(outcomes) < window:
+                    self._send([memoryview(_get(stripes[asked].name, asking=asking))])
+                    asked += 1
+                    continue
+                if asking:
+                    self._status(asking=False)
+                came = self._stripe(stripes[len(outcomes)], target)
+                outcomes.append(came)
+                if self.is_broken:
+                    break
+                if came is not Fetched.HERE and not is_ask(came):
+                    wanted = asked
+            else:
+                self._expect_silence()
+        return outcomes + [outcomes[-1]] * (len(stripes) - len(outcomes))
+
+    def _stripe(self, stripe: Stripe, target: Target) -> Fetched | ReplyError:
+        line = self._line()
+        if line.startswith(b"-"):
+            refused = ReplyError(line[1:].decode(errors="replace"))
+            return Fetched.FOREIGN if refused.word == "WRONGTYPE" else refused
+        if line == b"$-1":
+            return Fetched.ABSENT
+        length = _length_of(line)
+        if length < LABEL_BYTES:
+            self.is_broken = True
+            return Fetched.DAMAGED
+        label = bytearray(LABEL_BYTES)
+        self._fill(memoryview(label))
+        if label != stripe.label or length != stripe.value_bytes:
+            # What follows is not read: closing costs less than reading bytes for nobody.
+            self.is_broken = True
+            return _judge(bytes(label), stripe)
+        self._payload(stripe, target)
+        ending = bytearray(2)
+        self._fill(memoryview(ending))
+        if ending != b"\r\n":
+            raise LaneError("a reply does not end where it should")
+        return Fetched.HERE
+
+    def _payload(self, stripe: Stripe, target: Target) -> None:
+        """Receive the bytes of one stripe, and digest each block while it is still in a cache."""
+        view = target.view[stripe.start : stripe.stop]
+        digests = target.digests[stripe.start // CHECKSUM_BLOCK_BYTES :]
+        start, size = address_of(view), len(view)
+        got = self._drain(view)
+        digested = 0
+        while digested < size:
+            if got < size:
+                got += self._receive_into(view[got:])
+            ready = got if got == size else got - got % CHECKSUM_BLOCK_BYTES
+            if ready > digested:
+                found = copies.digest_blocks_at(start + digested, ready - digested)
+                first = digested // CHECKSUM_BLOCK_BYTES
+                digests[first : first + len(found)] = found
+                digested = ready
+
+    def _status(self, *, asking: bool) -> ReplyError | None:
+        """Read the reply to a command that answers OK, and to the ASKING before it."""
+        if asking:
+            self._status(asking=False)
+        line = self._line()
+        if line.startswith(b"-"):
+            return ReplyError(line[1:].decode(errors="replace"))
+        if not line.startswith(b"+"):
+            raise LaneError(f"{line[:40]!r} in place of a status")
+        return None
+
+    # --- bytes ---------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _unbroken(self) -> Generator[None]:
+        """Break the lane when the batch inside does not run to its end."""
+        try:
+            yield
+        except OSError as error:
+            self.is_broken = True
+            kind = LaneTimeoutError if isinstance(error, TimeoutError) else LaneError
+            raise kind(error.strerror or str(error)) from error
+        except BaseException:
+            self.is_broken = True
+            raise
+
+    def _expect_silence(self) -> None:
+        if self._have:
+            raise LaneError("more replies than commands")
+
+    def _line(self) -> bytes:
+        """Return the next line without its end."""
+        while (end := bytes(self._have).find(b"\r\n")) < 0:
+            kept = len(self._have)
+            if kept == len(self._small):
+                raise LaneError(f"a line of more than {kept} bytes")
+            self._small[:kept] = bytes(self._have)
+            # No more than a line and a label: what follows goes where it belongs at once.
+            room = self._small[kept : kept + LABEL_BYTES + 16]
+            self._have = self._small[: kept + self._receive_into(room)]
+        line = bytes(self._have[:end])
+        self._have = self._have[end + 2 :]
+        return line
+
+    def _fill(self, view: memoryview) -> None:
+        got = self._drain(view)
+        while got < len(view):
+            got += self._receive_into(view[got:])
+
+    def _drain(self, view: memoryview) -> int:
+        """Move what came along with the last line to *view*; return how much that was."""
+        size = min(len(self._have), len(view))
+        view[:size] = self._have[:size]
+        self._have = self._have[size:]
+        return size
+
+    def _receive_into(self, view: memoryview) -> int:
+        self._wait()
+        size = self._socket.recv_into(view)
+        if size == 0:
+            raise LaneError("the server has closed the connection")
+        return size
+
+    def _send(self, parts: list[memoryview]) -> None:
+        while parts:
+            self._wait()
+            sent = self._socket.send(parts[0]) if self._is_tls else self._socket.sendmsg(parts)
+            while parts and sent >= len(parts[0]):
+                sent -= len(parts.pop(0))
+            if sent:
+                parts[0] = parts[0][sent:]
+
+    def _wait(self) -> None:
+        """Bound the next wait by the deadline and by the time in which nothing moves."""
+        left = self._ends_at - time.monotonic()
+        if left <= 0:
+            raise LaneTimeoutError("no answer in time")
+        self._socket.settimeout(min(left, self._timeout_seconds))
+
+
+def is_ask(reply: object) -> bool:
+    """Return whether *reply* sends this one key to another server: its slot is on the move."""
+    return isinstance(reply, ReplyError) and reply.word == "ASK"
+
+
+def pack(commands: Sequence[Command]) -> bytes:
+    """Return *commands* as they go over the wire."""
+    words: list[bytes] = []
+    for command in commands:
+        words.append(b"*%d\r\n" % len(command))
+        words += [b"$%d\r\n%b\r\n" % (len(word), word) for word in command]
+    return b"".join(words)
+
+
+def _get(name: bytes, *, asking: bool) -> bytes:
+    command = pack([(b"GET", name)])
+    return pack([(b"ASKING",)]) + command if asking else command
+
+
+def _length_of(line: bytes) -> int:
+    if not line.startswith(b"$") or not line[1:].isdigit():
+        raise LaneError(f"{line[:40]!r} in place of a value")
+    return int(line[1:])
+
+
+def _judge(found: bytes, stripe: Stripe) -> Fetched:
+    """Say what a value is that is not the one asked for."""
+    label = read_label(found)
+    if label is Unreadable.NEWER:
+        return Fetched.NEWER
+    wanted = read_label(stripe.label)
+    assert isinstance(wanted, Label)
+    if not isinstance(label, Label):
+        return Fetched.DAMAGED
+    is_same = label.shard.key == wanted.shard.key and label.stripe == wanted.stripe
+    if is_same and label.shard.size_bytes != wanted.shard.size_bytes:
+        return Fetched.OTHER
+    return Fetched.DAMAGED
