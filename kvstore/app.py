@@ -4,63 +4,125 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+import socket
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
 
-from kvstore.config import Config
+from kvstore.config import Config, WritePolicy
 from kvstore.daemon.address import SocketAddress
 from kvstore.daemon.lifecycle import keep_house, notify, prefault, until_stopped
 from kvstore.daemon.peers import Admission
 from kvstore.daemon.server import Server
-from kvstore.daemon.tenants import Tenants
+from kvstore.daemon.tenants import TenantRule, Tenants
 from kvstore.daemon.warm import WarmStart
-from kvstore.errors import ConfigError
-from kvstore.limits import EXTENT_ALIGNMENT_BYTES
+from kvstore.errors import ConfigError, TierError
+from kvstore.limits import (
+    EXTENT_ALIGNMENT_BYTES,
+    GIB,
+    TIER_TIMEOUT_SECONDS,
+)
 from kvstore.metrics import Counters
+from kvstore.store.admission import make_admission
 from kvstore.store.mover import Mover
+from kvstore.store.quota import Share, Shares
+from kvstore.store.shelves import NO_TENANT, SlowTier
+from kvstore.store.stock import take_stock
 from kvstore.store.store import Store
+from kvstore.tiers.base import DurableTier, RemoteTier
+from kvstore.tiers.disk_open import open_disk_tier
+from kvstore.tiers.guard import GuardedTier
 from kvstore.tiers.host import HostTier, make_memory
+from kvstore.types import TierKind
+
+_UNBOUNDED_BYTES: Final = 1 << 62
+# What an admission takes for the capacity of a tier that does not tell its own.
+_ASSUMED_BYTES: Final = 1024 * GIB
 
 log = logging.getLogger(__name__)
 
 
-def run(config: Config) -> int:
+class OpenTier(NamedTuple):
+    """A slower tier that is open, and how it is to be used."""
+
+    tier: RemoteTier
+    write: WritePolicy
+    admission: str
+    eviction: str
+    timeout_seconds: float = TIER_TIMEOUT_SECONDS
+
+
+OpenTiers = Callable[[Config], Awaitable[list[OpenTier]]]
+
+
+async def open_tiers(config: Config) -> list[OpenTier]:
+    """Open the slower tiers that are configured, fastest first; raises `ConfigError`.
+
+    A server that cannot be reached is no error: its tier fails until it can be.
+    """
+    opened: list[OpenTier] = []
+    disk = config.tiers.disk
+    if disk.path:
+        tier = await open_disk_tier(
+            Path(disk.path), capacity_bytes=disk.capacity_bytes, direct=disk.direct == "auto"
+        )
+        opened.append(OpenTier(tier, disk.write, disk.admission, disk.eviction))
+    return opened
+
+
+def run(config: Config, open_slower: OpenTiers = open_tiers) -> int:
     """Serve until SIGTERM or SIGINT; return the exit status.
 
-    Raises `ConfigError` and `AddressInUseError` before anything is served.
+    *open_slower* makes the tiers below the host tier. Raises `ConfigError` and
+    `AddressInUseError` before anything is served.
     """
     if not __debug__:
         raise ConfigError("kvstore does not run under python -O: its assertions guard the data")
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(config))
+        runner.run(_serve(config, open_slower))
     return 0
 
 
-async def _serve(config: Config) -> None:
+async def _serve(config: Config, open_slower: OpenTiers) -> None:
     address = SocketAddress(config.server.socket, config.server.socket_mode)
     listening = address.bind()
     try:
-        store = _make_store(config)
+        slower = await open_slower(config)
         try:
-            warm = WarmStart(
-                store,
-                verify_loads=config.tiers.host.verify_load,
-                grace_seconds=config.leases.orphan_grace_seconds,
-            )
-            loop = asyncio.get_running_loop()
-            mover = Mover(store, clock=loop.time, in_thread=asyncio.to_thread)
-            server = _make_server(config, store, mover, address)
-            await server.start(listening)
-            log.info(
-                "ready",
-                extra={"socket": str(address.path), "arena_bytes": store.host.arena.size_bytes},
-            )
-            notify("READY=1")
-            await _live(config, server, warm)
+            await _serve_over(config, slower, address, listening)
         finally:
-            store.host.close()
+            for opened in slower:
+                await asyncio.to_thread(opened.tier.close)
     finally:
         listening.close()
         address.release()
+
+
+async def _serve_over(
+    config: Config, slower: list[OpenTier], address: SocketAddress, listening: socket.socket
+) -> None:
+    store = _make_store(config, slower)
+    try:
+        await _take_stock(store, slower)
+        warm = WarmStart(
+            store,
+            verify_loads=config.tiers.host.verify_load,
+            grace_seconds=config.leases.orphan_grace_seconds,
+        )
+        loop = asyncio.get_running_loop()
+        mover = Mover(store, clock=loop.time, in_thread=asyncio.to_thread)
+        for opened in slower:
+            _connect(mover, opened, loop.time)
+        server = _make_server(config, store, mover, address)
+        await server.start(listening)
+        log.info(
+            "ready",
+            extra={"socket": str(address.path), "arena_bytes": store.host.arena.size_bytes},
+        )
+        notify("READY=1")
+        await _live(config, server, warm)
+    finally:
+        store.host.close()
 
 
 async def _live(config: Config, server: Server, warm: WarmStart) -> None:
@@ -69,6 +131,7 @@ async def _live(config: Config, server: Server, warm: WarmStart) -> None:
         tasks = [
             group.create_task(keep_house(server.store), name="housekeeping"),
             group.create_task(warm.settle(), name="warm start"),
+            group.create_task(server.mover.run(), name="mover"),
         ]
         if config.tiers.host.prefault:
             tasks.append(group.create_task(prefault(server.store.host.arena), name="prefault"))
@@ -76,11 +139,33 @@ async def _live(config: Config, server: Server, warm: WarmStart) -> None:
         log.info("draining", extra={"signal": stopped_by})
         notify("STOPPING=1")
         await server.drain(config.server.drain_timeout_seconds)
+        lost = await server.mover.drain(config.server.drain_timeout_seconds)
+        if lost:
+            log.warning("chunks not written before the end", extra={"chunks": lost})
         for task in tasks:
             task.cancel()
 
 
-def _make_store(config: Config) -> Store:
+async def _take_stock(store: Store, slower: Sequence[OpenTier]) -> None:
+    """Put what durable tiers have kept into the index; one that fails starts empty."""
+    for opened in slower:
+        if opened.tier.kind is TierKind.DISK:
+            durable: DurableTier = opened.tier  # type: ignore[assignment]  # as its kind says
+            try:
+                stock = await asyncio.to_thread(take_stock, store, durable)
+            except TierError as error:
+                log.warning("nothing recovered", extra={"tier": "disk", "reason": str(error)})
+            else:
+                log.info("chunks recovered", extra={"tier": "disk", **stock._asdict()})
+
+
+def _connect(mover: Mover, opened: OpenTier, clock: Callable[[], float]) -> None:
+    guarded = GuardedTier(opened.tier, clock=clock, timeout_seconds=opened.timeout_seconds)
+    capacity = opened.tier.usage().capacity_bytes or _ASSUMED_BYTES
+    mover.add(guarded, opened.write, make_admission(opened.admission, capacity))
+
+
+def _make_store(config: Config, slower: Sequence[OpenTier]) -> Store:
     host = config.tiers.host
     size_bytes = host.capacity_bytes - host.capacity_bytes % EXTENT_ALIGNMENT_BYTES
     checksums = host.checksum == "xxh3"
@@ -93,7 +178,31 @@ def _make_store(config: Config) -> Store:
         eviction=host.eviction,
         lease_ttl_seconds=config.leases.ttl_seconds,
         counters=Counters(),
+        tenants=_host_shares(config),
+        slower=[_known(config, opened) for opened in slower],
     )
+
+
+def _known(config: Config, opened: OpenTier) -> SlowTier:
+    """Return *opened* as the store knows it; a server keeps its own accounts."""
+    kind = opened.tier.kind
+    if kind is TierKind.DISK:
+        capacity = opened.tier.usage().capacity_bytes
+        return SlowTier(kind, opened.eviction, Shares("disk", capacity, _disk_shares(config)))
+    nameless = [Share(share.tenant) for share in _host_shares(config)]
+    return SlowTier(kind, "lru", Shares(kind.name.lower(), _UNBOUNDED_BYTES, nameless))
+
+
+def _host_shares(config: Config) -> list[Share]:
+    tenants = config.tenants.items()
+    named = [Share(name, of.quota_bytes or None, of.floor_bytes) for name, of in tenants]
+    return [Share(NO_TENANT), *named]
+
+
+def _disk_shares(config: Config) -> list[Share]:
+    tenants = config.tenants.items()
+    named = [Share(name, of.disk_quota_bytes or None, of.disk_floor_bytes) for name, of in tenants]
+    return [Share(NO_TENANT), *named]
 
 
 def _make_server(config: Config, store: Store, mover: Mover, address: SocketAddress) -> Server:
@@ -102,7 +211,9 @@ def _make_server(config: Config, store: Store, mover: Mover, address: SocketAddr
         mover,
         address,
         Admission(config.server.allowed_uids, config.server.allowed_gids),
-        tenants=Tenants({}),
+        tenants=Tenants(
+            {name: TenantRule(of.uids, of.shared) for name, of in config.tenants.items()}
+        ),
         sessions_max=config.server.sessions_max,
         orphan_grace_seconds=config.leases.orphan_grace_seconds,
         verify_loads=config.tiers.host.verify_load,

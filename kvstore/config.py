@@ -11,8 +11,8 @@ import difflib
 import functools
 import os
 import re
-import tomllib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Annotated, Final, Literal, NamedTuple, TypeVar, get_args
 
@@ -22,10 +22,13 @@ from kvstore.errors import ConfigError
 from kvstore.limits import (
     ARENA_SIZE_MAX_BYTES,
     ARENA_SIZE_MIN_BYTES,
+    DISK_SIZE_MAX_BYTES,
+    DISK_SIZE_MIN_BYTES,
     GIB,
     LEASE_TTL_MAX_SECONDS,
     LEASE_TTL_MIN_SECONDS,
     SESSIONS_MAX,
+    TENANT_NAME_MAX_CHARS,
 )
 from kvstore.settings import (
     ArenaKind,
@@ -36,22 +39,19 @@ from kvstore.settings import (
     IdListKind,
     Kind,
     ModeKind,
+    PathKind,
     Plain,
+    PrefixKind,
     Schema,
     SizeKind,
     SocketKind,
+    UrlKind,
 )
+from kvstore.sources import Found, from_environment, from_file, from_overrides, variable_of
 
 _Table = TypeVar("_Table", bound=msgspec.Struct)
 
-ENVIRONMENT_PREFIX: Final = "KVSTORE_"
 DEFAULT_ORIGIN: Final = "default"
-
-# Variables that are no settings: switches of other parts, and those that Kubernetes sets in
-# every pod beside a service that happens to be called kvstore.
-_NO_SETTINGS: Final = re.compile(
-    r"KVSTORE_(NO_NATIVE|(\w+_)?SERVICE_(HOST|PORT(_\w+)?)|(\w+_)?PORT(_\d+_(TCP|UDP|SCTP)(_\w+)?)?)"
-)
 
 
 def default_socket_path(environ: Mapping[str, str]) -> Path:
@@ -97,10 +97,71 @@ class HostTierConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     verify_load: Annotated[bool, FlagKind()] = True
 
 
+WritePolicy = Literal["through", "back", "on_evict"]
+AdmissionName = Literal["all", "second_touch", "tinylfu"]
+_WRITE: Final = ChoiceKind(("through", "back", "on_evict"))
+_ADMISSION: Final = ChoiceKind(("all", "second_touch", "tinylfu"))
+
+
+class DiskTierConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A directory that keeps chunks across restarts; off without a path."""
+
+    path: Annotated[str, PathKind()] = ""
+    capacity_bytes: Annotated[int, SizeKind(DISK_SIZE_MIN_BYTES, DISK_SIZE_MAX_BYTES)] = (
+        msgspec.field(default=64 * GIB, name="capacity")
+    )
+    write: Annotated[WritePolicy, _WRITE] = "back"
+    admission: Annotated[AdmissionName, _ADMISSION] = "all"
+    eviction: Annotated[Literal["s3fifo", "lru"], ChoiceKind(("s3fifo", "lru"))] = "s3fifo"
+    direct: Annotated[Literal["auto", "off"], ChoiceKind(("auto", "off"))] = "auto"
+
+
+class RedisTierConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A Redis or Valkey that hosts share; off without a URL."""
+
+    url: Annotated[str, UrlKind()] = ""
+    password_file: Annotated[str, PathKind()] = ""
+    ca_file: Annotated[str, PathKind()] = ""
+    prefix: Annotated[str, PrefixKind()] = "kvstore"
+    ttl_seconds: Annotated[float, DurationKind(0.0, 365 * 86_400.0)] = msgspec.field(
+        default=7 * 86_400.0, name="ttl"
+    )
+    """0 for none."""
+    connections: Annotated[int, CountKind(1, 64)] = 4
+    write: Annotated[WritePolicy, _WRITE] = "back"
+    admission: Annotated[AdmissionName, _ADMISSION] = "all"
+    timeout_seconds: Annotated[float, DurationKind(0.05, 60.0)] = msgspec.field(
+        default=1.0, name="timeout"
+    )
+
+
 class TiersConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where chunks are kept, fastest first."""
 
     host: HostTierConfig = HostTierConfig()
+    disk: DiskTierConfig = DiskTierConfig()
+    redis: RedisTierConfig = RedisTierConfig()
+
+
+class TenantConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One tenant: who may act for it, and what it may take of the tiers; 0 is no quota."""
+
+    uids: Annotated[tuple[int, ...], IdListKind()] = ()
+    """Besides root and the daemon's own user."""
+    shared: Annotated[bool, FlagKind()] = False
+    """Whether it uses the namespaces of everybody, instead of its own."""
+    quota_bytes: Annotated[int, SizeKind(0, ARENA_SIZE_MAX_BYTES)] = msgspec.field(
+        default=0, name="quota"
+    )
+    floor_bytes: Annotated[int, SizeKind(0, ARENA_SIZE_MAX_BYTES)] = msgspec.field(
+        default=0, name="floor"
+    )
+    disk_quota_bytes: Annotated[int, SizeKind(0, DISK_SIZE_MAX_BYTES)] = msgspec.field(
+        default=0, name="disk_quota"
+    )
+    disk_floor_bytes: Annotated[int, SizeKind(0, DISK_SIZE_MAX_BYTES)] = msgspec.field(
+        default=0, name="disk_floor"
+    )
 
 
 class LeasesConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -126,12 +187,13 @@ class LogConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All settings. `Config()` holds the defaults."""
+    """All settings. `Config()` holds the defaults. Tenants have the names that one gives them."""
 
     server: ServerConfig = msgspec.field(default_factory=ServerConfig)
     tiers: TiersConfig = TiersConfig()
     leases: LeasesConfig = LeasesConfig()
     log: LogConfig = LogConfig()
+    tenants: dict[str, TenantConfig] = {}
 
 
 class TracedConfig(NamedTuple):
@@ -156,7 +218,8 @@ def load_traced(
     values: dict[str, object] = {"server.socket": default_socket_path(environ)}
     origins = dict.fromkeys(settings(), DEFAULT_ORIGIN)
     problems: list[str] = []
-    for found in (*_from_file(file), *_from_environment(environ), *_from_overrides(overrides)):
+    sources = (from_file(file, _is_table), from_environment(environ), from_overrides(overrides))
+    for found in chain(*sources):
         try:
             values[found.path] = _read(found)
             origins[found.path] = found.origin
@@ -169,10 +232,15 @@ def load_traced(
 
 def plain(config: Config) -> dict[str, Plain]:
     """Return path -> value of every setting, as a file would hold it."""
-    return {
+    shown = {
         path: setting.kind.write(functools.reduce(getattr, setting.fields, config))
         for path, setting in settings().items()
     }
+    for name, tenant in config.tenants.items():
+        for field, setting in tenant_settings().items():
+            value = functools.reduce(getattr, setting.fields, tenant)
+            shown[f"tenants.{name}.{field}"] = setting.kind.write(value)
+    return shown
 
 
 def json_schema() -> Schema:
@@ -194,18 +262,23 @@ class Setting(NamedTuple):
 
 @functools.cache
 def settings() -> Mapping[str, Setting]:
-    """Return path -> setting, in the order of declaration."""
+    """Return path -> setting, in the order of declaration; those of tenants are apart."""
     return dict(_walk(Config, "", ()))
 
 
-class _Found(NamedTuple):
-    """A value that somebody gave, before anyone has looked at it."""
+@functools.cache
+def tenant_settings() -> Mapping[str, Setting]:
+    """Return name -> setting of what every table `tenants.NAME` may hold."""
+    return dict(_walk(TenantConfig, "", ()))
 
-    path: str
-    raw: object
-    origin: str
-    spelled: str
-    """The name as it was written there: a path, or a variable."""
+
+_TENANT: Final = re.compile(rf"tenants\.([A-Za-z0-9_-]{{1,{TENANT_NAME_MAX_CHARS}}})(?:\.(\w+))?")
+
+
+def setting_at(path: str) -> Setting | None:
+    """Return the setting at *path*, that of a tenant included, or None."""
+    tenant = _TENANT.fullmatch(path)
+    return tenant_settings().get(tenant[2] or "") if tenant else settings().get(path)
 
 
 def _walk(
@@ -215,7 +288,7 @@ def _walk(
         path = f"{prefix}{field.encode_name}"
         if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
             yield from _walk(field.type, f"{path}.", (*fields, field.name))
-        else:
+        elif path != "tenants":
             yield path, Setting(_kind_of(field), (*fields, field.name))
 
 
@@ -231,14 +304,30 @@ def _build(table: type[_Table], values: Mapping[str, object], prefix: str = "") 
         path = f"{prefix}{field.encode_name}"
         if path in values:
             chosen[field.name] = values[path]
-        elif path not in settings():
+        elif path == "tenants":
+            chosen[field.name] = _build_tenants(values)
+        elif isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
             chosen[field.name] = _build(field.type, values, f"{path}.")
     return table(**chosen)
 
 
-def _read(found: _Found) -> object:
+def _build_tenants(values: Mapping[str, object]) -> dict[str, TenantConfig]:
+    fields: dict[str, dict[str, object]] = {}
+    for path, value in values.items():
+        if tenant := _TENANT.fullmatch(path):
+            (field,) = tenant_settings()[tenant[2]].fields
+            fields.setdefault(tenant[1], {})[field] = value
+    return {name: TenantConfig(**chosen) for name, chosen in fields.items()}  # type: ignore[arg-type]  # as read
+
+
+def _is_table(path: str) -> bool:
+    tenant = _TENANT.fullmatch(path)
+    return path in _tables() or path == "tenants" or (tenant is not None and tenant[2] is None)
+
+
+def _read(found: Found) -> object:
     """Return the checked value; raises `ConfigError` that says what would be right."""
-    setting = settings().get(found.path)
+    setting = setting_at(found.path)
     if setting is None:
         raise ConfigError(_unknown(found))
     try:
@@ -249,16 +338,25 @@ def _read(found: _Found) -> object:
         ) from None
 
 
-def _unknown(found: _Found) -> str:
-    if found.path in _tables():
+def _unknown(found: Found) -> str:
+    if _is_table(found.path):
         return f"{found.origin}: {found.path} is a table, not a setting"
-    known = _tables() if isinstance(found.raw, dict) else tuple(settings())
+    known = _tables() if isinstance(found.raw, dict) else _settings_near(found.path)
     nearest = difflib.get_close_matches(found.path, known, n=1, cutoff=0.0)[0]
     is_variable = found.spelled != found.path
-    advice = f"{_variable(nearest)} ({nearest})" if is_variable else nearest
-    if nearest in settings():
-        advice += f", which must be {settings()[nearest].kind.allowed}"
+    advice = f"{variable_of(nearest)} ({nearest})" if is_variable else nearest
+    setting = setting_at(nearest)
+    if setting is not None:
+        advice += f", which must be {setting.kind.allowed}"
     return f"{found.origin}: unknown setting {found.spelled}; the nearest is {advice}"
+
+
+def _settings_near(path: str) -> Sequence[str]:
+    """Return the settings that *path* could stand for: those of its tenant, if it names one."""
+    parts = path.split(".")
+    if parts[0] == "tenants" and len(parts) > 2:
+        return [f"tenants.{parts[1]}.{field}" for field in tenant_settings()]
+    return tuple(settings())
 
 
 @functools.cache
@@ -267,98 +365,6 @@ def _tables() -> tuple[str, ...]:
     parts = (path.split(".")[:-1] for path in settings())
     paths = (".".join(names[:end]) for names in parts for end in range(1, len(names) + 1))
     return tuple(dict.fromkeys(paths))
-
-
-# --- where values come from ------------------------------------------------------------
-
-
-def _from_file(file: Path | None) -> Iterator[_Found]:
-    if file is None:
-        return
-    try:
-        text = file.read_text(encoding="utf-8")
-        content = tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{file}: is not UTF-8 text") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(_syntax_problem(file, error)) from None
-    lines = _line_numbers(text)
-    for path, raw in _flatten(content, ""):
-        yield _Found(path, raw, f"{file}:{_line_of(path, lines)}", path)
-
-
-def _syntax_problem(file: Path, error: tomllib.TOMLDecodeError) -> str:
-    """Put the line where every other problem has it."""
-    position = re.search(r" \(at line (\d+), column \d+\)$", str(error))
-    if position is None:
-        return f"{file}: is not TOML: {error}"
-    return f"{file}:{position[1]}: is not TOML: {str(error)[: position.start()]}"
-
-
-def _flatten(table: Mapping[str, object], prefix: str) -> Iterator[tuple[str, object]]:
-    for name, raw in table.items():
-        path = f"{prefix}{name}"
-        if isinstance(raw, dict) and path in _tables():
-            yield from _flatten(raw, f"{path}.")
-        else:
-            yield path, raw
-
-
-_TABLE_LINE: Final = re.compile(r"\s*\[\s*([^\[\]]+?)\s*\]")
-_VALUE_LINE: Final = re.compile(r"""\s*([A-Za-z0-9_\-."' \t]+?)\s*=""")
-
-
-def _line_numbers(text: str) -> dict[str, int]:
-    """Return path -> line of every table header and value (tomllib does not tell)."""
-    lines: dict[str, int] = {}
-    prefix = ""
-    for number, line in enumerate(text.splitlines(), start=1):
-        if header := _TABLE_LINE.match(line):
-            path = _bare(header[1])
-            prefix = f"{path}."
-        elif value := _VALUE_LINE.match(line):
-            path = prefix + _bare(value[1])
-        else:
-            continue
-        lines.setdefault(path, number)
-    return lines
-
-
-def _bare(name: str) -> str:
-    """Return a dotted name without the quotes and spaces that TOML allows in it."""
-    return ".".join(part.strip().strip("\"'") for part in name.split("."))
-
-
-def _line_of(path: str, lines: Mapping[str, int]) -> int:
-    """Return the line of *path*, or of the table that it stands in."""
-    while path and path not in lines:
-        # `[tiers.hosts]` is seen as a value of `tiers`, which has no line of its own.
-        below = [number for known, number in lines.items() if known.startswith(f"{path}.")]
-        if below:
-            return min(below)
-        path = path.rpartition(".")[0]
-    return lines.get(path, 1)
-
-
-def _from_environment(environ: Mapping[str, str]) -> Iterator[_Found]:
-    for name in sorted(environ):
-        if name.startswith(ENVIRONMENT_PREFIX) and not _NO_SETTINGS.fullmatch(name):
-            path = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".")
-            yield _Found(path, environ[name], name, name)
-
-
-def _variable(path: str) -> str:
-    return ENVIRONMENT_PREFIX + path.upper().replace(".", "__")
-
-
-def _from_overrides(overrides: Iterable[str]) -> Iterator[_Found]:
-    for override in overrides:
-        path, equals, text = override.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {override}: write path=value")
-        yield _Found(path.strip(), text.strip(), "--set", path.strip())
 
 
 # --- for editors -----------------------------------------------------------------------
@@ -370,6 +376,9 @@ def _table_schema(table: type[msgspec.Struct], prefix: str = "") -> Schema:
     for field in msgspec.structs.fields(table):
         path = f"{prefix}{field.encode_name}"
         setting = settings().get(path)
+        if path == "tenants":
+            properties[path] = {"type": "object", "additionalProperties": _tenant_schema()}
+            continue
         if setting is None:
             properties[field.encode_name] = _table_schema(field.type, f"{path}.")
             continue
@@ -384,4 +393,16 @@ def _table_schema(table: type[msgspec.Struct], prefix: str = "") -> Schema:
         "description": (table.__doc__ or "").strip(),
         "additionalProperties": False,
         "properties": properties,
+    }
+
+
+def _tenant_schema() -> Schema:
+    return {
+        "type": "object",
+        "description": (TenantConfig.__doc__ or "").strip(),
+        "additionalProperties": False,
+        "properties": {
+            name: {"description": f"Must be {setting.kind.allowed}.", **setting.kind.schema()}
+            for name, setting in tenant_settings().items()
+        },
     }

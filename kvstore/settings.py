@@ -6,6 +6,7 @@ into the value that the program uses, or raises `ValueError` saying what was fou
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -276,6 +277,83 @@ class ArenaKind:
     def schema(self) -> Schema:
         """Allow the word, or a text that starts at the root."""
         return {"type": "string", "pattern": "^(memfd|/.*)$"}
+
+
+@dataclass(frozen=True)
+class PathKind:
+    """Where a file or a directory lies; empty stands for none."""
+
+    allowed: str = "an absolute path, or empty for none"
+
+    def read(self, raw: object) -> str:
+        """Accept an absolute path, or nothing."""
+        return "" if raw == "" else str(_absolute(raw))
+
+    def write(self, value: object) -> Plain:
+        """Return the path."""
+        return str(value)
+
+    def schema(self) -> Schema:
+        """Allow nothing, or a text that starts at the root."""
+        return {"type": "string", "pattern": "^(/.*)?$"}
+
+
+_URL: Final = re.compile(r"(rediss?(\+(sentinel|cluster))?|unix)://\S+")
+_SECRET: Final = re.compile(r"://[^/@]*:[^/@]*@")
+
+
+@dataclass(frozen=True)
+class UrlKind:
+    """Where servers are. Never with a password: those are in files of their own."""
+
+    allowed: str = (
+        "a URL that begins with redis://, rediss://, unix://, redis+sentinel:// or "
+        "redis+cluster:// and holds no password (tiers.redis.password_file names its file), "
+        "or empty for none"
+    )
+
+    def read(self, raw: object) -> str:
+        """Accept a URL of a known kind without a password."""
+        text = raw if isinstance(raw, str) else ""
+        if raw == "":
+            return ""
+        if _SECRET.search(text):
+            raise ValueError("it holds a password")
+        if not _URL.fullmatch(text):
+            raise ValueError(f"{raw!r} is not accepted")
+        return text
+
+    def write(self, value: object) -> Plain:
+        """Return the URL."""
+        return str(value)
+
+    def schema(self) -> Schema:
+        """Allow a text."""
+        return {"type": "string"}
+
+
+_PREFIX: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
+
+
+@dataclass(frozen=True)
+class PrefixKind:
+    """What the names of all our keys begin with."""
+
+    allowed: str = "1 to 64 letters, digits or any of _ . : -"
+
+    def read(self, raw: object) -> str:
+        """Accept a text without anything that a server could take for more than a name."""
+        if not isinstance(raw, str) or not _PREFIX.fullmatch(raw):
+            raise ValueError(f"{raw!r} is not accepted")
+        return raw
+
+    def write(self, value: object) -> Plain:
+        """Return the text."""
+        return str(value)
+
+    def schema(self) -> Schema:
+        """Allow the characters."""
+        return {"type": "string", "pattern": "^[A-Za-z0-9_.:-]{1,64}$"}
 
 
 def _whole(raw: object) -> int:

@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import Final
 
 SIZE_FORMS: Final = "a number and B, KiB, MiB, GiB, TiB, kB, MB, GB or TB, such as 64GiB"
-DURATION_FORMS: Final = "a number and ms, s, min or h, such as 250ms"
+DURATION_FORMS: Final = "a number and ms, s, min, h or d, such as 250ms"
 
 _SIZE_UNITS: Final = {
     "tib": 2**40,
@@ -27,6 +27,7 @@ _SIZE_UNITS: Final = {
 }
 _BINARY_NAMES: Final = ("TiB", "GiB", "MiB", "KiB")
 _DURATION_UNITS: Final = {
+    "d": Decimal(86_400),
     "h": Decimal(3600),
     "min": Decimal(60),
     "s": Decimal(1),

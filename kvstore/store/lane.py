@@ -166,7 +166,8 @@ class Lane:
     def put_write(self, write: Write) -> bool:
         """Queue *write*, the oldest that nobody waits for giving way; return whether there is room.
 
-        One for the same shard is joined.
+        One for the same shard is joined. Urgent ones, whose bytes are held in the host tier and
+        have their bound there, are bounded in number alone.
         """
         waiting = self._writes.get(write.key)
         if waiting is not None:
@@ -174,10 +175,10 @@ class Lane:
             waiting.is_urgent |= write.is_urgent
             return True
         for oldest in self._droppable():
-            if self._has_room(write.size_bytes):
+            if self._has_room(write):
                 break
             self._drop(oldest)
-        if not self._has_room(write.size_bytes):
+        if not self._has_room(write):
             self.dropped_writes += 1
             return False
         self._writes[write.key] = write
@@ -254,11 +255,9 @@ class Lane:
             heapq.heappop(self._fetches)
         return bool(self._fetches) and not self._fetches[0][0]
 
-    def _has_room(self, size_bytes: int) -> bool:
-        return (
-            len(self._writes) < WRITE_QUEUE_CHUNKS_MAX
-            and self.write_bytes + size_bytes <= self._writes_max_bytes
-        )
+    def _has_room(self, write: Write) -> bool:
+        fits = self.write_bytes + write.size_bytes <= self._writes_max_bytes
+        return len(self._writes) < WRITE_QUEUE_CHUNKS_MAX and (fits or write.is_urgent)
 
     def _droppable(self) -> Iterator[Write]:
         """Yield the writes that nobody waits for, oldest first."""

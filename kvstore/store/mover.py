@@ -337,17 +337,22 @@ class Mover:
     def _put_write(
         self, route: Route, slot: int, record: ShardRecord, done: Callable[[bool], None] | None
     ) -> None:
-        space, digest = self._store.index.space_of(slot), self._store.index.digest(slot)
+        """Queue a write; what must be kept before a store is durable stays here until it is."""
+        store = self._store
         write = Write(
-            space,
-            digest,
+            store.index.space_of(slot),
+            store.index.digest(slot),
             record.heads,
             record.size_bytes,
-            is_urgent=done is not None,
+            is_urgent=done is not None or route.policy == "through",
             queued_at=self._clock(),
         )
         if done is not None:
             write.done.append(done)
+        is_held = write.is_urgent and not route.lane.has_write(write.key)
+        if is_held:
+            store.hold(slot)
+            write.done.append(lambda _: store.let_go(slot))
         if (write.is_urgent and not route.tier.is_usable) or not route.lane.put_write(write):
             write.finish(kept=False)
             return

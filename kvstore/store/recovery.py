@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
@@ -21,7 +21,7 @@ from kvstore.protocol.manifest import decode_namespace
 from kvstore.store.quota import DEFAULT_TENANT
 from kvstore.store.shards import ShardRecord
 from kvstore.store.soundness import apart, known, tenant_mark, within
-from kvstore.tiers.record_layout import FILLING, HAS_PARENT, Owner
+from kvstore.tiers.record_layout import FILLING, HAS_PARENT, RECORD, Owner
 from kvstore.types import NO_SLOT, Digest, Extent, HeadRange, NamespaceId, Root
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ _READY_COLUMNS: Final = (
     "offset", "size_bytes", "root", "head_start", "head_stop", "flags", "tenant",
     "namespace", "digest", "parent",
 )  # fmt: skip
+_BATCH_ROWS: Final = 4096
 _OWNER_COLUMNS: Final = ("offset", "size_bytes", "pid", "started", "pid_space")
 
 
@@ -51,47 +52,46 @@ class Left(NamedTuple):
 class Recovery:
     """The host tier of an earlier daemon, on its way back into *store*, which has no chunks there.
 
-    *aside* has the extents that were being written, by who may still write there; the caller
-    gives them up (`Store.give_up_room`) once that is over. *left* counts the shards that come
-    back, *dropped*, by reason, those that do not.
+    With *proven_first* nothing is served before `prove` has verified it, for clients that do
+    not. *aside* has the extents that were being written, by who may still write there; the
+    caller gives them up (`Store.give_up_room`) once that is over. *left* counts the shards that
+    come back, *dropped*, by reason, those that do not.
     """
 
-    def __init__(self, store: Store) -> None:
-        """Take in what is left. Blocking: some 10 us a shard."""
+    def __init__(self, store: Store, *, proven_first: bool = False) -> None:
+        """Take in what is left. Blocking: some 20 us a shard."""
         self.aside: dict[Owner, list[Extent]] = {}
         self.dropped: Counter[str] = Counter()
         self.left = 0
         self.left_bytes = 0
         self._store = store
-        self._left: list[Left] = []
+        self._proven_first = proven_first
         self._spaces: dict[NamespaceId, Namespace] = {}
+        self._rows: Rows = np.empty(0, dtype=RECORD)
         if store.host.records is not None:
             self._take_in(store.host.records)
+        if proven_first:
+            self._hold_all()
+        else:
+            self._publish_all()
 
-    def publish(self) -> None:
-        """Serve all that is left from now on, to clients that verify what they load."""
-        early = [left for left in self._left if not self._publish(left)]
-        self._adopt(early)
-        self._leave_spaces()
-
-    async def prove(self, *, first: bool) -> None:
+    async def prove(self) -> None:
         """Verify every byte, one shard at a time; what is wrong is dropped and counted.
 
-        With *first* a shard is published here, once it is proven; without, `publish` came
-        before, and what has left the arena since is passed over.
+        What has left the arena since is passed over.
         """
         early: list[Left] = []
-        host = self._store.host
-        for left in self._left:
-            extent, root = left.shard.extent, left.shard.root
-            if not first and not self._is_served(left):
+        for left in self._lefts():
+            if not (self._proven_first or self._is_served(left)):
                 continue
-            is_right = await asyncio.to_thread(host.verify_bytes, extent, root)
-            if not is_right and (first or self._is_served(left)):
-                self._discard(left, is_served=not first)
-            elif first and not self._publish(left):
-                early.append(left)
-        self._left.clear()
+            is_right = await asyncio.to_thread(
+                self._store.host.verify_bytes, left.shard.extent, left.shard.root
+            )
+            if self._proven_first:
+                self._publish_proven(left, early, is_right=is_right)
+            elif not is_right and self._is_served(left):
+                self._count_wrong()
+                self._store.room.vacate(left.space.find(left.digest), evicted=False)
         self._adopt(early)
         self._leave_spaces()
 
@@ -108,7 +108,9 @@ class Recovery:
         self._store.host.occupy(map(Extent, rows["offset"].tolist(), rows["size_bytes"].tolist()))
         filling = rows["state"] == FILLING
         self._set_aside(rows[filling])
-        self._line_up(rows[~filling])
+        self._rows = rows[~filling]
+        self.left = len(self._rows)
+        self.left_bytes = int(self._rows["size_bytes"].sum())
 
     def _open_spaces(self, records: Records, rows: Rows) -> None:
         """Enter the namespaces that *rows* are of, so that none of them goes meanwhile."""
@@ -157,33 +159,47 @@ class Recovery:
             self._store.hold_room(DEFAULT_TENANT, extent)
             self.aside.setdefault(Owner(*owner), []).append(extent)
 
-    def _line_up(self, rows: Rows) -> None:
-        """Keep the room of all shards in *rows*, and what there is to know of them."""
+    def _lefts(self) -> Iterator[Left]:
+        """Yield all shards that are left, in the order in which they were published."""
         tenants = {tenant_mark(name): number for number, name in enumerate(self._store.tenants)}
-        for row in rows[list(_READY_COLUMNS)].tolist():
-            offset, size_bytes, root, start, stop, flags, mark, namespace, digest, parent = row
-            tenant = tenants.get(mark, DEFAULT_TENANT)
-            extent = Extent(offset, size_bytes)
-            self._store.hold_room(tenant, extent)
-            self._left.append(
-                Left(
+        for start in range(0, len(self._rows), _BATCH_ROWS):
+            rows = self._rows[start : start + _BATCH_ROWS]
+            for row in rows[list(_READY_COLUMNS)].tolist():
+                offset, size_bytes, root, first, end, flags, mark, namespace, digest, parent = row
+                yield Left(
                     self._spaces[namespace],
-                    Digest(digest),
-                    Digest(parent) if flags & HAS_PARENT else None,
-                    ShardRecord(HeadRange(start, stop), extent, Root(root)),
-                    tenant,
+                    digest,
+                    parent if flags & HAS_PARENT else None,
+                    ShardRecord(HeadRange(first, end), Extent(offset, size_bytes), root),
+                    tenants.get(mark, DEFAULT_TENANT),
                 )
-            )
-            self.left += 1
-            self.left_bytes += size_bytes
 
     # --- publishing ---------------------------------------------------------------------------
 
-    def _publish(self, left: Left) -> bool:
-        """Serve one shard; return whether its place in its prefix is found already."""
+    def _publish_all(self) -> None:
+        early: list[Left] = []
+        for left in self._lefts():
+            self._publish(left, early)
+        self._adopt(early)
+
+    def _hold_all(self) -> None:
+        for left in self._lefts():
+            self._store.hold_room(left.tenant, left.shard.extent)
+
+    def _publish_proven(self, left: Left, early: list[Left], *, is_right: bool) -> None:
+        if is_right:
+            self._store.unhold_room(left.shard.extent)
+            self._publish(left, early)
+        else:
+            self._count_wrong()
+            self._store.give_up_room(left.shard.extent)
+
+    def _publish(self, left: Left, early: list[Left]) -> None:
+        """Serve one shard; note it as *early* when the chunk before it is not there yet."""
         if not self._store.restore(*left):
             self._count("kept twice", 1)
-        return left.parent is None or left.space.find(left.parent) != NO_SLOT
+        elif left.parent is not None and left.space.find(left.parent) == NO_SLOT:
+            early.append(left)
 
     def _adopt(self, early: Iterable[Left]) -> None:
         """Put chunks that came before their parents where they belong."""
@@ -203,13 +219,9 @@ class Recovery:
             and (shard.extent, shard.root) == (left.shard.extent, left.shard.root)
         )
 
-    def _discard(self, left: Left, *, is_served: bool) -> None:
+    def _count_wrong(self) -> None:
         self._store.counters.checksum_failures += 1
         self._count("of other bytes", 1)
-        if is_served:
-            self._store.room.vacate(left.space.find(left.digest), evicted=False)
-        else:
-            self._store.give_up_room(left.shard.extent)
 
     def _count(self, reason: str, number: int) -> None:
         if number:

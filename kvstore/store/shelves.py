@@ -175,8 +175,13 @@ class Shelves:
         self.residents.shares.charge(tenant, self.host.footprint(extent.size_bytes))
         self.promoting[extent] = tenant
 
+    def unhold_room(self, extent: Extent) -> None:
+        """End `hold_room`; the extent stays allocated."""
+        tenant = self.promoting.pop(extent)
+        self.residents.shares.refund(tenant, self.host.footprint(extent.size_bytes))
+
     def give_up_room(self, extent: Extent) -> None:
-        """Take back what `take_room` gave, or `hold_room` charged."""
+        """Take back what `take_room` gave, or `hold_room` held."""
         self.room.give_back(self.promoting.pop(extent), extent)
 
     def promoted(self, slot: int, heads: HeadRange, extent: Extent, parent: Digest | None) -> bool:
@@ -207,16 +212,21 @@ class Shelves:
         shard: ShardRecord,
         tenant: int,
     ) -> bool:
-        """Publish a shard that an earlier daemon left, and whose room is held.
+        """Publish a shard that an earlier daemon left, in an extent that counts as allocated.
 
-        Returns False, and frees its room, when it is not needed.
+        Returns False, and frees the extent, when it is not needed.
         """
+        is_new = space.find(digest) == NO_SLOT
         slot = self._place(space, digest, parent, shard, tenant)
         if slot == NO_SLOT:
-            self.give_up_room(shard.extent)
+            self.host.free(shard.extent)
             return False
-        del self.promoting[shard.extent]
-        self.room.publish(slot, shard)
+        owner = self.index.tenant_of(slot)
+        self.residents.shares.charge(owner, self.host.footprint(shard.size_bytes))
+        if is_new:
+            self.residents.admit(slot, space.manifest.chunk_bytes)
+        else:
+            self.room.publish(slot, shard)
         return True
 
     # --- the law ------------------------------------------------------------------------

@@ -82,21 +82,19 @@ class SlowerTiers:
             return self.learn(space, kind, found, tenant=tenant)
         return slot
 
-    def recover(
-        self, space: Namespace, kind: TierKind, found: Iterable[Recovered], *, tenant: int
-    ) -> int:
-        """Take in what a durable tier found when it was opened; return how many shards."""
-        early: list[tuple[int, Digest]] = []
+    def recover(self, kind: TierKind, found: Iterable[tuple[Namespace, int, Recovered]]) -> int:
+        """Take in what the tier *kind* has kept: (namespace, tenant, shard); return how many."""
+        early: list[tuple[Namespace, int, Digest]] = []
         count = 0
-        for one in found:
+        for space, tenant, one in found:
             slot = self.learn(space, kind, one, tenant=tenant)
             if slot == NO_SLOT:
                 continue
             count += 1
             parent = one.shard.parent
             if parent is not None and self._index.tree.parent(slot) == NO_SLOT:
-                early.append((slot, parent))
-        for slot, parent in early:
+                early.append((space, slot, parent))
+        for space, slot, parent in early:
             above = space.find(parent)
             if above != NO_SLOT:
                 self._index.adopt(slot, above)

@@ -17,6 +17,7 @@ from kvstore.config import (
     load_traced,
     plain,
     settings,
+    tenant_settings,
 )
 from kvstore.errors import ConfigError
 from kvstore.limits import GIB, MIB
@@ -135,7 +136,7 @@ def test_an_unknown_table_is_refused_with_line_and_nearest(file: Path) -> None:
 
 
 def test_an_unknown_table_that_only_a_deeper_header_names_has_a_line(file: Path) -> None:
-    expected = f"{file}:2: unknown setting disks; the nearest is tiers.host"
+    expected = f"{file}:2: unknown setting disks; the nearest is tiers.disk"
     assert refusal(file, "\n[disks.fast]\nx = 1\n") == expected
 
 
@@ -311,7 +312,9 @@ def test_the_schema_knows_every_setting_and_nothing_else() -> None:
     def walk(schema: dict, prefix: str) -> None:
         assert schema["additionalProperties"] is False
         for name, inner in schema["properties"].items():
-            if "properties" in inner:
+            if name == "tenants":
+                assert set(inner["additionalProperties"]["properties"]) == set(tenant_settings())
+            elif "properties" in inner:
                 walk(inner, f"{prefix}{name}.")
             else:
                 assert inner["description"].startswith("Must be ")

@@ -1,0 +1,69 @@
+"""What a durable tier has kept across a restart is taken in, before anybody is served."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from kvstore.errors import KVStoreError
+from kvstore.protocol.manifest import decode_namespace
+
+if TYPE_CHECKING:
+    from kvstore.store.index import Namespace
+    from kvstore.store.store import Store
+    from kvstore.tiers.base import DurableTier, Recovered
+    from kvstore.types import NamespaceId
+
+log = logging.getLogger(__name__)
+
+
+class Stock(NamedTuple):
+    """How much was there: what came into the index, and what nobody here can use."""
+
+    shards: int
+    unusable: int
+
+
+def take_stock(store: Store, tier: DurableTier) -> Stock:
+    """Put all that *tier* has kept into the index. Blocking; raises `TierError`.
+
+    What is of no namespace that can be opened here stays where it is: another configuration
+    may have use for it.
+    """
+    spaces = _open_spaces(store, tier.manifests())
+    unusable = 0
+
+    def usable() -> Iterator[tuple[Namespace, int, Recovered]]:
+        nonlocal unusable
+        for found in tier.recover():
+            known = spaces.get(found.shard.key.namespace)
+            if known is None:
+                unusable += 1
+            else:
+                yield *known, found
+
+    try:
+        shards = store.slower.recover(tier.kind, usable())
+    finally:
+        for space, _ in spaces.values():
+            store.leave(space)
+    return Stock(shards, unusable)
+
+
+def _open_spaces(
+    store: Store, manifests: dict[NamespaceId, bytes]
+) -> dict[NamespaceId, tuple[Namespace, int]]:
+    """Enter the namespaces of *manifests*; return each with the number of its tenant."""
+    spaces: dict[NamespaceId, tuple[Namespace, int]] = {}
+    for namespace, introduction in manifests.items():
+        try:
+            manifest, tenant = decode_namespace(introduction)
+            # A version that knows another field has another name for the same manifest.
+            if manifest.namespace_id(tenant) == namespace:
+                spaces[namespace] = (store.enter(manifest, tenant), store.tenant_number(tenant))
+        except KVStoreError as error:
+            log.warning(
+                "namespace not opened", extra={"namespace": namespace.hex(), "reason": str(error)}
+            )
+    return spaces
