@@ -110,9 +110,9 @@ DISK_SIZE_MAX_BYTES: Final = 16 * TIB
 DISK_INDEX_SHARE: Final = 64
 # What one thread reads or writes at once: large enough for any disk, small enough that the
 # checksums of one part are taken while others move.
-DISK_PART_SIZE_BYTES: Final = MIB
+DISK_PART_SIZE_BYTES: Final = 2 * MIB
 DISK_READ_THREADS: Final = 4
-DISK_WRITE_THREADS: Final = 2
+DISK_WRITE_THREADS: Final = 4
 DISK_CLOSE_TIMEOUT_SECONDS: Final = 5.0
 DISK_MARKER_MAX_BYTES: Final = 4 * KIB
 

@@ -1,9 +1,10 @@
-"""Threads that work for calls which may be given up: what they touch, and what they share."""
+"""Calls that work in threads: who does the work, and what its threads know of each other."""
 
 from __future__ import annotations
 
+import asyncio
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
@@ -11,56 +12,42 @@ import numpy as np
 
 from kvstore.hashing import Digests64, block_count
 from kvstore.limits import CHECKSUM_BLOCK_BYTES, DISK_PART_SIZE_BYTES
+from kvstore.tiers.base import Shard
+from kvstore.tiers.disk_slots import Room
 
 T = TypeVar("T")
 
 
-class Gate:
-    """Lets threads at memory of a caller until it is shut.
+class Job:
+    """One shard on its way to or from its room, in parts that threads take.
 
-    A thread that hangs in the kernel is outside, so shutting takes no longer than a copy.
+    Each thread puts in the digests of its parts. Once the job is given up, parts that have not
+    begun are left out.
     """
 
-    def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._inside = 0
-        self.is_shut = False
-
-    def enter(self) -> bool:
-        """Return whether the memory may be touched, until `leave`."""
-        with self._changed:
-            if not self.is_shut:
-                self._inside += 1
-            return not self.is_shut
-
-    def leave(self) -> None:
-        """End what `enter` has begun."""
-        with self._changed:
-            self._inside -= 1
-            self._changed.notify_all()
-
-    def shut(self) -> None:
-        """Return when nobody is inside, and nobody ever will be."""
-        with self._changed:
-            self.is_shut = True
-            self._changed.wait_for(lambda: self._inside == 0)
-
-
-class BlockSums:
-    """The block digests of one chunk, put together by many threads."""
-
-    def __init__(self, size_bytes: int) -> None:
-        self.digests: Digests64 = np.zeros(block_count(size_bytes), "<u8")
-        self._left = len(self.digests)
+    def __init__(self, shard: Shard, room: Room, record: bytes = b"") -> None:
+        self.shard, self.room, self.record = shard, room, record
+        self.is_given_up = False
+        self.is_recorded = False
+        self.parts = range(0, shard.size_bytes, DISK_PART_SIZE_BYTES)
+        self.digests: Digests64 = np.zeros(block_count(shard.size_bytes), "<u8")
+        self._writes_left = len(self.parts) + 1
         self._lock = threading.Lock()
 
-    def add(self, start: int, digests: Digests64) -> bool:
-        """Put in those of the part at *start*; True for the one that makes them complete."""
+    def give_up(self) -> None:
+        """Leave out what has not begun."""
+        self.is_given_up = True
+
+    def add(self, start: int, digests: Digests64) -> None:
+        """Put in the digests of what begins at *start*."""
         first = start // CHECKSUM_BLOCK_BYTES
+        self.digests[first : first + len(digests)] = digests
+
+    def finish_part(self) -> bool:
+        """Note that a part, or the header, is written; True for the last."""
         with self._lock:
-            self.digests[first : first + len(digests)] = digests
-            self._left -= len(digests)
-            return self._left == 0
+            self._writes_left -= 1
+            return self._writes_left == 0
 
 
 class Crew:
@@ -70,26 +57,44 @@ class Crew:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix=f"kvstore-disk-{name}")
         self._pending: set[Future[Any]] = set()
 
-    def submit(self, call: Callable[[], T]) -> Future[T]:
-        """Let the next thread that is free make *call*."""
-        future = self._pool.submit(call)
-        self._pending.add(future)
-        future.add_done_callback(self._pending.discard)
-        return future
+    async def do(
+        self, calls: Sequence[Callable[[], T]], give_up: Callable[[], None] | None = None
+    ) -> list[T]:
+        """Return what all *calls* return; it comes, or the first error, when none runs any more.
+
+        When cancelled, it calls *give_up* and ends no earlier: nothing goes on behind the back
+        of the caller.
+        """
+        futures = [asyncio.wrap_future(self._submit(call)) for call in calls]
+        cancelled: asyncio.CancelledError | None = None
+        while not all(future.done() for future in futures):
+            try:
+                await asyncio.wait(futures)
+            except asyncio.CancelledError as error:
+                cancelled = error
+                if give_up is not None:
+                    give_up()
+        failures = [future.exception() for future in futures if not future.cancelled()]
+        if cancelled is not None:
+            raise cancelled
+        for failure in failures:
+            if failure is not None:
+                raise failure
+        return [future.result() for future in futures]
 
     def dismiss(self) -> set[Future[Any]]:
         """Cancel what has not begun; return what has."""
         self._pool.shutdown(wait=False, cancel_futures=True)
         return set(self._pending)
 
+    def _submit(self, call: Callable[[], T]) -> Future[T]:
+        future = self._pool.submit(call)
+        self._pending.add(future)
+        future.add_done_callback(self._pending.discard)
+        return future
+
 
 def dismiss(crews: Iterable[Crew], timeout_seconds: float) -> bool:
     """End the work of all *crews*; return whether it ended in time."""
     pending: set[Future[Any]] = set().union(*(crew.dismiss() for crew in crews))
     return not wait(pending, timeout_seconds).not_done
-
-
-def parts_of(size_bytes: int) -> Iterator[tuple[int, int]]:
-    """Yield where each part of a payload starts and stops."""
-    for start in range(0, size_bytes, DISK_PART_SIZE_BYTES):
-        yield start, min(start + DISK_PART_SIZE_BYTES, size_bytes)

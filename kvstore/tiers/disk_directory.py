@@ -38,6 +38,8 @@ _DIRECTORY_MODE: Final = 0o700
 _FILE_MODE: Final = 0o600
 _KIND: Final = "kvstore disk tier"
 _CHECKSUM_BYTES: Final = 8
+# With what the store adds to a manifest of its own.
+_MANIFEST_MAX_BYTES: Final = 2 * MANIFEST_SIZE_MAX_BYTES
 
 _log = logging.getLogger(__name__)
 
@@ -100,6 +102,11 @@ class DiskDirectory:
             if namespace not in used:
                 (self.path / _MANIFESTS_NAME / namespace.hex()).unlink(missing_ok=True)
 
+    def probe(self) -> None:
+        """Write something that says nothing new to the medium. Raises `OSError`."""
+        os.pwrite(self._lock, _owner(), 0)
+        os.fdatasync(self._lock)
+
     def close(self) -> None:
         """Give the directory up."""
         os.close(self._lock)
@@ -160,8 +167,12 @@ def _claim(path: Path) -> int:
         os.close(lock)
         raise
     os.ftruncate(lock, 0)
-    os.write(lock, f"{os.getpid()}\n".encode())
+    os.write(lock, _owner())
     return lock
+
+
+def _owner() -> bytes:
+    return f"{os.getpid()}\n".encode()
 
 
 def _write_whole(path: Path, text: bytes) -> None:
@@ -191,9 +202,9 @@ def _namespace_of(path: Path) -> NamespaceId | None:
 
 def _read_manifest(path: Path) -> bytes | None:
     with path.open("rb") as file:
-        text = file.read(_CHECKSUM_BYTES + MANIFEST_SIZE_MAX_BYTES + 1)
+        text = file.read(_CHECKSUM_BYTES + _MANIFEST_MAX_BYTES + 1)
     checksum, manifest = text[:_CHECKSUM_BYTES], text[_CHECKSUM_BYTES:]
-    is_whole = len(text) > _CHECKSUM_BYTES and len(manifest) <= MANIFEST_SIZE_MAX_BYTES
+    is_whole = len(text) > _CHECKSUM_BYTES and len(manifest) <= _MANIFEST_MAX_BYTES
     if is_whole and int.from_bytes(checksum, "little") == xxh3_64_intdigest(manifest):
         return manifest
     return None

@@ -172,6 +172,10 @@ class Volume:
         """Drop what lies behind the first *count* records."""
         os.ftruncate(self._index, count * RECORD_BYTES)
 
+    def probe(self) -> None:
+        """Read a page of the slab."""
+        os.preadv(self._slab, [aligned_buffer(EXTENT_ALIGNMENT_BYTES)], 0)
+
     def sync(self) -> None:
         """Return when what was written is on the medium: payloads first, then records."""
         os.fdatasync(self._slab)
