@@ -24,7 +24,7 @@
 /* BLOCK: the widest head. LANES: tokens beside each other where channels are rows. STRIP: channels
  * of a tile that are summed at a time, so that they stay in the nearest cache. */
 enum { BLOCK = 1024, LANES = 16, STRIP = 64 };
-enum { SOURCE_BF16 = 1, SOURCE_FP16 = 2, SOURCE_FP32 = 3, SOURCE_E4M3 = 4, SOURCE_E5M2 = 5 };
+enum { SOURCE_BF16 = 1, SOURCE_FP16, SOURCE_FP32, SOURCE_E4M3, SOURCE_E5M2, SOURCE_OPAQUE };
 enum { DONE = 0, UNFIT = 1, BAD_BYTES = 2, BAD_REQUEST = 3, NO_MEMORY = 4 };
 
 /* Parts begin anywhere: their readers do not count on alignment. */
@@ -36,7 +36,7 @@ typedef struct {
     uint32_t codec, kind, source, layer;
     uint64_t element; /* bytes of a value of the engine */
     uint64_t heads, tokens, width, sinks;
-    uint64_t extra; /* bytes of the parts sinks and tail of a head block */
+    uint64_t tail; /* channels that follow the coded ones of a token, kept by others */
     uint64_t table;
     int64_t head_stride, token_stride; /* bytes between the engine's heads and tokens */
     const uint16_t *frequencies;       /* ecsq: of its symbols */
@@ -95,6 +95,8 @@ typedef struct {
                        uint8_t *plane, size_t n);
     void (*unpack_plane)(const uint8_t *plane, size_t rows, unsigned width, unsigned shift,
                          uint8_t *codes, size_t n);
+    size_t (*ecsq_encode)(head *h, uint8_t *symbols, any16 *list);
+    int (*ecsq_decode)(head *h, const uint8_t *symbols, const any16 *list, size_t held);
 } kernel;
 
 #if defined(__x86_64__)
@@ -176,6 +178,17 @@ int kvstore_codecs_use_kernel(const char *name) {
     return 0;
 }
 
+static uint64_t sinks_bytes(const request *ask) { return ask->sinks * ask->width * ask->element; }
+static uint64_t tail_bytes(const request *ask) { return ask->tokens * ask->tail * ask->element; }
+
+/* Bytes of the parts sinks and tail of a head. */
+static uint64_t extra_bytes(const request *ask) {
+    return kv_pad16(sinks_bytes(ask)) + kv_pad16(tail_bytes(ask));
+}
+
+#include "_codecs_rans.h"
+#include "_codecs_sections.h"
+
 /* --- fixed rate ------------------------------------------------------------------------------------- */
 
 static int is_fixed_rate(uint32_t codec) {
@@ -185,11 +198,11 @@ static int is_fixed_rate(uint32_t codec) {
 
 /* What holds for every request. The limits keep every product of sizes far below 2^63. */
 static int is_sound(const request *ask) {
-    static const uint64_t elements[] = {0, 2, 2, 4, 1, 1};
-    return ask->kind <= KV_VALUES && ask->source >= SOURCE_BF16 && ask->source <= SOURCE_E5M2 &&
+    static const uint64_t elements[] = {0, 2, 2, 4, 1, 1, 1};
+    return ask->kind <= KV_VALUES && ask->source >= SOURCE_BF16 && ask->source <= SOURCE_OPAQUE &&
            ask->element == elements[ask->source] && ask->heads > 0 && ask->heads <= 65535 &&
            ask->tokens > 0 && ask->tokens <= 1u << 30 && ask->width > 0 && ask->width <= BLOCK &&
-           ask->sinks <= ask->tokens && ask->extra <= (uint64_t)1 << 40 && ask->extra % 16 == 0;
+           ask->sinks <= ask->tokens && ask->tail <= 1u << 16;
 }
 
 static void open_head(head *h, const request *ask, const kv_layout *at) {
@@ -209,13 +222,57 @@ static void zero_padding(const head *h) {
     }
 }
 
+/* The variable-rate codecs: *size* is the cap, found->size what it came to. Offsets are 32 bits. */
+static int encode_variable(
+    const request *ask, const uint8_t *values, uint8_t *section, uint64_t size, outcome *found) {
+    head h;
+    kv_layout none = {{0}, {0}, 0, 0};
+    room out = {section, lesser(size, UINT32_MAX), 0};
+    uint8_t *from = (uint8_t *)(uintptr_t)values;
+    int status = BAD_REQUEST;
+    open_head(&h, ask, &none);
+    if (ask->codec == KV_EXP3 && ask->source == SOURCE_BF16) {
+        status = exp3_encode(&h, &out, from);
+    } else if (ask->codec == KV_RANS) {
+        status = rans_encode(&h, &out, from);
+    } else if (ask->codec == KV_ECSQ && ask->source != SOURCE_OPAQUE) {
+        status = ecsq_encode(&h, &out, from);
+    }
+    *found = (outcome){h.error, h.energy, out.at};
+    return status == DONE && !(h.error <= FLT_MAX) ? UNFIT : status;
+}
+
+static int decode_variable(const request *ask, const uint8_t *section, uint64_t size,
+    uint8_t *values, uint64_t first, uint64_t end) {
+    head h;
+    kv_layout none = {{0}, {0}, 0, 0};
+    room in = {(uint8_t *)(uintptr_t)section, size, 0};
+    open_head(&h, ask, &none);
+    if (ask->codec == KV_EXP3 && ask->source == SOURCE_BF16) {
+        return exp3_decode(&h, &in, values, first, end);
+    }
+    if (ask->codec == KV_RANS) {
+        return rans_decode(&h, &in, values, first, end);
+    }
+    if (ask->codec == KV_ECSQ && ask->source != SOURCE_OPAQUE) {
+        return ecsq_decode(&h, &in, values, first, end);
+    }
+    return BAD_REQUEST;
+}
+
 /* Encode all heads of the engine's *values* into the *size* bytes at *section*. */
 int kvstore_codecs_encode(
     const request *ask, const uint8_t *values, uint8_t *section, uint64_t size, outcome *found) {
-    if (!is_sound(ask) || !is_fixed_rate(ask->codec)) {
+    if (!is_sound(ask)) {
         return BAD_REQUEST;
     }
-    kv_layout at = kv_layout_of(ask->codec, ask->kind, ask->tokens, ask->width, ask->extra);
+    if (!is_fixed_rate(ask->codec)) {
+        return encode_variable(ask, values, section, size, found);
+    }
+    if (ask->source == SOURCE_OPAQUE) {
+        return BAD_REQUEST;
+    }
+    kv_layout at = kv_layout_of(ask->codec, ask->kind, ask->tokens, ask->width, extra_bytes(ask));
     if (size != ask->heads * at.bytes) {
         return BAD_REQUEST;
     }
@@ -243,10 +300,16 @@ int kvstore_codecs_encode(
 int kvstore_codecs_decode(
     const request *ask, const uint8_t *section, uint64_t size, uint8_t *values, uint64_t first,
     uint64_t end) {
-    if (!is_sound(ask) || !is_fixed_rate(ask->codec) || first > end || end > ask->heads) {
+    if (!is_sound(ask) || first > end || end > ask->heads) {
         return BAD_REQUEST;
     }
-    kv_layout at = kv_layout_of(ask->codec, ask->kind, ask->tokens, ask->width, ask->extra);
+    if (!is_fixed_rate(ask->codec)) {
+        return decode_variable(ask, section, size, values, first, end);
+    }
+    if (ask->source == SOURCE_OPAQUE) {
+        return BAD_REQUEST;
+    }
+    kv_layout at = kv_layout_of(ask->codec, ask->kind, ask->tokens, ask->width, extra_bytes(ask));
     if (size != ask->heads * at.bytes) {
         return BAD_BYTES;
     }

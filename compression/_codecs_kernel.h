@@ -337,7 +337,7 @@ TARGET static size_t NAME(ecsq_symbols)(
         int is_escape = q > bound || q < -bound;
         symbols[i] = (uint8_t)(is_escape ? 2 * bound + 1 : q + bound);
         float missed = kv_sub(row[i], kv_mul(kv_float_of_small(q), steps[i]));
-        missed = is_escape ? 0.0f : missed;
+        missed = is_escape ? 0.0f : missed; /* what those lose is added where they are listed */
         error[i] = kv_add(error[i], kv_mul(missed, missed));
         escapes += (uint32_t)is_escape;
     }

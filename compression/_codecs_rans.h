@@ -174,7 +174,8 @@ WIDE static size_t rans_encode_wide(
 
 /* --- streams ----------------------------------------------------------------------------------------- */
 
-/* Decode a stream of `count` words; return 0 when it ends early or is not used up. */
+/* Decode a stream of `count` words; return 0 when it ends early, is not used up, or leaves a state
+ * that no encoder begins with. */
 static int rans_decode_stream(
     const rans_decoder *table, const any32 *first, const any16 *words, size_t count,
     uint8_t *symbols, size_t steps, size_t pitch) {
@@ -191,15 +192,19 @@ static int rans_decode_stream(
             return 0;
         }
     }
+    for (size_t lane = 0; lane < KV_RANS_LANES; lane++) {
+        if (states[lane] != KV_RANS_LOW) {
+            return 0;
+        }
+    }
     return at == count;
 }
 
 /* Encode a stream into the end of `room` words; return how many it took, or room + 1 when they do
  * not suffice or a symbol has no place in the table. */
 static size_t rans_encode_stream(
-    const rans_encoder *table, any32 *last, any16 *words, size_t room, const uint8_t *symbols,
+    const rans_encoder *table, uint32_t *states, any16 *words, size_t room, const uint8_t *symbols,
     size_t steps, size_t pitch) {
-    uint32_t states[KV_RANS_LANES];
     size_t at = room;
     int is_possible = 1;
     for (size_t lane = 0; lane < KV_RANS_LANES; lane++) {
@@ -213,6 +218,5 @@ static size_t rans_encode_stream(
     for (; steps > 0 && is_possible; steps--) {
         is_possible = rans_encode_step(table, states, words, &at, symbols + (steps - 1) * pitch);
     }
-    memcpy(last, states, sizeof states);
     return is_possible ? room - at : room + 1;
 }

@@ -33,4 +33,6 @@ static const kernel NAME(kernel) = {
     .merge_row = NAME(merge_row),
     .pack_plane = NAME(pack_plane),
     .unpack_plane = NAME(unpack_plane),
+    .ecsq_encode = NAME(ecsq_encode),
+    .ecsq_decode = NAME(ecsq_decode),
 };

@@ -10,7 +10,10 @@ from __future__ import annotations
 import ctypes
 import os
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.compression.shapes import (
     UNFIT,
@@ -20,9 +23,9 @@ from kvstore.compression.shapes import (
     SectionShape,
     SourceType,
     Values,
-    padded,
     section_cap_bytes,
 )
+from kvstore.compression.tables import PRESETS_BY_ID
 from kvstore.errors import CodecError, ContainerError
 from kvstore.types import HeadRange
 
@@ -41,8 +44,13 @@ CODECS: Final = frozenset(
         CodecId.NVFP4,
         CodecId.HQ4,
         CodecId.HQ3,
+        CodecId.EXP3,
+        CodecId.RANS,
+        CodecId.ECSQ,
     }
 )
+
+_NUMBERS: Final = tuple(kind for kind in SourceType if kind is not SourceType.OPAQUE)
 
 _DONE, _UNFIT, _BAD_BYTES = 0, 1, 2
 
@@ -60,7 +68,7 @@ class Request(ctypes.Structure):
         ("tokens", ctypes.c_uint64),
         ("width", ctypes.c_uint64),
         ("sinks", ctypes.c_uint64),
-        ("extra", ctypes.c_uint64),
+        ("tail", ctypes.c_uint64),
         ("table", ctypes.c_uint64),
         ("head_stride", ctypes.c_int64),
         ("token_stride", ctypes.c_int64),
@@ -136,8 +144,12 @@ def find(codec: CodecId, shape: SectionShape) -> NativeCoder | None:
 
 def coder_of(library: Library, codec: CodecId, shape: SectionShape) -> NativeCoder | None:
     """Return the coder of this *library*, or None where it has none for the shape."""
-    is_known = codec in CODECS and shape.source is not SourceType.OPAQUE
-    if not is_known or not 0 < shape.dim <= WIDTH_MAX or shape.tokens == 0 or shape.heads == 0:
+    takes = {CodecId.EXP3: (SourceType.BFLOAT16,), CodecId.RANS: tuple(SourceType)}
+    if codec not in CODECS or shape.source not in takes.get(codec, _NUMBERS):
+        return None
+    if codec is CodecId.ECSQ and shape.table not in PRESETS_BY_ID:
+        return None
+    if not 0 < shape.dim <= WIDTH_MAX or shape.tokens == 0 or shape.heads == 0:
         return None
     return NativeCoder(library, codec)
 
@@ -179,9 +191,8 @@ class NativeCoder:
 
     def _request(self, shape: SectionShape, values: Values) -> Request:
         element = shape.source.size_bytes
-        extra = padded(shape.sinks * shape.dim * element)
-        extra += padded(shape.tokens * shape.tail * element)
-        request = Request(
+        table = self._table(shape)
+        return Request(
             codec=self._codec,
             kind=shape.kind,
             source=shape.source,
@@ -191,12 +202,35 @@ class NativeCoder:
             tokens=shape.tokens,
             width=shape.dim,
             sinks=shape.sinks,
-            extra=extra,
+            tail=shape.tail,
             table=shape.table,
             head_stride=values.strides[0],
             token_stride=values.strides[1],
+            frequencies=None if table is None else table.frequencies.ctypes.data,
+            bound=0 if table is None else table.bound,
+            delta=0.0 if table is None else table.delta,
         )
-        return request
+
+    def _table(self, shape: SectionShape) -> _Table | None:
+        return _TABLES[shape.table][shape.kind] if self._codec is CodecId.ECSQ else None
+
+
+class _Table(NamedTuple):
+    """What ecsq knows beforehand about the symbols of K or of V."""
+
+    frequencies: NDArray[np.uint16]
+    bound: int
+    delta: float
+
+
+_TABLES: Final = {
+    preset.table_id: tuple(
+        _Table(np.array(preset.frequencies[kind], dtype=np.uint16), bound, delta)
+        for kind, (bound, delta) in enumerate(zip(preset.bounds, preset.deltas, strict=True))
+    )
+    for preset in PRESETS_BY_ID.values()
+}
+"""Kept here for as long as the library may read them."""
 
 
 def _check_values(shape: SectionShape, values: Values, heads: int) -> None:
