@@ -7,9 +7,11 @@ from typing import Final, NamedTuple
 
 from kvstore.errors import ConfigError
 from kvstore.limits import (
+    KIB,
     REDIS_CONNECTIONS_MAX,
     REDIS_PREFIX_MAX_CHARS,
     REDIS_SECRET_MAX_BYTES,
+    REDIS_STRIPE_BYTES,
     REDIS_TIMEOUT_MAX_SECONDS,
     REDIS_TIMEOUT_MIN_SECONDS,
 )
@@ -23,14 +25,19 @@ _PREFIX_CHARS: Final = frozenset(
 
 
 class Pace(NamedTuple):
-    """How one shard is moved: over how many lanes, and how many stripes unanswered on each.
+    """How one shard is moved: over how many lanes, and how many bytes unanswered on each.
 
-    One server on this host is fastest with one lane and one stripe at a time; over a network,
-    more of both hide its latency.
+    One server on this host is fastest with one lane and one full stripe at a time (a short
+    last one goes along); over a network, more of both hide its latency.
     """
 
     lanes: int
     window: int
+
+
+_SHORT_STRIPE_BYTES: Final = 512 * KIB
+LOCAL_WINDOW_BYTES: Final = REDIS_STRIPE_BYTES + _SHORT_STRIPE_BYTES
+REMOTE_WINDOW_BYTES: Final = 2 * REDIS_STRIPE_BYTES + _SHORT_STRIPE_BYTES
 
 
 class RedisSettings(NamedTuple):
@@ -59,7 +66,9 @@ class RedisSettings(NamedTuple):
     def pace(self) -> Pace:
         """What suits the way to the servers."""
         is_one_host = all(seed.is_local for seed in self.url.seeds)
-        return Pace(1, 1) if is_one_host else Pace(self.connections, 2)
+        if is_one_host:
+            return Pace(1, LOCAL_WINDOW_BYTES)
+        return Pace(self.connections, REMOTE_WINDOW_BYTES)
 
 
 def check_settings(

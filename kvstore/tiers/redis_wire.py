@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
+import struct
 import time
 from collections.abc import Callable, Generator, Sequence
 from enum import Enum, auto
@@ -41,6 +42,10 @@ Command = tuple[bytes, ...]
 _LINE_MAX_BYTES: Final = 4096
 _RECEIVE_BYTES: Final = 64 * 1024
 _BUFFER_BYTES: Final = 4 * MIB
+_DIGEST_BYTES: Final = MIB
+"""Bytes are digested in steps that still lie in a cache, and of which there are few."""
+
+_TIMEVAL: Final = struct.Struct("@ll")
 _KEEPALIVE: Final = {
     socket.TCP_KEEPIDLE: 10,
     socket.TCP_KEEPINTVL: 5,
@@ -191,7 +196,6 @@ class Lane:
         self._small = memoryview(bytearray(_LINE_MAX_BYTES))
         self._have = self._small[:0]
         self.is_broken = False
-        self.was_used = False
 
     def is_quiet(self) -> bool:
         """Return whether the connection still stands and nothing has come unasked."""
@@ -221,7 +225,8 @@ class Lane:
     def begin(self, ends_at: float) -> None:
         """Let the next calls end by *ends_at* on the monotonic clock."""
         self._ends_at = ends_at
-        self.was_used = True
+        if not self._is_tls:
+            self._socket.settimeout(None)
 
     # --- small commands ------------------------------------------------------------------
 
@@ -263,14 +268,15 @@ class Lane:
     ) -> list[ReplyError | None]:
         """Set *stripes* from *source*, the bytes of their shard; return what each met, if anything.
 
-        At most *window* are unanswered at a time. After a refusal that is no redirection to
-        another server for that key, the rest is not sent and counts as refused alike.
+        At most *window* bytes, or one stripe, are unanswered at a time. After a refusal that is
+        no redirection to another server for that key, the rest is not sent and counts as
+        refused alike.
         """
         outcomes: list[ReplyError | None] = []
         with self._unbroken():
             sent = 0
             while len(outcomes) < len(stripes):
-                if sent < len(stripes) and sent - len(outcomes) < window:
+                if _is_room(stripes[len(outcomes) : sent + 1], sent, len(stripes), window):
                     self._send_set(stripes[sent], source, ttl_ms=ttl_ms, asking=asking)
                     sent += 1
                     continue
@@ -308,13 +314,14 @@ class Lane:
     ) -> list[Fetched | ReplyError]:
         """Get *stripes* into *target*, the room of their shard; return what became of each.
 
-        Stripes behind one that is not as it should be may be left out, and count as it does.
+        At most *window* bytes, or one stripe, are on their way at a time. Stripes behind one
+        that is not as it should be may be left out, and count as it does.
         """
         outcomes: list[Fetched | ReplyError] = []
         with self._unbroken():
             asked, wanted = 0, len(stripes)
             while len(outcomes) < wanted:
-                if asked < wanted and asked - len(outcomes) < window:
+                if _is_room(stripes[len(outcomes) : asked + 1], asked, wanted, window):
                     self._send([memoryview(_get(stripes[asked].name, asking=asking))])
                     asked += 1
                     continue
@@ -362,14 +369,13 @@ class Lane:
         got = self._drain(view)
         digested = 0
         while digested < size:
-            if got < size:
-                got += self._receive_into(view[got:])
-            ready = got if got == size else got - got % CHECKSUM_BLOCK_BYTES
-            if ready > digested:
-                found = copies.digest_blocks_at(start + digested, ready - digested)
-                first = digested // CHECKSUM_BLOCK_BYTES
-                digests[first : first + len(found)] = found
-                digested = ready
+            ready = min(digested + _DIGEST_BYTES, size)
+            while got < ready:
+                got += self._receive_into(view[got:ready], socket.MSG_WAITALL)
+            found = copies.digest_blocks_at(start + digested, ready - digested)
+            first = digested // CHECKSUM_BLOCK_BYTES
+            digests[first : first + len(found)] = found
+            digested = ready
 
     def _status(self, *, asking: bool) -> ReplyError | None:
         """Read the reply to a command that answers OK, and to the ASKING before it."""
@@ -391,7 +397,8 @@ class Lane:
             yield
         except OSError as error:
             self.is_broken = True
-            kind = LaneTimeoutError if isinstance(error, TimeoutError) else LaneError
+            is_late = isinstance(error, TimeoutError | BlockingIOError)
+            kind = LaneTimeoutError if is_late else LaneError
             raise kind(error.strerror or str(error)) from error
         except BaseException:
             self.is_broken = True
@@ -427,28 +434,35 @@ class Lane:
         self._have = self._have[size:]
         return size
 
-    def _receive_into(self, view: memoryview) -> int:
-        self._wait()
-        size = self._socket.recv_into(view)
+    def _receive_into(self, view: memoryview, flags: int = 0) -> int:
+        """Receive some bytes."""
+        self._bound_wait(socket.SO_RCVTIMEO)
+        size = self._socket.recv_into(view, 0, 0 if self._is_tls else flags)
         if size == 0:
             raise LaneError("the server has closed the connection")
         return size
 
     def _send(self, parts: list[memoryview]) -> None:
         while parts:
-            self._wait()
+            self._bound_wait(socket.SO_SNDTIMEO)
             sent = self._socket.send(parts[0]) if self._is_tls else self._socket.sendmsg(parts)
             while parts and sent >= len(parts[0]):
                 sent -= len(parts.pop(0))
             if sent:
                 parts[0] = parts[0][sent:]
 
-    def _wait(self) -> None:
+    def _bound_wait(self, option: int) -> None:
         """Bound the next wait by the deadline and by the time in which nothing moves."""
         left = self._ends_at - time.monotonic()
         if left <= 0:
             raise LaneTimeoutError("no answer in time")
-        self._socket.settimeout(min(left, self._timeout_seconds))
+        seconds = min(left, self._timeout_seconds)
+        if self._is_tls:
+            self._socket.settimeout(seconds)
+        else:
+            # The kernel waits by itself: fewer calls and fewer changes of thread than Python's.
+            whole, rest = divmod(max(1, round(seconds * 1e6)), 10**6)
+            self._socket.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(whole, rest))
 
 
 def is_ask(reply: object) -> bool:
@@ -463,6 +477,13 @@ def pack(commands: Sequence[Command]) -> bytes:
         words.append(b"*%d\r\n" % len(command))
         words += [b"$%d\r\n%b\r\n" % (len(word), word) for word in command]
     return b"".join(words)
+
+
+def _is_room(ahead: Sequence[Stripe], begun: int, wanted: int, window: int) -> bool:
+    """Return whether the last of *ahead*, unanswered ones and the next, may be begun."""
+    if begun >= wanted:
+        return False
+    return len(ahead) == 1 or sum(stripe.value_bytes for stripe in ahead) <= window
 
 
 def _get(name: bytes, *, asking: bool) -> bytes:
