@@ -30,12 +30,9 @@ class WarmStart:
 
     def __init__(self, store: Store, *, verify_loads: bool, grace_seconds: float) -> None:
         self._store = store
-        self._verify_loads = verify_loads
         self._grace_seconds = grace_seconds
         started_at = time.monotonic()
-        self._recovery = Recovery(store)
-        if verify_loads:
-            self._recovery.publish()
+        self._recovery = Recovery(store, proven_first=not verify_loads)
         self._report(time.monotonic() - started_at)
 
     async def settle(self) -> None:
@@ -48,7 +45,7 @@ class WarmStart:
             else:
                 process.when_gone(loop, self._grace_seconds, partial(self._give_up, extents))
         dropped = self._recovery.dropped.total()
-        await self._recovery.prove(first=not self._verify_loads)
+        await self._recovery.prove()
         wrong = self._recovery.dropped.total() - dropped
         if wrong:
             log.warning("kept shards have other bytes than they had", extra={"shards": wrong})

@@ -74,6 +74,7 @@ class Recovery:
             self._hold_all()
         else:
             self._publish_all()
+            self._leave_spaces()
 
     async def prove(self) -> None:
         """Verify every byte, one shard at a time; what is wrong is dropped and counted.
@@ -93,7 +94,8 @@ class Recovery:
                 self._count_wrong()
                 self._store.room.vacate(left.space.find(left.digest), evicted=False)
         self._adopt(early)
-        self._leave_spaces()
+        if self._proven_first:
+            self._leave_spaces()
 
     # --- taking in ----------------------------------------------------------------------------
 
@@ -129,7 +131,6 @@ class Recovery:
     def _leave_spaces(self) -> None:
         for space in self._spaces.values():
             self._store.leave(space)
-        self._spaces.clear()
 
     def _sound(self, rows: Rows) -> Mask:
         """Return which of *rows* are to be used; counts the others by the first reason not to."""

@@ -216,17 +216,19 @@ class Shelves:
 
         Returns False, and frees the extent, when it is not needed.
         """
-        is_new = space.find(digest) == NO_SLOT
+        shares, need = self.residents.shares, self.host.footprint(shard.size_bytes)
+        if space.find(digest) == NO_SLOT:
+            above = NO_SLOT if parent is None else space.find(parent)
+            slot = self.index.add(space, digest, above, shard, tenant)
+            shares.charge(tenant, need)
+            self.residents.admit(slot, space.manifest.chunk_bytes)
+            return True
+        shares.charge(tenant, need)
         slot = self._place(space, digest, parent, shard, tenant)
         if slot == NO_SLOT:
-            self.host.free(shard.extent)
+            self.room.give_back(tenant, shard.extent)
             return False
-        owner = self.index.tenant_of(slot)
-        self.residents.shares.charge(owner, self.host.footprint(shard.size_bytes))
-        if is_new:
-            self.residents.admit(slot, space.manifest.chunk_bytes)
-        else:
-            self.room.publish(slot, shard)
+        self.room.publish(slot, shard)
         return True
 
     # --- the law ------------------------------------------------------------------------

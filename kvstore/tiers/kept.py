@@ -64,6 +64,8 @@ class KeptArena:
                 os.close(arena_fd)
                 raise
         except BaseException:
+            if not os.fstat(self._fd).st_size:
+                self._paths[1].unlink(missing_ok=True)
             self._give_up()
             raise
         self.records = Records(memoryview(self._map), size_bytes, geometry)

@@ -10,6 +10,7 @@ from kvstore.limits import MIB
 from kvstore.metrics import Counters
 from kvstore.store.quota import Share
 from kvstore.store.recovery import Recovery
+from kvstore.store.soundness import tenant_mark
 from kvstore.store.store import Store
 from kvstore.tiers.base import Shard, ShardKey
 from kvstore.tiers.host import HostTier
@@ -52,10 +53,8 @@ class KeptStores:
 
 
 def bring_back(store: Store) -> Recovery:
-    """Bring back what is left, looking at the laws on the way."""
+    """Bring back what is left; the store is in order then."""
     recovery = Recovery(store)
-    store.check()
-    recovery.publish()
     store.check()
     return recovery
 
@@ -72,11 +71,12 @@ def write_bytes(tier: HostTier, extent: Extent, payload: bytes) -> Root:
 def publish(tier: HostTier, extent: Extent, number: int, **changed) -> None:
     """Record a shard by hand, whose bytes are right unless *changed*."""
     size = extent.size_bytes
-    fields = {"heads": MANIFEST.all_heads, "root": None} | changed
+    fields = {"heads": MANIFEST.all_heads, "root": None, "tenant": ""} | changed
     root = fields["root"]
     if root is None:
         root = write_bytes(tier, extent, make_payload(loose_digest(number), size))
-    tier.publish(extent, make_shard(number, size, fields["heads"], root), MANIFEST.encode)
+    shard = make_shard(number, size, fields["heads"], root)
+    tier.publish(extent, shard, MANIFEST.encode, tenant_mark(fields["tenant"]))
 
 
 def make_shard(number: int, size_bytes: int, heads: HeadRange, root: Root) -> Shard:

@@ -216,6 +216,7 @@ def test_a_file_that_is_not_ours_is_refused_and_left(path):
     with pytest.raises(ConfigError, match=f"{path} has mode 0644"):
         KeptArena(path, SIZE)
     assert path.read_bytes() == b"precious"
+    assert list(path.parent.iterdir()) == [path]
     assert open_fds() == before
 
 

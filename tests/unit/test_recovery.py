@@ -270,7 +270,7 @@ def spoiled(start) -> Store:
 async def test_changed_bytes_are_found_behind_what_is_served(spoiled):
     recovery = bring_back(spoiled)
     assert Engine(spoiled, MANIFEST).hits(DIGESTS) == 6
-    await recovery.prove(first=False)
+    await recovery.prove()
     spoiled.check()
     assert Engine(spoiled, MANIFEST).hits(DIGESTS) == 2
     assert spoiled.counters.checksum_failures == 1
@@ -278,11 +278,11 @@ async def test_changed_bytes_are_found_behind_what_is_served(spoiled):
 
 
 async def test_changed_bytes_are_never_served_to_who_does_not_verify(spoiled):
-    recovery = Recovery(spoiled)
+    recovery = Recovery(spoiled, proven_first=True)
     engine = Engine(spoiled, MANIFEST)
     assert engine.hits(DIGESTS) == 0
     spoiled.check()
-    await recovery.prove(first=True)
+    await recovery.prove()
     spoiled.check()
     assert engine.hits(DIGESTS) == 2
     assert engine.hits(DIGESTS[3:]) == 3
@@ -296,7 +296,7 @@ async def test_chunks_are_proven_in_whatever_order_they_were_committed(start):
     for digest, place in reversed(list(zip(DIGESTS, places, strict=True))):
         engine.commit(digest, place)
     store = start()
-    await Recovery(store).prove(first=True)
+    await Recovery(store, proven_first=True).prove()
     store.check()
     slots = [store.index.namespaces[0].find(digest) for digest in DIGESTS]
     assert [store.index.tree.parent(slot) for slot in slots] == [NO_SLOT, *slots[:-1]]
@@ -307,7 +307,7 @@ async def test_what_has_left_meanwhile_is_passed_over(spoiled):
     engine = Engine(spoiled, MANIFEST)
     spoiled.delete(engine.space, DIGESTS)
     engine.put(DIGESTS)
-    await recovery.prove(first=False)
+    await recovery.prove()
     assert spoiled.counters.checksum_failures == 0
     assert engine.hits(DIGESTS) == 6
 
@@ -321,7 +321,7 @@ async def test_what_leaves_while_it_is_verified_is_passed_over(spoiled, monkeypa
         return False
 
     monkeypatch.setattr(spoiled.host, "verify_bytes", leave_first)
-    await recovery.prove(first=False)
+    await recovery.prove()
     assert spoiled.counters.checksum_failures == 0
     spoiled.check()
 
@@ -330,7 +330,7 @@ async def test_a_leased_chunk_of_changed_bytes_goes_too(spoiled):
     recovery = bring_back(spoiled)
     engine = Engine(spoiled, MANIFEST)
     lease = engine.lease(DIGESTS)
-    await recovery.prove(first=False)
+    await recovery.prove()
     assert engine.hits(DIGESTS) == 2
     spoiled.check()
     spoiled.release(SessionId(1), [lease])

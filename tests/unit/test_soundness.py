@@ -141,3 +141,14 @@ def test_torn_records_are_counted(start):
     table[at] ^= 1
     recovery = bring_back(store)
     assert (recovery.left, recovery.dropped) == (5, {"torn": 1})
+
+
+def test_all_shards_of_a_chunk_come_back_to_one_tenant(start):
+    tier = HostTier(KeptArena(start.path, MIB))
+    publish(tier, Extent(0, 5000), 1, heads=HeadRange(0, 2), tenant="anna")
+    publish(tier, Extent(65536, 5000), 1, heads=HeadRange(2, 4), tenant="bert")
+    tier.close()
+    store = start()
+    assert bring_back(store).left == 2
+    shares = store.residents.shares
+    assert [shares.used_bytes(tenant) for tenant in range(3)] == [0, 4 * 4096, 0]
