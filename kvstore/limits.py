@@ -140,6 +140,11 @@ LEASE_TTL_MAX_SECONDS: Final = 3600.0
 # Reserving and committing take the daemon some 10 us a chunk, during which it serves nobody
 # else; a client asks for no more than this at once.
 CHUNKS_PER_TRANSFER_MAX: Final = 256
+# What loads from slower tiers, and stores that slower tiers are to have first, may take where
+# nobody says what computing costs.
+PATIENCE_SECONDS: Final = 10.0
+# A load is asked for in parts of so many bytes, the next while the last is being copied.
+LOAD_PART_BYTES: Final = 64 * MIB
 PROBE_INTERVAL_MIN_SECONDS: Final = 0.05
 PROBE_INTERVAL_MAX_SECONDS: Final = 2.0
 

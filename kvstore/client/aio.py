@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Final, Self, TypeVar
 from kvstore.client.chunks import AttachedSpace, LoadedChunks, Vacancy, check_digests
 from kvstore.client.connection import checked, deadline_ms
 from kvstore.errors import FrameError, KVStoreError, UnavailableError, from_code
+from kvstore.limits import PATIENCE_SECONDS
 from kvstore.protocol import messages as m
 from kvstore.protocol.framing import FrameReader, frame
 from kvstore.transfer.arena import ArenaMapping
-from kvstore.types import Digest, HeadRange
+from kvstore.types import Digest, HeadRange, HintKind
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -60,7 +61,7 @@ class AsyncConnection:
         """Whether the session still stands, as far as is known here."""
         return self._failure is None
 
-    async def open(self, client: str, timeout_seconds: float) -> None:
+    async def open(self, client: str, timeout_seconds: float, tenant: str = "") -> None:
         """Connect and say hello."""
         try:
             async with asyncio.timeout(timeout_seconds):
@@ -69,7 +70,8 @@ class AsyncConnection:
             self._socket.close()
             raise UnavailableError(f"{self.path}: {error}") from error
         self._loop.add_reader(self._socket, self._readable)
-        hello = m.Hello(self.next_id(), deadline_ms(timeout_seconds), m.PROTOCOL_VERSION, client)
+        deadline = deadline_ms(timeout_seconds)
+        hello = m.Hello(self.next_id(), deadline, m.PROTOCOL_VERSION, client, tenant)
         try:
             await self.call(hello, m.Welcome, timeout_seconds)
         except KVStoreError:
@@ -168,11 +170,19 @@ class AsyncClient:
 
     @classmethod
     async def connect(
-        cls, path: Path, *, name: str = "", timeout_seconds: float = _TIMEOUT_SECONDS
+        cls,
+        path: Path,
+        *,
+        name: str = "",
+        tenant: str = "",
+        timeout_seconds: float = _TIMEOUT_SECONDS,
     ) -> Self:
-        """Open a session at the socket *path*; *timeout_seconds* bounds every call."""
+        """Open a session at the socket *path*, for *tenant* if it is one's.
+
+        *timeout_seconds* bounds every call.
+        """
         connection = AsyncConnection(path)
-        await connection.open(name, timeout_seconds)
+        await connection.open(name, timeout_seconds, tenant)
         return cls(connection, timeout_seconds)
 
     async def __aenter__(self) -> Self:
@@ -232,25 +242,45 @@ class AsyncSpace:
         window: int = 0,
         wait: bool = False,
         lease: bool = False,
+        recompute_us: int = 0,
         timeout_seconds: float | None = None,
     ) -> m.Found:
         """Count the leading chunks present; see `kvstore.client.sync.Space.lookup`."""
         timeout_seconds = timeout_seconds or self._timeout_seconds
         deadline = deadline_ms(timeout_seconds * 0.9 if wait else timeout_seconds)
-        request_id, number = self._connection.next_id(), self.attached.number
         request = m.Lookup(
-            request_id, deadline, number, check_digests(digests), window, wait, lease
+            self._connection.next_id(),
+            deadline,
+            self.attached.number,
+            check_digests(digests),
+            window,
+            wait,
+            lease,
+            recompute_us,
         )
         return await self._connection.call(request, m.Found, timeout_seconds)
 
     async def load(
-        self, digests: Sequence[Digest], *, heads: HeadRange | None = None
+        self,
+        digests: Sequence[Digest],
+        *,
+        heads: HeadRange | None = None,
+        recompute_us: int = 0,
+        patience_seconds: float | None = None,
     ) -> LoadedChunks:
-        """Lease the leading chunks present and return them, with the shards that hold *heads*."""
+        """Lease the leading chunks present; see `kvstore.client.sync.Space.load`."""
         wanted = heads or self.manifest.all_heads
+        patience = self._timeout_seconds * 0.9 if patience_seconds is None else patience_seconds
         asked_at = time.monotonic()
-        request = m.Load(*self._head(), check_digests(digests), *wanted)
-        loaded = await self._connection.call(request, m.Loaded, self._timeout_seconds)
+        request = m.Load(
+            self._connection.next_id(),
+            deadline_ms(patience),
+            self.attached.number,
+            check_digests(digests),
+            *wanted,
+            recompute_us,
+        )
+        loaded = await self._connection.call(request, m.Loaded, patience + self._timeout_seconds)
         return LoadedChunks(
             self.attached,
             digests,
@@ -293,6 +323,18 @@ class AsyncSpace:
             [m.Filled(v.reservation, v.root) for v in vacancies if v.root is not None]
         )
 
+    async def prefetch(self, digests: Sequence[Digest]) -> int:
+        """Have chunks brought into the host tier ahead of need; return how many will come."""
+        request = m.Prefetch(*self._head(), check_digests(digests))
+        return (await self._connection.call(request, m.Done, self._timeout_seconds)).count
+
+    async def hint(
+        self, digests: Sequence[Digest], kind: HintKind, *, seconds: int = 0, host: str = ""
+    ) -> int:
+        """Say what is expected of a conversation (see `messages.Hint`); return its chunks here."""
+        request = m.Hint(*self._head(), check_digests(digests), kind, seconds, host)
+        return (await self._connection.call(request, m.Done, self._timeout_seconds)).count
+
     async def pin(self, digests: Sequence[Digest], *, hard: bool = False) -> int:
         """Pin the chunks that are present; return their number."""
         request = m.Pin(*self._head(), check_digests(digests), hard)
@@ -311,8 +353,11 @@ class AsyncSpace:
     async def _commit(self, filled: Sequence[m.Filled]) -> None:
         if not filled:
             return
-        request = m.Commit(self._connection.next_id(), self._deadline(), list(filled))
-        committed = await self._connection.call(request, m.Committed, self._timeout_seconds)
+        patience = PATIENCE_SECONDS if self.attached.through else self._timeout_seconds
+        request = m.Commit(self._connection.next_id(), deadline_ms(patience), list(filled))
+        committed = await self._connection.call(
+            request, m.Committed, patience + self._timeout_seconds
+        )
         for failure in committed.failures:
             raise from_code(failure.code, failure.message)
 

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import logging
 import os
+import time
+from collections import deque
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, Self, TypeVar
 
 from kvstore.client.breaker import Breaker
-from kvstore.client.sync import Client, Space, StoreReport
+from kvstore.client.sync import BegunLoad, Client, Space, StoreReport
 from kvstore.config import default_socket_path
-from kvstore.errors import ChecksumError, KVStoreError, UnavailableError
-from kvstore.limits import CHUNKS_PER_TRANSFER_MAX, KEYS_PER_REQUEST_MAX
+from kvstore.errors import ChecksumError, KVStoreError, RequestError, UnavailableError
+from kvstore.limits import (
+    CHUNKS_PER_TRANSFER_MAX,
+    KEYS_PER_REQUEST_MAX,
+    LOAD_PART_BYTES,
+    PATIENCE_SECONDS,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
+    from kvstore.client.chunks import LoadedChunks
     from kvstore.protocol.manifest import Manifest
     from kvstore.transfer.copies import Runs
-    from kvstore.types import Digest
+    from kvstore.types import Digest, HeadRange, HintKind
 
 log = logging.getLogger(__name__)
 
@@ -30,6 +38,10 @@ _TIMEOUT_SECONDS: Final = 0.04
 # A connection is made in the background, so it may take longer than a call.
 _CONNECT_TIMEOUT_SECONDS: Final = 1.0
 _NOTHING_STORED: Final = StoreReport(0, 0, 0, 0)
+# Beyond these, more loads in flight would not make any of them sooner.
+_LOADS_AHEAD: Final = 2
+# Damaged chunks that could not be deleted yet, because others were reading them.
+_DAMAGED_MAX: Final = 256
 
 
 class _Link(NamedTuple):
@@ -39,26 +51,58 @@ class _Link(NamedTuple):
     space: Space
 
 
+class Hits(NamedTuple):
+    """What a look-up found: *chunks* leading ones can be served.
+
+    *tiers* is run-length, [(bits of `TierKind`, chunks)] in prefix order, for the chunks that
+    the hit needs: all of them, or those of the window.
+    """
+
+    chunks: int
+    tiers: list[tuple[int, int]]
+
+
+_NOTHING_FOUND: Final = Hits(0, [])
+
+
 class PrefixCache:
     """The chunks of one namespace, as one engine uses them. Thread-safe, fails open.
+
+    With *heads*, the engine is one of several that share the model's heads: only those are
+    loaded and stored, and a chunk is found when all heads of it have been stored.
 
     A daemon that is gone, or does not answer within *timeout_seconds*, costs that time once;
     from then on every call is a miss at once, until a background probe finds the daemon
     again. Construction itself never fails for want of a daemon.
+
+    Loads from slower tiers may take longer, for as long as the daemon shows that it lives:
+    what computing the same tokens takes, when *recompute_us_per_token* says so, and
+    `PATIENCE_SECONDS` at most. With *tenant*, all of it is that tenant's.
     """
 
     def __init__(
         self,
         manifest: Manifest,
         *,
+        heads: HeadRange | None = None,
         socket: Path | str | None = None,
         timeout_seconds: float = _TIMEOUT_SECONDS,
         name: str = "",
+        tenant: str = "",
+        recompute_us_per_token: float = 0.0,
     ) -> None:
         self.manifest = manifest
+        self.heads = heads or manifest.all_heads
+        if not 0 <= self.heads.start < self.heads.stop <= manifest.kv_heads:
+            raise RequestError(f"heads {heads} of a model with {manifest.kv_heads}")
         self._path = default_socket_path(os.environ) if socket is None else Path(socket)
         self._timeout_seconds = timeout_seconds
         self._name = name
+        self._tenant = tenant
+        part_chunks = LOAD_PART_BYTES // max(manifest.shard_bytes(self.heads), 1)
+        self._chunks_per_part = max(1, min(CHUNKS_PER_TRANSFER_MAX, part_chunks))
+        self._recompute_us = round(recompute_us_per_token * manifest.chunk_tokens)
+        self._damaged: list[Digest] = []
         self._breaker = Breaker(self._connect, lambda link: link.client.close())
         self._breaker.start()
 
@@ -79,30 +123,50 @@ class PrefixCache:
         With *window* w > 0: the largest n such that chunks [n - w, n) are all present, the
         rule for sliding-window layers.
         """
+        return self.find(digests, window=window).chunks
+
+    def find(self, digests: Sequence[Digest], *, window: int = 0) -> Hits:
+        """Return the same, and which tiers hold what was found."""
         window = min(window, len(digests))
         is_one_request = len(digests) <= KEYS_PER_REQUEST_MAX
         # Longer windows would make requests overlap too much to get on. For them the leading
         # chunks are counted, which are right for every window.
         if window > 0 and (is_one_request or window <= KEYS_PER_REQUEST_MAX // 2):
-            return self._lookup_window(digests, window)
-        hits = 0
+            return self._find_window(digests, window)
+        hits, tiers = 0, list[tuple[int, int]]()
         for start, batch in _batches(digests, KEYS_PER_REQUEST_MAX):
-            hits += self._ask(partial(_lookup, batch, 0), 0)
+            found = self._ask(partial(self._find, batch, 0), _NOTHING_FOUND)
+            hits += found.chunks
+            tiers += found.tiers
             if hits < start + len(batch):
                 break
-        return hits
+        return Hits(hits, tiers)
 
     def load(self, digests: Sequence[Digest], targets: Sequence[Runs]) -> int:
         """Copy chunk i to `targets[i]`; return how many leading ones are whole and right.
 
         Targets behind those may hold anything.
         """
-        loaded = 0
-        for start, batch in _batches(digests, CHUNKS_PER_TRANSFER_MAX):
-            loaded += self._ask(partial(_load, batch, targets[start : start + len(batch)]), 0)
-            if loaded < start + len(batch):
-                break
-        return loaded
+        progress = _Progress()
+        self._ask(partial(self._load_parts, digests, targets, progress), None)
+        return progress.chunks
+
+    def prefetch(self, digests: Sequence[Digest]) -> int:
+        """Have chunks brought into the host tier ahead of need; return how many will come."""
+        return sum(
+            self._ask(partial(_prefetch, batch), 0)
+            for _, batch in _batches(digests, KEYS_PER_REQUEST_MAX)
+        )
+
+    def hint(
+        self, digests: Sequence[Digest], kind: HintKind, *, seconds: int = 0, host: str = ""
+    ) -> None:
+        """Say what is expected of the conversation that ends with the last of *digests*.
+
+        It comes back in about *seconds*, goes on at *host*, or is finished. Nothing depends on it.
+        """
+        for _, batch in _batches(digests, KEYS_PER_REQUEST_MAX):
+            self._ask(partial(_hint, batch, kind, seconds, host), 0)
 
     def store(
         self, digests: Sequence[Digest], sources: Sequence[Runs], *, parent: Digest | None = None
@@ -114,7 +178,7 @@ class PrefixCache:
         stored = _NOTHING_STORED
         for start, batch in _batches(digests, CHUNKS_PER_TRANSFER_MAX):
             some = sources[start : start + len(batch)]
-            report = self._ask(partial(_store, batch, some, parent), _NOTHING_STORED)
+            report = self._ask(partial(self._store, batch, some, parent), _NOTHING_STORED)
             stored = StoreReport(*(a + b for a, b in zip(stored, report, strict=True)))
             parent = batch[-1]
         return stored
@@ -123,16 +187,93 @@ class PrefixCache:
         """End the session. Idempotent."""
         self._breaker.close()
 
-    def _lookup_window(self, digests: Sequence[Digest], window: int) -> int:
+    def _find_window(self, digests: Sequence[Digest], window: int) -> Hits:
         """Look from the end, request by request, overlapping by what a window may reach back."""
         stop = len(digests)
         while stop > 0:
             start = max(0, stop - KEYS_PER_REQUEST_MAX)
-            found = self._ask(partial(_lookup, digests[start:stop], window), 0)
-            if found >= window or start == 0:
-                return start + found if found else 0
+            found = self._ask(partial(self._find, digests[start:stop], window), _NOTHING_FOUND)
+            if found.chunks >= window or start == 0:
+                return Hits(start + found.chunks if found.chunks else 0, found.tiers)
             stop = start + window - 1
-        return 0
+        return _NOTHING_FOUND
+
+    def _find(self, digests: Sequence[Digest], window: int, space: Space) -> Hits:
+        found = space.lookup(digests, window=window, recompute_us=self._recompute_us)
+        return Hits(found.hits, found.tiers)
+
+    def _load_parts(
+        self,
+        digests: Sequence[Digest],
+        targets: Sequence[Runs],
+        progress: _Progress,
+        space: Space,
+    ) -> None:
+        """Load part by part: while one is copied, the daemon brings up the next."""
+        patience = PATIENCE_SECONDS
+        if self._recompute_us:
+            cost_seconds = len(digests) * self._recompute_us / 1e6
+            patience = min(patience, max(cost_seconds, self._timeout_seconds))
+        ends_at = time.monotonic() + patience
+        parts = deque(_batches(digests, self._chunks_per_part))
+        begun: deque[tuple[int, Sequence[Digest], BegunLoad]] = deque()
+        try:
+            while parts or begun:
+                while parts and len(begun) < _LOADS_AHEAD:
+                    start, part = parts.popleft()
+                    begun.append((start, part, self._begin(part, ends_at, space)))
+                start, part, load = begun.popleft()
+                with load.finish() as loaded:
+                    whole = self._copy(part, loaded, targets[start : start + len(part)], space)
+                progress.chunks += whole
+                if whole < len(part):
+                    break
+        finally:
+            for _, _, load in begun:
+                load.abandon()
+
+    def _begin(self, part: Sequence[Digest], ends_at: float, space: Space) -> BegunLoad:
+        left = max(ends_at - time.monotonic(), self._timeout_seconds)
+        return space.begin_load(
+            part, heads=self.heads, recompute_us=self._recompute_us, patience_seconds=left
+        )
+
+    def _copy(
+        self, digests: Sequence[Digest], loaded: LoadedChunks, targets: Sequence[Runs], space: Space
+    ) -> int:
+        """Copy what was *loaded*; return how many leading chunks are whole and right."""
+        whole = 0
+        for chunk, target in zip(loaded.chunks, targets, strict=False):
+            try:
+                loaded.copy_one(chunk, target)
+            except ChecksumError as error:
+                log.error("stored bytes are wrong, recomputing", extra={"reason": str(error)})
+                break
+            whole += 1
+        trusted = whole if loaded.is_trusted else 0
+        if whole < min(len(loaded), len(targets)):
+            loaded.release()
+            self._delete_damaged(digests[whole : whole + 1], space)
+        return trusted
+
+    def _store(
+        self,
+        digests: Sequence[Digest],
+        sources: Sequence[Runs],
+        parent: Digest | None,
+        space: Space,
+    ) -> StoreReport:
+        if self._damaged:
+            self._delete_damaged((), space)
+        return space.store(digests, sources, parent=parent, heads=self.heads)
+
+    def _delete_damaged(self, digests: Sequence[Digest], space: Space) -> None:
+        """Delete *digests*, so that whoever computes them next can store them anew.
+
+        What others are reading is deleted before the next store: with it they come back.
+        """
+        damaged = [*self._damaged, *digests][-_DAMAGED_MAX:]
+        self._damaged = [digest for digest in damaged if space.delete([digest]).busy]
 
     def _ask(self, question: Callable[[Space], Answer], miss: Answer) -> Answer:
         link = self._breaker.link
@@ -149,7 +290,10 @@ class PrefixCache:
 
     def _connect(self) -> _Link:
         client = Client.connect(
-            self._path, name=self._name, timeout_seconds=_CONNECT_TIMEOUT_SECONDS
+            self._path,
+            name=self._name,
+            tenant=self._tenant,
+            timeout_seconds=_CONNECT_TIMEOUT_SECONDS,
         )
         try:
             space = client.attach(self.manifest)
@@ -165,29 +309,15 @@ def _batches(digests: Sequence[Digest], most: int) -> Iterator[tuple[int, Sequen
         yield start, digests[start : start + most]
 
 
-def _lookup(digests: Sequence[Digest], window: int, space: Space) -> int:
-    return space.lookup(digests, window=window).hits
+class _Progress:
+    """How far a load has come, also when it ends with an error."""
+
+    chunks = 0
 
 
-def _store(
-    digests: Sequence[Digest], sources: Sequence[Runs], parent: Digest | None, space: Space
-) -> StoreReport:
-    return space.store(digests, sources, parent=parent)
+def _prefetch(digests: Sequence[Digest], space: Space) -> int:
+    return space.prefetch(digests)
 
 
-def _load(digests: Sequence[Digest], targets: Sequence[Runs], space: Space) -> int:
-    with space.load(digests) as loaded:
-        whole = 0
-        for chunk, target in zip(loaded.chunks, targets, strict=False):
-            try:
-                loaded.copy_one(chunk, target)
-            except ChecksumError as error:
-                log.error("stored bytes are wrong, recomputing", extra={"reason": str(error)})
-                break
-            whole += 1
-        trusted = whole if loaded.is_trusted else 0
-        damaged = digests[whole : whole + 1] if whole < min(len(loaded), len(targets)) else []
-    if damaged:
-        # Gone from the store, the chunk can be stored anew by whoever computes it next.
-        space.delete(damaged)
-    return trusted
+def _hint(digests: Sequence[Digest], kind: HintKind, seconds: int, host: str, space: Space) -> int:
+    return space.hint(digests, kind, seconds=seconds, host=host)

@@ -36,6 +36,7 @@ class AttachedSpace:
         self.checksums = attached.checksums
         self.verify_loads = attached.verify_loads
         self.lease_ttl_seconds = attached.lease_ttl_ms / 1000
+        self.through = attached.through
 
 
 class Vacancy:

@@ -23,6 +23,7 @@ from kvstore.protocol.framing import FrameReader, frame
 from kvstore.types import BytesLike
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 Reply = TypeVar("Reply", bound=m.Message)
@@ -41,10 +42,11 @@ class Waiter:
     made, because that costs more than the rest of a call.
     """
 
-    __slots__ = ("_event", "reply")
+    __slots__ = ("_event", "reply", "then")
 
     def __init__(self) -> None:
         self.reply: m.AnyReply | None = None
+        self.then: Callable[[m.AnyReply], None] | None = None
         self._event: threading.Event | None = None
 
     def sleep(self, seconds: float) -> None:
@@ -68,7 +70,9 @@ class Waiter:
 class Connection:
     """A session with the daemon at *path*. Thread-safe. All failures are typed errors."""
 
-    def __init__(self, path: Path, *, client: str, timeout_seconds: float) -> None:
+    def __init__(
+        self, path: Path, *, client: str, timeout_seconds: float, tenant: str = ""
+    ) -> None:
         self.path = path
         self.arena_fd: int | None = None
         self._ids = itertools.count(1)
@@ -81,7 +85,8 @@ class Connection:
         self._failure: str | None = None
         self._socket = _connect(path, timeout_seconds)
         self._pid = os.getpid()
-        hello = m.Hello(self.next_id(), deadline_ms(timeout_seconds), m.PROTOCOL_VERSION, client)
+        deadline = deadline_ms(timeout_seconds)
+        hello = m.Hello(self.next_id(), deadline, m.PROTOCOL_VERSION, client, tenant)
         try:
             self.server = self.call(hello, m.Welcome, timeout_seconds).server
         except KVStoreError:
@@ -115,6 +120,28 @@ class Connection:
         """Return the reply that *waiter* stands for; see `call`."""
         return checked(self._wait(waiter, timeout_seconds), kind)
 
+    def finish_slowly(
+        self, waiter: Waiter, kind: type[Reply], timeout_seconds: float, alive_seconds: float
+    ) -> Reply:
+        """Return a reply that may take long; meanwhile the daemon must show that it lives.
+
+        One that gives no sign of life within *alive_seconds* is given up as in `call`.
+        """
+        ends_at = time.monotonic() + timeout_seconds
+        while not self._await(waiter, min(ends_at, time.monotonic() + alive_seconds / 2)):
+            if time.monotonic() >= ends_at:
+                return self.finish(waiter, kind, 0.0)
+            asked = self.begin(m.Ping(self.next_id(), deadline_ms(alive_seconds)))
+            self._wait(asked, alive_seconds / 2)
+        return self.finish(waiter, kind, timeout_seconds)
+
+    def abandon(self, waiter: Waiter, then: Callable[[m.AnyReply], None]) -> None:
+        """Stop waiting; *then* gets the reply whenever it comes, from whoever reads it."""
+        waiter.then = then
+        reply = waiter.reply
+        if reply is not None:
+            self._hand_over(waiter, reply)
+
     def post(self, request: m.Request) -> None:
         """Send *request* and take no interest in its reply."""
         self._send(request, _UNWANTED)
@@ -143,13 +170,21 @@ class Connection:
         ends_at = time.monotonic() + max(
             timeout_seconds - _RECEIVE_TICK_SECONDS, timeout_seconds / 2
         )
+        if not self._await(waiter, ends_at):
+            self._fail(f"{self.path}: no answer within {timeout_seconds} s")
+            raise UnavailableError(self._failure or "")
+        assert waiter.reply is not None, "it has been waited for"
+        return waiter.reply
+
+    def _await(self, waiter: Waiter, ends_at: float) -> bool:
+        """Wait for a reply until *ends_at*; return whether it is there."""
         while waiter.reply is None:
             if self._failure is not None:
                 raise UnavailableError(self._failure)
             left = ends_at - time.monotonic()
             if left <= 0:
-                self._fail(f"{self.path}: no answer within {timeout_seconds} s")
-            elif self._reading.acquire(blocking=False):
+                return False
+            if self._reading.acquire(blocking=False):
                 try:
                     self._read_until(waiter, ends_at)
                 finally:
@@ -159,7 +194,7 @@ class Connection:
                     self._pass_on()
             else:
                 waiter.sleep(left)
-        return waiter.reply
+        return True
 
     def _read_until(self, waiter: Waiter, ends_at: float) -> None:
         """Read for all threads until *waiter* has its reply; failures end the connection."""
@@ -193,6 +228,14 @@ class Connection:
         if waiter is not _UNWANTED:
             waiter.reply = reply
             waiter.wake()
+            if waiter.then is not None:
+                self._hand_over(waiter, reply)
+
+    def _hand_over(self, waiter: Waiter, reply: m.AnyReply) -> None:
+        """Give *reply* to whom it was left to, once."""
+        then, waiter.then = waiter.then, None
+        if then is not None:
+            then(reply)
 
     def _pass_on(self) -> None:
         """Wake the others: one of them reads on, or all learn of the failure."""

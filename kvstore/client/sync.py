@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Self
 from kvstore.client.chunks import AttachedSpace, LoadedChunks, Vacancy, check_digests, check_sources
 from kvstore.client.connection import Connection, Waiter, deadline_ms
 from kvstore.errors import UnavailableError, from_code
-from kvstore.limits import CHUNKS_PER_TRANSFER_MAX, MIB
+from kvstore.limits import CHUNKS_PER_TRANSFER_MAX, MIB, PATIENCE_SECONDS
 from kvstore.protocol import messages as m
 from kvstore.transfer.arena import ArenaMapping
-from kvstore.types import Digest, HeadRange, ReserveOutcome
+from kvstore.types import Digest, HeadRange, HintKind, ReserveOutcome
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
     from kvstore.protocol.manifest import Manifest
@@ -39,13 +39,15 @@ _COMMITS_IN_FLIGHT_MAX: Final = 32
 class StoreReport(NamedTuple):
     """The truth about a store, in chunks.
 
-    *stored* are new, *present* were here or on their way, *refused* found no room.
+    *stored* are new, *present* were here or on their way, *refused* found no room. *volatile*
+    of the stored ones are in the host tier alone, though a slower tier was to have them.
     """
 
     stored: int
     present: int
     refused: int
     bytes_stored: int
+    volatile: int = 0
 
 
 class Client:
@@ -58,14 +60,20 @@ class Client:
 
     @classmethod
     def connect(
-        cls, path: Path, *, name: str = "", timeout_seconds: float = _TIMEOUT_SECONDS
+        cls,
+        path: Path,
+        *,
+        name: str = "",
+        tenant: str = "",
+        timeout_seconds: float = _TIMEOUT_SECONDS,
     ) -> Self:
-        """Open a session at the socket *path*.
+        """Open a session at the socket *path*, for *tenant* if it is one's.
 
         *timeout_seconds* bounds this and every later call. Raises `UnavailableError`,
         `RefusedError`, `VersionError` or `LimitError`.
         """
-        return cls(Connection(path, client=name, timeout_seconds=timeout_seconds), timeout_seconds)
+        connection = Connection(path, client=name, timeout_seconds=timeout_seconds, tenant=tenant)
+        return cls(connection, timeout_seconds)
 
     def __enter__(self) -> Self:
         return self
@@ -133,11 +141,13 @@ class Space:
         window: int = 0,
         wait: bool = False,
         lease: bool = False,
+        recompute_us: int = 0,
         timeout_seconds: float | None = None,
     ) -> m.Found:
         """Count the leading chunks present, or those of a sliding window (see `messages.Lookup`).
 
-        With *lease*, they stay until `release(found.lease)`.
+        With *lease*, they stay until `release(found.lease)`. With *recompute_us*, what computing
+        a chunk costs, those that take longer to load are not counted.
         """
         timeout_seconds = timeout_seconds or self._timeout_seconds
         # A look-up that waits is answered by the daemon, a little before this side gives up.
@@ -150,24 +160,75 @@ class Space:
             window,
             wait,
             lease,
+            recompute_us,
         )
         return self._connection.call(request, m.Found, timeout_seconds)
 
-    def load(self, digests: Sequence[Digest], *, heads: HeadRange | None = None) -> LoadedChunks:
-        """Lease the leading chunks present and return them, with the shards that hold *heads*."""
+    def load(
+        self,
+        digests: Sequence[Digest],
+        *,
+        heads: HeadRange | None = None,
+        recompute_us: int = 0,
+        patience_seconds: float | None = None,
+    ) -> LoadedChunks:
+        """Lease the leading chunks present and return them, with the shards that hold *heads*.
+
+        What is in slower tiers is waited for, up to *patience_seconds* (None: no longer than
+        for any other answer); what has not come by then is left out.
+        """
+        return self.begin_load(
+            digests, heads=heads, recompute_us=recompute_us, patience_seconds=patience_seconds
+        ).finish()
+
+    def begin_load(
+        self,
+        digests: Sequence[Digest],
+        *,
+        heads: HeadRange | None = None,
+        recompute_us: int = 0,
+        patience_seconds: float | None = None,
+    ) -> BegunLoad:
+        """Ask for a load and go on: its chunks come up meanwhile. `finish` or `abandon` it."""
         wanted = heads or self.manifest.all_heads
+        patience = self._timeout_seconds * 0.9 if patience_seconds is None else patience_seconds
         asked_at = time.monotonic()
-        request = m.Load(*self._head(), check_digests(digests), *wanted)
-        loaded = self._connection.call(request, m.Loaded, self._timeout_seconds)
-        return LoadedChunks(
-            self.attached,
-            digests,
-            wanted,
-            loaded,
-            asked_at=asked_at,
-            let_go=self._let_go,
-            is_open=lambda: self._connection.is_open,
+        request = m.Load(
+            self._connection.next_id(),
+            deadline_ms(patience),
+            self.attached.number,
+            check_digests(digests),
+            *wanted,
+            recompute_us,
         )
+        waiter = self._connection.begin(request)
+
+        def finish() -> LoadedChunks:
+            left = max(asked_at + patience - time.monotonic(), 0.0) + self._timeout_seconds
+            loaded = self._connection.finish_slowly(waiter, m.Loaded, left, self._timeout_seconds)
+            return LoadedChunks(
+                self.attached,
+                digests,
+                wanted,
+                loaded,
+                asked_at=asked_at,
+                let_go=self._let_go,
+                is_open=lambda: self._connection.is_open,
+            )
+
+        return BegunLoad(finish, lambda: self._connection.abandon(waiter, self._let_go_of))
+
+    def prefetch(self, digests: Sequence[Digest]) -> int:
+        """Have chunks brought into the host tier ahead of need; return how many will come."""
+        request = m.Prefetch(*self._head(), check_digests(digests))
+        return self._connection.call(request, m.Done, self._timeout_seconds).count
+
+    def hint(
+        self, digests: Sequence[Digest], kind: HintKind, *, seconds: int = 0, host: str = ""
+    ) -> int:
+        """Say what is expected of a conversation (see `messages.Hint`); return its chunks here."""
+        request = m.Hint(*self._head(), check_digests(digests), kind, seconds, host)
+        return self._connection.call(request, m.Done, self._timeout_seconds).count
 
     def release(self, lease: int) -> None:
         """End *lease*; raises `LeaseError` when this session does not hold it."""
@@ -216,19 +277,20 @@ class Space:
         vacancies = self._reserve(digests, parent, heads, ())
         todo = [pair for pair in zip(vacancies, sources, strict=True) if pair[0].is_reserved]
         commits: deque[Waiter] = deque()
+        volatile = 0
         for start, stop in _groups([vacancy.size_bytes for vacancy, _ in todo]):
             try:
                 for vacancy, source in todo[start:stop]:
                     vacancy.fill(source)
                 if len(commits) == _COMMITS_IN_FLIGHT_MAX:
-                    self._finish_commit(commits.popleft())
+                    volatile += self._finish_commit(commits.popleft())
             except BaseException:
                 self._abort([vacancy for vacancy, _ in todo[start:]])
                 raise
             commits.append(self._begin_commit([vacancy for vacancy, _ in todo[start:stop]]))
         for commit in commits:
-            self._finish_commit(commit)
-        return _report(vacancies)
+            volatile += self._finish_commit(commit)
+        return _report(vacancies, volatile)
 
     def pin(self, digests: Sequence[Digest], *, hard: bool = False) -> int:
         """Pin the chunks that are present; return their number."""
@@ -269,13 +331,18 @@ class Space:
 
     def _begin_commit(self, vacancies: Sequence[Vacancy]) -> Waiter:
         filled = [m.Filled(v.reservation, v.root) for v in vacancies if v.root is not None]
-        deadline = deadline_ms(self._timeout_seconds)
+        deadline = deadline_ms(PATIENCE_SECONDS if self.attached.through else self._timeout_seconds)
         return self._connection.begin(m.Commit(self._connection.next_id(), deadline, filled))
 
-    def _finish_commit(self, commit: Waiter) -> None:
-        committed = self._connection.finish(commit, m.Committed, self._timeout_seconds)
+    def _finish_commit(self, commit: Waiter) -> int:
+        """Raise what failed; return how many chunks a slower tier was to have and has not."""
+        patience = PATIENCE_SECONDS if self.attached.through else 0.0
+        committed = self._connection.finish_slowly(
+            commit, m.Committed, patience + self._timeout_seconds, self._timeout_seconds
+        )
         for failure in committed.failures:
             raise from_code(failure.code, failure.message)
+        return len(committed.volatile)
 
     def _abort(self, vacancies: Sequence[Vacancy]) -> None:
         reservations = [vacancy.reservation for vacancy in vacancies if vacancy.is_reserved]
@@ -290,6 +357,21 @@ class Space:
         with contextlib.suppress(UnavailableError):
             self._connection.post(request)
 
+    def _let_go_of(self, reply: m.AnyReply) -> None:
+        """End the lease of a load that nobody waits for any more."""
+        if isinstance(reply, m.Loaded) and reply.lease:
+            self._let_go(reply.lease)
+
+
+class BegunLoad:
+    """A load that was asked for: the daemon brings its chunks up while the caller does else."""
+
+    def __init__(self, finish: Callable[[], LoadedChunks], abandon: Callable[[], None]) -> None:
+        self.finish = finish
+        """Wait for the chunks, once, and return them."""
+        self.abandon = abandon
+        """Let them go as soon as they have come, without waiting for them."""
+
 
 def _groups(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
     """Yield the bounds of runs of *sizes* that are each worth a commit of their own."""
@@ -302,8 +384,8 @@ def _groups(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
             start, filled_bytes = position, 0
 
 
-def _report(vacancies: Sequence[Vacancy]) -> StoreReport:
+def _report(vacancies: Sequence[Vacancy], volatile: int) -> StoreReport:
     stored = [vacancy for vacancy in vacancies if vacancy.is_reserved]
     refused = sum(vacancy.outcome is ReserveOutcome.NO_SPACE for vacancy in vacancies)
     present = len(vacancies) - len(stored) - refused
-    return StoreReport(len(stored), present, refused, sum(v.size_bytes for v in stored))
+    return StoreReport(len(stored), present, refused, sum(v.size_bytes for v in stored), volatile)
