@@ -81,7 +81,8 @@ def _open(path: Path, shares: Shares, *, direct: bool) -> DiskTier:
             undo.callback(volume.close)
             counters = DiskCounters()
             slots, is_longer = _restore(directory, volume, shares, counters)
-            volume.reserve(shares.slab_bytes, shares.index_bytes)
+            # A slab that is longer has holes, and what is in use of it is all that it may take.
+            volume.reserve(0 if is_longer else shares.slab_bytes, shares.index_bytes)
             if direct:
                 volume.bypass_cache()
         except OSError as error:

@@ -1,12 +1,15 @@
 """What every remote tier promises (tiers/base.py), held against each implementation."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
 
 import pytest
 
 from kvstore.errors import TierError
 from kvstore.hashing import block_digests, root_of
 from kvstore.tiers.base import RemoteTier, Shard, ShardKey
+from kvstore.tiers.disk_open import open_disk_tier
 from kvstore.tiers.fake import FakeTier, Fault
 from kvstore.types import Digest, HeadRange, NamespaceId, Place
 
@@ -16,9 +19,15 @@ KEY = ShardKey(NamespaceId(b"n" * 16), Digest(b"d" * 32), HeadRange(0, 8))
 SHARD = Shard(KEY, None, len(PAYLOAD), ROOT)
 
 
-@pytest.fixture(params=[FakeTier])
-def tier(request: pytest.FixtureRequest) -> RemoteTier:
-    return request.param(4 * len(PAYLOAD))
+@pytest.fixture(params=["fake", "disk", "disk, buffered"])
+async def tier(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[RemoteTier]:
+    capacity_bytes = 4 * len(PAYLOAD)
+    made: RemoteTier = FakeTier(capacity_bytes)
+    if request.param.startswith("disk"):
+        direct = "buffered" not in request.param
+        made = await open_disk_tier(tmp_path, capacity_bytes=capacity_bytes, direct=direct)
+    yield made
+    made.close()
 
 
 def chunk(number: int) -> Shard:
