@@ -20,11 +20,12 @@ from kvstore import __version__
 from kvstore.cli.tables import align
 from kvstore.client.sync import Client
 from kvstore.config import Config
-from kvstore.errors import KVStoreError, RefusedError
+from kvstore.errors import ConfigError, KVStoreError, RefusedError
 from kvstore.gpu.devices import find_devices
 from kvstore.limits import MIB
 from kvstore.transfer import copies
 from kvstore.transfer.arena import memory_limit_bytes
+from kvstore.transfer.private_files import room_bytes, taken_bytes
 from kvstore.units import format_size, round_size
 
 Verdict = Literal["ok", "warn", "fail"]
@@ -146,19 +147,23 @@ def check_memfd() -> Finding:
 
 
 def check_arena_file(path: Path, capacity_bytes: int, root: Path) -> Finding:
-    """Look at the file system that is to hold the arena: memory, writable, and large enough."""
+    """Look at the file system that is to hold the arena, and at what lies there already."""
     place, kind = file_system_of(path, (root / "proc/mounts").read_text())
+    # The daemon makes the last directory itself.
+    directory = path.parent if path.parent.exists() else path.parent.parent
+    if not directory.is_dir():
+        return Finding(
+            "arena", "fail", f"{directory} is missing", f"make the directory {directory}"
+        )
     try:
-        usage = os.statvfs(path.parent)
-    except OSError as error:
-        fix = f"make the directory {path.parent}"
-        return Finding("arena", "fail", f"{path.parent}: {error.strerror}", fix)
-    room = usage.f_bavail * usage.f_frsize
+        room = room_bytes(directory) + taken_bytes(path)
+    except ConfigError as error:
+        return Finding("arena", "fail", str(error), "choose another tiers.host.arena")
     found = f"{path} on {kind}, room for {round_size(room)}"
     if room < capacity_bytes:
         fix = f"lower tiers.host.capacity, or give {place} more than {format_size(capacity_bytes)}"
         return Finding("arena", "fail", found, fix)
-    if not os.access(path.parent, os.W_OK):
+    if not os.access(directory, os.W_OK):
         return Finding("arena", "fail", f"{found}, not writable", f"let uid {os.geteuid()} write")
     if kind not in _MEMORY_FILE_SYSTEMS:
         return Finding("arena", "warn", found, "choose a file on tmpfs or hugetlbfs")

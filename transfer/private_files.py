@@ -59,12 +59,7 @@ def replace(path: Path, size_bytes: int) -> int:
     Whoever has the old one mapped keeps that. Raises `ConfigError` with both numbers when the
     file system has no room, or says what else is wrong.
     """
-    old = open_existing(path)
-    old_bytes = 0
-    if old is not None:
-        old_bytes = os.fstat(old).st_blocks * 512
-        os.close(old)
-    room = room_bytes(path.parent) + old_bytes
+    room = room_bytes(path.parent) + taken_bytes(path)
     if size_bytes > room:
         raise ConfigError(
             f"tiers.host.capacity is {size_bytes} bytes, {path.parent} has room for {room}"
@@ -126,6 +121,16 @@ def room_bytes(directory: Path) -> int:
         # Mounted without a size, hugetlbfs takes from the pool, and does not say how much.
         return _free_pool_bytes(usage.f_bsize)
     return usage.f_bavail * usage.f_frsize
+
+
+def taken_bytes(path: Path) -> int:
+    """Return what the file at *path* takes up, 0 without one; raises `ConfigError`."""
+    fd = open_existing(path)
+    if fd is None:
+        return 0
+    taken = os.fstat(fd).st_blocks * 512
+    os.close(fd)
+    return taken
 
 
 def _free_pool_bytes(page_bytes: int) -> int:

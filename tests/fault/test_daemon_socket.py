@@ -132,6 +132,7 @@ def test_an_arena_larger_than_its_file_system_is_refused_with_both_numbers(tmp_p
     assert status == USAGE
     assert re.search(rf"{15 * TIB} bytes, /dev/shm has room for \d+", log)
     assert not Path(arena).exists()
+    assert not Path(f"{arena}.records").exists()
 
 
 def test_an_unknown_setting_is_refused_with_the_nearest_name(tmp_path):

@@ -132,10 +132,30 @@ def test_an_arena_file_must_fit_its_file_system(root: Path) -> None:
     assert_told(finding, "fail", str(root), "tiers.host.capacity")
 
 
-def test_an_arena_file_needs_its_directory(root: Path) -> None:
+def test_an_arena_file_needs_the_directory_above_its_own(root: Path) -> None:
     put(root, "proc/mounts", "none / tmpfs rw 0 0\n")
-    finding = doctor.check_arena_file(root / "none" / "arena", MIB, root)
-    assert_told(finding, "fail", "No such file", "make the directory")
+    assert doctor.check_arena_file(root / "own" / "arena", MIB, root).verdict == "ok"
+    finding = doctor.check_arena_file(root / "none" / "own" / "arena", MIB, root)
+    assert_told(finding, "fail", "is missing", "make the directory")
+
+
+def test_an_arena_that_is_there_counts_as_room_for_itself(
+    root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(root, "proc/mounts", "none / tmpfs rw 0 0\n")
+    monkeypatch.setattr(doctor, "room_bytes", lambda _: 4096)
+    assert doctor.check_arena_file(root / "arena", MIB, root).verdict == "fail"
+    (root / "arena").write_bytes(bytes(MIB))
+    (root / "arena").chmod(0o600)
+    assert doctor.check_arena_file(root / "arena", MIB, root).verdict == "ok"
+
+
+def test_an_arena_file_that_is_not_ours_is_found_before_the_daemon_does(root: Path) -> None:
+    put(root, "proc/mounts", "none / tmpfs rw 0 0\n")
+    (root / "arena").write_bytes(b"precious")
+    (root / "arena").chmod(0o644)
+    finding = doctor.check_arena_file(root / "arena", MIB, root)
+    assert_told(finding, "fail", "has mode 0644", "choose another")
 
 
 def test_an_arena_file_needs_a_directory_that_is_writable(
