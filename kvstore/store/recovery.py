@@ -93,6 +93,9 @@ class Recovery:
             elif not is_right and self._is_served(left):
                 self._count_wrong()
                 self._store.room.vacate(left.space.find(left.digest), evicted=False)
+            if is_right and self._is_served(left):
+                # What was on its way to a slower tier when its daemon ended is so again.
+                self._store.offer(left.space.find(left.digest))
         self._adopt(early)
         if self._proven_first:
             self._leave_spaces()

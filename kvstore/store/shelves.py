@@ -204,6 +204,11 @@ class Shelves:
         self.room.record(slot, here, parent)
         return True
 
+    def offer(self, slot: int) -> None:
+        """Let slower tiers that lack *slot* take it, as after a use of it."""
+        if self._movement is not None:
+            self._movement.used([slot])
+
     def restore(
         self,
         space: Namespace,

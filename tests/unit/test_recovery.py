@@ -344,3 +344,27 @@ def test_an_arena_that_is_not_the_one_of_the_records_gives_nothing(start):
         file.write(os.urandom(MIB))
     recovery = bring_back(start())
     assert (recovery.left, recovery.dropped) == (0, {"of other bytes": 6})
+
+
+class Listener:
+    """A movement that only hears what was used."""
+
+    def __init__(self) -> None:
+        self.slots: list[int] = []
+
+    def used(self, slots) -> None:
+        self.slots += slots
+
+    def is_wanted(self, slot: int) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("proven_first", [False, True])
+async def test_what_is_proven_is_offered_to_slower_tiers_again(spoiled, proven_first):
+    recovery = Recovery(spoiled, proven_first=proven_first)
+    listener = Listener()
+    spoiled.attach_movement(listener)
+    await recovery.prove()
+    space = spoiled.index.namespaces[0]
+    right = [digest for digest in DIGESTS if digest != DIGESTS[2]]
+    assert listener.slots == [space.find(digest) for digest in right]
