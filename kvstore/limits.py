@@ -79,7 +79,7 @@ WRITE_QUEUE_SHARE: Final = 4
 PREFETCH_QUEUE_CHUNKS_MAX: Final = 4096
 REMOVE_QUEUE_CHUNKS_MAX: Final = 65_536
 # The share of the host tier that is kept free by demoting ahead of need.
-FREE_WATERMARK_SHARE: Final = 32
+FREE_WATERMARK_SHARE: Final = 16
 DEMOTIONS_AHEAD_MAX: Final = 8
 # Chunks of tiers that forget by themselves (a server's), as far as they are remembered here.
 REMEMBERED_CHUNKS_MAX: Final = 1_000_000
@@ -145,6 +145,9 @@ CHUNKS_PER_TRANSFER_MAX: Final = 256
 PATIENCE_SECONDS: Final = 10.0
 # A load is asked for in parts of so many bytes, the next while the last is being copied.
 LOAD_PART_BYTES: Final = 64 * MIB
+# Chunks of which a connector has told routers that they are stored; told of more, it takes back
+# the oldest.
+KV_EVENT_CHUNKS_MAX: Final = 64 * 1024
 PROBE_INTERVAL_MIN_SECONDS: Final = 0.05
 PROBE_INTERVAL_MAX_SECONDS: Final = 2.0
 

@@ -46,6 +46,7 @@ class Fetch:
         "parent",
         "runs_as_load",
         "slot",
+        "ticket",
         "tried",
         "waiters",
     )
@@ -58,6 +59,7 @@ class Fetch:
         self.is_prefetch = False
         self.is_running = False
         self.runs_as_load = False
+        self.ticket = 0
         self.tried = 0
         self.waiters: dict[Callable[[Fetch, bool], None], None] = {}
 
@@ -127,7 +129,7 @@ class Lane:
         self.write_bytes = 0
         self.dropped_writes = 0
         self._writes_max_bytes = writes_max_bytes
-        self._order = itertools.count()
+        # (not a load, deadline, ticket, fetch); only the last ticket of a fetch is good.
         self._fetches: list[tuple[bool, float, int, Fetch]] = []
         self._writes: dict[WriteKey, Write] = {}
         self._removals: deque[Removal] = deque()
@@ -155,13 +157,14 @@ class Lane:
     def put_fetch(self, fetch: Fetch) -> None:
         """Queue *fetch*, or queue it again with a deadline that has moved forward."""
         is_load = bool(fetch.waiters)
-        heapq.heappush(self._fetches, (not is_load, fetch.deadline, next(self._order), fetch))
+        fetch.ticket = next(_tickets)
+        heapq.heappush(self._fetches, (not is_load, fetch.deadline, fetch.ticket, fetch))
 
     def take_fetches(self) -> list[Fetch]:
         """Take out all fetches that wait."""
-        waiting = {fetch.key: fetch for *_, fetch in self._fetches if not fetch.is_running}
+        waiting = [fetch for *_, ticket, fetch in self._fetches if _is_good(ticket, fetch)]
         self._fetches.clear()
-        return list(waiting.values())
+        return waiting
 
     def put_write(self, write: Write) -> bool:
         """Queue *write*, the oldest that nobody waits for giving way; return whether there is room.
@@ -235,8 +238,8 @@ class Lane:
         if self._reading >= TIER_READS_MAX:
             return None
         while self._fetches:
-            *_, fetch = heapq.heappop(self._fetches)
-            if fetch.is_needed and not fetch.is_running:
+            *_, ticket, fetch = heapq.heappop(self._fetches)
+            if _is_good(ticket, fetch):
                 fetch.is_running = True
                 self._reading += 1
                 fetch.runs_as_load = bool(fetch.waiters)
@@ -251,7 +254,7 @@ class Lane:
         return int(oldest is not None and now - oldest.queued_at > _PATIENCE_SECONDS)
 
     def _has_loads(self) -> bool:
-        while self._fetches and not self._fetches[0][3].is_needed:
+        while self._fetches and not _is_good(*self._fetches[0][2:]):
             heapq.heappop(self._fetches)
         return bool(self._fetches) and not self._fetches[0][0]
 
@@ -271,3 +274,10 @@ class Lane:
     def _take_write(self, write: Write) -> None:
         del self._writes[write.key]
         self.write_bytes -= write.size_bytes
+
+
+_tickets: Final = itertools.count(1)
+
+
+def _is_good(ticket: int, fetch: Fetch) -> bool:
+    return ticket == fetch.ticket and fetch.is_needed and not fetch.is_running

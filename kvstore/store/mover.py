@@ -487,7 +487,9 @@ class Mover:
             for write in route.lane.take_urgent_writes():
                 write.finish(kept=False)
             for fetch in route.lane.take_fetches():
-                self._route(fetch)
+                # The end of one may be that of others, which the same load waited for.
+                if self._fetches.get(fetch.key) is fetch:
+                    self._route(fetch)
         self._kick(route)
 
 

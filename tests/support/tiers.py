@@ -77,7 +77,7 @@ class Tiers:
     async def settle(self) -> None:
         """Wait until nothing is being moved or waits to be."""
         while self.mover.is_busy:  # noqa: ASYNC110  # tests alone look at it
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
 
     async def load(
         self, engine: Engine, digests: Sequence[Digest], heads: HeadRange | None = None
