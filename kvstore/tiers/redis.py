@@ -386,7 +386,6 @@ class RedisTier:
     @contextmanager
     def _reported(self, what: str) -> Generator[None]:
         """Turn what goes wrong inside into `TierError`; log when failing begins and ends."""
-        self.counters.connections = self._routes.lanes.dialed
         try:
             yield
         except LaneError as error:
@@ -405,6 +404,8 @@ class RedisTier:
             if self._is_failing:
                 self._is_failing = False
                 log.info("redis answers again")
+        finally:
+            self.counters.connections = self._routes.lanes.dialed
 
     def _note_failure(self, reason: str) -> None:
         if not self._is_failing:

@@ -93,7 +93,9 @@ class Batch:
         self.size_bytes = size_bytes
         self.sources = [arena.view[n * size_bytes :][:size_bytes] for n in range(self.count)]
         first = BATCH_BYTES // size_bytes * size_bytes
-        self.targets = [arena.view[first + n * size_bytes :][:size_bytes] for n in range(self.count)]
+        self.targets = [
+            arena.view[first + n * size_bytes :][:size_bytes] for n in range(self.count)
+        ]
         self.shards = [
             Shard(
                 ShardKey(NamespaceId(b"b" * 16), Digest(os.urandom(32)), HeadRange(0, 8)),
