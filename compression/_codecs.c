@@ -54,7 +54,7 @@ typedef struct {
     kv_layout at;
     uint8_t *block;  /* the head block */
     uint8_t *values; /* the engine's token 0 */
-    uint64_t signs[BLOCK / 64];
+    uint32_t flips[BLOCK]; /* hq: what is XORed to the channels' bits */
     double error, energy;
     int is_broken;
 } head;
@@ -83,13 +83,30 @@ static size_t power_of_two_below(size_t n) {
     return power == n ? power : power / 2;
 }
 
+/* Sixteen channels beside each other. */
+typedef float sixteen __attribute__((vector_size(64)));
+typedef int32_t sixteen_bits __attribute__((vector_size(64)));
+static const sixteen_bits LANE_NUMBERS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+/* Every lane's partner in a butterfly. Clang wants the lanes in the code, GCC as a vector. */
+#if defined(__clang__)
+#define SHUFFLED(v, mask, step)                                                                    \
+    ((step) == 0 ? __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14) \
+     : (step) == 1 ? __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13) \
+     : (step) == 2 ? __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11) \
+                   : __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7))
+#else
+#define SHUFFLED(v, mask, step) __builtin_shuffle(v, mask)
+#endif
+
 typedef struct {
     const char *name;
     void (*encode[2][KV_HQ3 + 1])(head *h); /* by kind and codec */
     void (*decode[2][KV_HQ3 + 1])(head *h);
     void (*widen_exponents)(const any16 *bits, uint8_t *largest, size_t n);
-    size_t (*split_row)(const any16 *bits, const uint8_t *largest, uint8_t escape, uint8_t *rest,
-                        uint8_t *offsets, size_t n);
+    void (*split_row)(const any16 *bits, const uint8_t *largest, uint8_t escape, uint8_t *rest,
+                      uint8_t *offsets, size_t n);
+    void (*below_largest)(const uint8_t *largest, uint8_t *offsets, size_t n);
     void (*merge_row)(const uint8_t *rest, const uint8_t *exponents, any16 *bits, size_t n);
     void (*pack_plane)(const uint8_t *codes, size_t rows, unsigned width, unsigned shift,
                        uint8_t *plane, size_t n);
@@ -211,8 +228,8 @@ static void open_head(head *h, const request *ask, const kv_layout *at) {
     h->error = h->energy = 0.0;
     h->is_broken = 0;
     uint64_t state = kv_hq_sign_state(ask->table, ask->layer, ask->kind);
-    for (uint32_t i = 0; i < BLOCK / 64; i++) {
-        h->signs[i] = kv_hq_signs(state, i);
+    for (uint32_t c = 0; c < ask->width; c++) {
+        h->flips[c] = kv_hq_signs(state, c / 64) >> (c % 64) & 1u ? 0x80000000u : 0u;
     }
 }
 

@@ -444,121 +444,94 @@ TARGET static void NAME(nvfp4_decode)(head *h) {
 
 /* --- hq4 and hq3 ------------------------------------------------------------------------------------------ */
 
-/* Butterflies over the blocks of the channels, LANES tokens beside each other. */
-TARGET static void NAME(transform)(float *rows, size_t n) {
+/* Butterflies of steps 1, 2, 4 and 8 within 16 neighbours: the upper of a pair becomes the lower
+ * less itself, which is its negative plus the lower. */
+TARGET static void NAME(turn_sixteen)(float *at) {
+    static const int32_t partners[4][16] = {
+        {1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14},
+        {2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13},
+        {4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11},
+        {8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7},
+    };
+    sixteen values;
+    memcpy(&values, at, sizeof values);
+#pragma GCC unroll 4
+    for (int step = 0; step < 4; step++) {
+        sixteen_bits mask, sign, bits;
+        memcpy(&mask, partners[step], sizeof mask);
+        sign = (mask < LANE_NUMBERS) & (int32_t)0x80000000;
+        sixteen others = SHUFFLED(values, mask, step);
+        memcpy(&bits, &values, sizeof bits);
+        bits ^= sign;
+        memcpy(&values, &bits, sizeof values);
+        values = others + values;
+    }
+    memcpy(at, &values, sizeof values);
+}
+
+/* Butterflies over each block of channels; blocks are the binary digits of n, largest first. */
+TARGET static void NAME(transform)(float *row, size_t n) {
     for (size_t first = 0, block; first < n; first += block) {
         block = power_of_two_below(n - first);
-        for (size_t step = 1; step < block; step *= 2) {
+        size_t step = 1;
+        for (size_t i = 0; block >= 16 && i < block; i += 16, step = 16) {
+            NAME(turn_sixteen)(row + first + i);
+        }
+        for (; step < block; step *= 2) {
             for (size_t i = 0; i < block; i += 2 * step) {
-                float *low = rows + (first + i) * LANES;
-                NAME(butterfly)(low, low + step * LANES, step * LANES);
+                float *low = row + first + i;
+                NAME(butterfly)(low, low + step, step);
             }
         }
     }
 }
 
-TARGET static void NAME(tree_of_squares)(const float *rows, float *scratch, size_t n, float *sums) {
+TARGET static float NAME(tree_of_squares)(const float *row, size_t n) {
+    float squares[2 * BLOCK];
     size_t power = power_of_two_from(n);
-    NAME(square_row)(rows, scratch, n * LANES);
-    memset(scratch + n * LANES, 0, (power - n) * LANES * sizeof *scratch);
+    NAME(square_row)(row, squares, n);
+    memset(squares + n, 0, (power - n) * sizeof *squares);
     for (size_t half = power / 2; half > 0; half /= 2) {
-        NAME(fold)(scratch, half * LANES);
+        NAME(fold)(squares, half);
     }
-    memcpy(sums, scratch, LANES * sizeof *sums);
+    return squares[0];
 }
 
-/* rows[channel][lane] becomes its negative where the channel's sign says so. */
-TARGET static void NAME(apply_signs)(const head *h, float *rows) {
-    for (size_t c = 0; c < h->ask->width; c++) {
-        if (h->signs[c / 64] >> (c % 64) & 1u) {
-            EACH(i, LANES) rows[c * LANES + i] = -rows[c * LANES + i];
-        }
-    }
-}
-
-/* What codes stand for: centroids in *rows* become values before K's deviations and means. */
-TARGET static void NAME(hq_expand)(const head *h, float *rows, const float *alphas) {
+/* What centroids in *row* stand for, before K's deviations and means. */
+TARGET static void NAME(hq_expand)(const head *h, float *row, float alpha) {
     size_t n = h->ask->width;
-    NAME(transform)(rows, n);
-    for (size_t first = 0, block; first < n; first += block) {
-        float factor[LANES];
-        block = power_of_two_below(n - first);
-        float norm = kv_div(1.0f, kv_sqrt((float)block));
-        EACH(i, LANES) factor[i] = kv_mul(alphas[i], norm);
-        for (size_t c = first; c < first + block; c++) {
-            NAME(scale_row)(rows + c * LANES, factor, LANES);
-        }
-    }
-    NAME(apply_signs)(h, rows);
-}
-
-/* Code LANES tokens; *rows* holds [channel][lane] and becomes the centroids. */
-TARGET static void NAME(hq_block)(
-    head *h, float *rows, float *scratch, uint8_t *codes, any16 *stored, float *alphas) {
-    size_t n = h->ask->width;
-    uint32_t is_hq4 = h->ask->codec == KV_HQ4;
-    float norms[LANES], gains[LANES], factor[LANES];
-    NAME(tree_of_squares)(rows, scratch, n, norms);
-    EACH(i, LANES) norms[i] = kv_sqrt(norms[i]);
-    EACH(i, LANES) gains[i] = kv_div(1.0f, norms[i] < KV_HQ_LEAST_NORM ? 1.0f : norms[i]);
-    NAME(apply_signs)(h, rows);
-    NAME(transform)(rows, n);
+    NAME(transform)(row, n);
     for (size_t first = 0, block; first < n; first += block) {
         block = power_of_two_below(n - first);
-        float ratio = kv_sqrt(kv_div((float)n, (float)block));
-        EACH(i, LANES) factor[i] = kv_mul(gains[i], ratio);
-        for (size_t c = first; c < first + block; c++) {
-            NAME(hq_codes)(rows + c * LANES, factor, is_hq4, codes + c * LANES);
-        }
+        NAME(scale_by)(row + first, kv_mul(alpha, kv_div(1.0f, kv_sqrt((float)block))), block);
     }
-    NAME(tree_of_squares)(rows, scratch, n, alphas);
-    EACH(i, LANES) {
-        int is_empty = norms[i] < KV_HQ_LEAST_NORM;
-        stored[i] = is_empty ? 0 : kv_half_of_float(kv_div(norms[i], kv_sqrt(alphas[i])));
-        alphas[i] = kv_float_of_half(stored[i]);
-        h->is_broken |= kv_half_is_broken(stored[i]);
-        for (size_t c = 0; is_empty && c < n; c++) {
-            codes[c * LANES + i] = 0;
-        }
-    }
+    NAME(flip_signs)(row, h->flips, n);
 }
 
-/* Turn LANES tokens so that channels are rows; those beyond the end are zeros. */
-TARGET static void NAME(hq_read)(head *h, size_t token, const float *means, const float *inverses,
-    float *rows, float *energy) {
+/* Code a token; *row* becomes its centroids, what is returned is the factor to store. */
+TARGET static uint16_t NAME(hq_token)(head *h, float *row, uint8_t *codes) {
     size_t n = h->ask->width;
-    float row[BLOCK];
-    for (size_t lane = 0; lane < LANES; lane++) {
-        if (h->ask->kind == KV_KEYS && token + lane < h->ask->tokens) {
-            NAME(read_row)(h, token + lane, row);
-            NAME(add_squares)(row, energy, n);
-        }
-        NAME(read_centred)(h, token + lane, means, row);
-        if (h->ask->kind == KV_KEYS) {
-            NAME(scale_row)(row, inverses, n);
+    float norm = kv_sqrt(NAME(tree_of_squares)(row, n));
+    int is_empty = norm < KV_HQ_LEAST_NORM;
+    float gain = kv_div(1.0f, is_empty ? 1.0f : norm);
+    NAME(flip_signs)(row, h->flips, n);
+    NAME(transform)(row, n);
+    for (size_t first = 0, block; first < n; first += block) {
+        block = power_of_two_below(n - first);
+        float factor = kv_mul(gain, kv_sqrt(kv_div((float)n, (float)block)));
+        if (h->ask->codec == KV_HQ4) {
+            NAME(hq4_codes)(row + first, factor, codes + first, block);
         } else {
-            NAME(add_squares)(row, energy, n);
+            NAME(hq3_codes)(row + first, factor, codes + first, block);
         }
-        EACH(c, n) rows[c * LANES + lane] = row[c];
     }
-}
-
-/* Add the squares of what LANES tokens lost. */
-TARGET static void NAME(hq_measure)(head *h, size_t token, const float *decoded, const float *means,
-    const float *sigmas, float *error) {
-    size_t n = h->ask->width;
-    float row[BLOCK];
-    for (size_t lane = 0; lane < lesser(LANES, h->ask->tokens - token); lane++) {
-        if (token + lane < h->ask->sinks) {
-            continue;
-        }
-        NAME(read_row)(h, token + lane, row);
-        EACH(c, n) {
-            float value = decoded[c * LANES + lane];
-            row[c] -= h->ask->kind == KV_KEYS ? value * sigmas[c] + means[c] : value;
-        }
-        NAME(add_squares)(row, error, n);
+    if (is_empty) {
+        memset(codes, 0, n);
+        return 0;
     }
+    uint16_t alpha = kv_half_of_float(kv_div(norm, kv_sqrt(NAME(tree_of_squares)(row, n))));
+    h->is_broken |= kv_half_is_broken(alpha);
+    return alpha;
 }
 
 TARGET static void NAME(hq_pack)(head *h, const uint8_t *codes, size_t first, size_t count) {
@@ -572,30 +545,37 @@ TARGET static void NAME(hq_pack)(head *h, const uint8_t *codes, size_t first, si
 }
 
 TARGET static void NAME(hq_encode)(head *h) {
-    size_t n = h->ask->width, tokens = h->ask->tokens;
+    size_t n = h->ask->width, tokens = h->ask->tokens, is_keys = h->ask->kind == KV_KEYS;
     float means[BLOCK] = {0}, sigmas[BLOCK] = {0}, inverses[BLOCK] = {0};
-    float error[BLOCK] = {0}, energy[BLOCK] = {0}, alphas[LANES];
-    float rows[BLOCK * LANES], scratch[BLOCK * LANES];
-    uint8_t codes[(KV_TILE + 8) * BLOCK], turned[BLOCK * LANES];
-    any16 stored[LANES];
-    if (h->ask->kind == KV_KEYS) {
+    float error[BLOCK] = {0}, energy[BLOCK] = {0}, original[BLOCK], row[BLOCK];
+    uint8_t codes[(KV_TILE + 8) * BLOCK];
+    if (is_keys) {
         NAME(take_means)(h, part16(h, 3), means);
         NAME(take_deviations)(h, means, part16(h, 4), sigmas);
         EACH(i, n) inverses[i] = kv_inverse(sigmas[i]);
     }
     for (size_t first = 0; first < tokens; first += KV_TILE) {
         size_t count = lesser(KV_TILE, tokens - first);
-        memset(codes, 0, (KV_TILE + 8) * n);
-        for (size_t at = 0; at < count; at += LANES) {
-            size_t left = lesser(LANES, count - at);
-            NAME(hq_read)(h, first + at, means, inverses, rows, energy);
-            NAME(hq_block)(h, rows, scratch, turned, stored, alphas);
-            memcpy(part16(h, 2) + first + at, stored, left * sizeof *stored);
-            for (size_t t = 0; t < left; t++) {
-                EACH(c, n) codes[(at + t) * n + c] = turned[c * LANES + t];
+        memset(codes + count * n, 0, 8 * n);
+        for (size_t t = 0; t < count; t++) {
+            NAME(read_row)(h, first + t, original);
+            NAME(read_centred)(h, first + t, means, row);
+            NAME(add_squares)(original, energy, n);
+            if (is_keys) {
+                NAME(scale_row)(row, inverses, n);
             }
-            NAME(hq_expand)(h, rows, alphas);
-            NAME(hq_measure)(h, first + at, rows, means, sigmas, error);
+            uint16_t alpha = NAME(hq_token)(h, row, codes + t * n);
+            part16(h, 2)[first + t] = alpha;
+            if (first + t < h->ask->sinks) {
+                continue;
+            }
+            NAME(hq_expand)(h, row, kv_float_of_half(alpha));
+            if (is_keys) {
+                NAME(scale_row)(row, sigmas, n);
+                NAME(add_rows)(row, means, n);
+            }
+            NAME(subtract_row)(row, original, n);
+            NAME(add_squares)(row, error, n);
         }
         NAME(hq_pack)(h, codes, first, count);
         NAME(add_up)(h, error, energy);
@@ -605,8 +585,8 @@ TARGET static void NAME(hq_encode)(head *h) {
 TARGET static void NAME(hq_decode)(head *h) {
     size_t n = h->ask->width, tokens = h->ask->tokens, is_keys = h->ask->kind == KV_KEYS;
     uint32_t is_hq4 = h->ask->codec == KV_HQ4;
-    float means[BLOCK], sigmas[BLOCK], row[BLOCK], alphas[LANES] = {0}, rows[BLOCK * LANES];
-    uint8_t codes[(KV_TILE + 8) * BLOCK], turned[LANES] = {0};
+    float means[BLOCK], sigmas[BLOCK], row[BLOCK];
+    uint8_t codes[(KV_TILE + 8) * BLOCK];
     if (is_keys) {
         NAME(load_halves)(part16(h, 3), means, n);
         NAME(load_bf16)(part16(h, 4), sigmas, n);
@@ -620,22 +600,18 @@ TARGET static void NAME(hq_decode)(head *h) {
             NAME(unpack_plane)(part(h, 0) + kv_planes(first, 4) * n, kv_ceil(count, 4), 2, 0, codes, n);
             NAME(unpack_plane)(part(h, 1) + kv_planes(first, 8) * n, kv_ceil(count, 8), 1, 2, codes, n);
         }
-        for (size_t at = 0; at < count; at += LANES) {
-            size_t left = lesser(LANES, count - at);
-            NAME(load_halves)(part16(h, 2) + first + at, alphas, left);
-            for (size_t c = 0; c < n; c++) {
-                EACH(t, left) turned[t] = codes[(at + t) * n + c];
-                NAME(hq_centroids)(turned, is_hq4, rows + c * LANES);
+        for (size_t t = 0; t < count; t++) {
+            if (is_hq4) {
+                NAME(hq4_centroids)(codes + t * n, row, n);
+            } else {
+                NAME(hq3_centroids)(codes + t * n, row, n);
             }
-            NAME(hq_expand)(h, rows, alphas);
-            for (size_t t = 0; t < left; t++) {
-                EACH(c, n) row[c] = rows[c * LANES + t];
-                if (is_keys) {
-                    NAME(scale_row)(row, sigmas, n);
-                    NAME(add_rows)(row, means, n);
-                }
-                NAME(write_row)(h, first + at + t, row);
+            NAME(hq_expand)(h, row, kv_float_of_half(part16(h, 2)[first + t]));
+            if (is_keys) {
+                NAME(scale_row)(row, sigmas, n);
+                NAME(add_rows)(row, means, n);
             }
+            NAME(write_row)(h, first + t, row);
         }
     }
 }
@@ -644,14 +620,8 @@ TARGET static void NAME(hq_decode)(head *h) {
 
 /* The deviation of a token's values from zero, as it is stored. */
 TARGET static uint16_t NAME(ecsq_deviation)(const float *row, size_t n) {
-    float squares[2 * BLOCK];
-    size_t power = power_of_two_from(n);
-    NAME(square_row)(row, squares, n);
-    memset(squares + n, 0, (power - n) * sizeof *squares);
-    for (size_t half = power / 2; half > 0; half /= 2) {
-        NAME(fold)(squares, half);
-    }
-    return kv_bf16_scale_of_float(kv_sqrt(kv_div(squares[0], (float)n)));
+    float sum = NAME(tree_of_squares)(row, n);
+    return kv_bf16_scale_of_float(kv_sqrt(kv_div(sum, (float)n)));
 }
 
 /* A step too small to have an inverse codes nothing: all codes are zero. */

@@ -299,28 +299,46 @@ TARGET static void NAME(nvfp4_units)(
     EACH(i, n) units[i] = kv_nvfp4_unit(scales[i], tensor);
 }
 
-/* --- hq4 and hq3: channels are rows, LANES tokens beside each other ------------------------------------ */
+/* --- hq4 and hq3 ------------------------------------------------------------------------------------- */
 
-/* Code one channel: its index, its sign bit, and the centroid that they stand for. */
-TARGET static void NAME(hq_codes)(
-    float *KV_RESTRICT row, const float *KV_RESTRICT factor, uint32_t is_hq4, uint8_t *KV_RESTRICT codes) {
-    EACH(i, LANES) {
-        float u = kv_mul(row[i], factor[i]), size = kv_abs(u);
-        uint32_t index = is_hq4 ? kv_hq4_index(size) : kv_hq3_index(size);
-        float centroid = is_hq4 ? kv_hq4_centroid(index) : kv_hq3_centroid(index);
-        uint32_t is_negative = u < 0.0f;
-        codes[i] = (uint8_t)(index | is_negative << (is_hq4 ? 3 : 2));
-        row[i] = kv_hq_signed(centroid, is_negative);
+/* Code a run of channels; the values become the centroids that the codes stand for. */
+TARGET static void NAME(hq4_codes)(
+    float *KV_RESTRICT row, float factor, uint8_t *KV_RESTRICT codes, size_t n) {
+    EACH(i, n) {
+        float u = kv_mul(row[i], factor);
+        uint32_t index = kv_hq4_index(kv_abs(u)), is_negative = u < 0.0f;
+        codes[i] = (uint8_t)(index | is_negative << 3);
+        row[i] = kv_hq_signed(kv_hq4_centroid(index), is_negative);
     }
 }
 
-TARGET static void NAME(hq_centroids)(
-    const uint8_t *KV_RESTRICT codes, uint32_t is_hq4, float *KV_RESTRICT row) {
-    EACH(i, LANES) {
-        uint32_t code = codes[i];
-        float centroid = is_hq4 ? kv_hq4_centroid(code & 7u) : kv_hq3_centroid(code & 3u);
-        row[i] = kv_hq_signed(centroid, code >> (is_hq4 ? 3 : 2));
+TARGET static void NAME(hq3_codes)(
+    float *KV_RESTRICT row, float factor, uint8_t *KV_RESTRICT codes, size_t n) {
+    EACH(i, n) {
+        float u = kv_mul(row[i], factor);
+        uint32_t index = kv_hq3_index(kv_abs(u)), is_negative = u < 0.0f;
+        codes[i] = (uint8_t)(index | is_negative << 2);
+        row[i] = kv_hq_signed(kv_hq3_centroid(index), is_negative);
     }
+}
+
+TARGET static void NAME(hq4_centroids)(
+    const uint8_t *KV_RESTRICT codes, float *KV_RESTRICT row, size_t n) {
+    EACH(i, n) row[i] = kv_hq_signed(kv_hq4_centroid(codes[i] & 7u), codes[i] >> 3);
+}
+
+TARGET static void NAME(hq3_centroids)(
+    const uint8_t *KV_RESTRICT codes, float *KV_RESTRICT row, size_t n) {
+    EACH(i, n) row[i] = kv_hq_signed(kv_hq3_centroid(codes[i] & 3u), codes[i] >> 2);
+}
+
+TARGET static void NAME(flip_signs)(
+    float *KV_RESTRICT row, const uint32_t *KV_RESTRICT flips, size_t n) {
+    EACH(i, n) row[i] = kv_float_of_bits(kv_bits_of_float(row[i]) ^ flips[i]);
+}
+
+TARGET static void NAME(scale_by)(float *KV_RESTRICT row, float by, size_t n) {
+    EACH(i, n) row[i] = kv_mul(row[i], by);
 }
 
 /* --- ecsq ------------------------------------------------------------------------------------------ */
@@ -363,18 +381,21 @@ TARGET static void NAME(widen_exponents)(
     }
 }
 
-/* Split a row into what is kept as it is and the offsets; return how many are escapes. */
-TARGET static size_t NAME(split_row)(
+/* Split a row into what is kept as it is and the offsets. */
+TARGET static void NAME(split_row)(
     const any16 *KV_RESTRICT bits, const uint8_t *KV_RESTRICT largest, uint8_t escape,
     uint8_t *KV_RESTRICT rest, uint8_t *KV_RESTRICT offsets, size_t n) {
-    uint32_t escapes = 0;
     EACH(i, n) {
         uint8_t below = (uint8_t)(largest[i] - (uint8_t)kv_exp3_exponent(bits[i]));
         rest[i] = (uint8_t)kv_exp3_rest(bits[i]);
         offsets[i] = below < escape ? below : escape;
-        escapes += below >= escape;
     }
-    return escapes;
+}
+
+/* offsets become exponents. */
+TARGET static void NAME(below_largest)(
+    const uint8_t *KV_RESTRICT largest, uint8_t *KV_RESTRICT offsets, size_t n) {
+    EACH(i, n) offsets[i] = (uint8_t)(largest[i] - offsets[i]);
 }
 
 TARGET static void NAME(merge_row)(

@@ -47,15 +47,52 @@ static uint64_t tile_bytes(int mode, uint64_t rows, uint64_t n, uint64_t escapes
     return kv_pad16(n) + kv_pad16(rows * n) + planes + 16 + kv_pad16(escapes);
 }
 
+/* Eight bytes of which those that equal *wanted* have become 0x80, all others 0. */
+static uint64_t equal_bytes(const uint8_t *bytes, uint8_t wanted) {
+    const uint64_t ones = 0x0101010101010101u, low7 = 0x7f * ones;
+    uint64_t word;
+    memcpy(&word, bytes, sizeof word);
+    word ^= wanted * ones;
+    return ~(((word & low7) + low7) | word | low7);
+}
+
+static uint64_t count_bytes(const uint8_t *bytes, uint64_t count, uint8_t wanted) {
+    uint64_t found = 0, i = 0;
+    for (; i + 8 <= count; i += 8) {
+        found += (uint64_t)__builtin_popcountll(equal_bytes(bytes + i, wanted));
+    }
+    for (; i < count; i++) {
+        found += bytes[i] == wanted;
+    }
+    return found;
+}
+
+/* The first place from *at* on where *wanted* stands, or *count*. */
+static uint64_t find_byte(const uint8_t *bytes, uint64_t at, uint64_t count, uint8_t wanted) {
+    for (; at + 8 <= count; at += 8) {
+        uint64_t equal = equal_bytes(bytes + at, wanted);
+        if (equal != 0) {
+            uint64_t first = (uint64_t)__builtin_ctzll(equal) / 8;
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+            first = (uint64_t)__builtin_clzll(equal) / 8;
+#endif
+            return at + first;
+        }
+    }
+    for (; at < count && bytes[at] != wanted; at++) {
+    }
+    return at;
+}
+
 /* Split the rows of a tile under *escape*; return how many values are escapes. */
 static uint64_t split_tile(const head *h, uint64_t first, uint64_t rows, uint8_t escape,
     const uint8_t *largest, uint8_t *rest, uint8_t *offsets) {
-    uint64_t n = h->ask->width, escapes = 0;
+    uint64_t n = h->ask->width;
     for (uint64_t t = 0; t < rows; t++) {
         const any16 *bits = words16(values_at(h, first + t));
-        escapes += chosen->split_row(bits, largest, escape, rest + t * n, offsets + t * n, n);
+        chosen->split_row(bits, largest, escape, rest + t * n, offsets + t * n, n);
     }
-    return escapes;
+    return count_bytes(offsets, rows * n, escape);
 }
 
 /* List the exponents of all escapes in order of tokens and channels. */
@@ -64,17 +101,9 @@ static void list_escapes(const uint8_t *offsets, uint8_t escape, const head *h, 
     uint64_t n = h->ask->width;
     for (uint64_t t = 0; t < rows; t++) {
         const any16 *bits = words16(values_at(h, first + t));
-        for (uint64_t c = 0; c < n; c += 32) {
-            uint64_t end = lesser(c + 32, n);
-            int found = 0;
-            for (uint64_t i = c; i < end; i++) {
-                found |= offsets[t * n + i] == escape;
-            }
-            for (uint64_t i = c; found && i < end; i++) {
-                if (offsets[t * n + i] == escape) {
-                    *list++ = (uint8_t)kv_exp3_exponent(bits[i]);
-                }
-            }
+        const uint8_t *row = offsets + t * n;
+        for (uint64_t c = find_byte(row, 0, n, escape); c < n; c = find_byte(row, c + 1, n, escape)) {
+            *list++ = (uint8_t)kv_exp3_exponent(bits[c]);
         }
     }
 }
@@ -159,24 +188,19 @@ static int exp3_encode(head *h, room *out, uint8_t *values) {
 static int find_exponents(uint8_t *offsets, const uint8_t *largest, uint8_t escape,
     const uint8_t *list, uint64_t count, uint64_t rows, uint64_t n) {
     uint64_t used = 0;
+    uint16_t places[BLOCK];
     for (uint64_t t = 0; t < rows; t++) {
         uint8_t *row = offsets + t * n;
-        for (uint64_t c = 0; c < n; c += 32) {
-            uint64_t end = lesser(c + 32, n);
-            uint8_t found = 0;
-            for (uint64_t i = c; i < end; i++) {
-                uint8_t is_escape = row[i] == escape;
-                found |= is_escape;
-                row[i] = (uint8_t)(largest[i] - row[i]);
-            }
-            for (uint64_t i = c; found && i < end; i++) {
-                if ((uint8_t)(largest[i] - row[i]) == escape) {
-                    if (used == count) {
-                        return 0;
-                    }
-                    row[i] = list[used++];
-                }
-            }
+        uint64_t held = 0;
+        for (uint64_t c = find_byte(row, 0, n, escape); c < n; c = find_byte(row, c + 1, n, escape)) {
+            places[held++] = (uint16_t)c;
+        }
+        if (held > count - used) {
+            return 0;
+        }
+        chosen->below_largest(largest, row, n);
+        for (uint64_t i = 0; i < held; i++) {
+            row[places[i]] = list[used++];
         }
     }
     return used == count;

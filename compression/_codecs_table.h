@@ -30,6 +30,7 @@ static const kernel NAME(kernel) = {
                         [KV_HQ3] = NAME(hq_decode)}},
     .widen_exponents = NAME(widen_exponents),
     .split_row = NAME(split_row),
+    .below_largest = NAME(below_largest),
     .merge_row = NAME(merge_row),
     .pack_plane = NAME(pack_plane),
     .unpack_plane = NAME(unpack_plane),

@@ -13,11 +13,8 @@ from typing import Any, Protocol
 import numpy as np
 import pytest
 
-from kvstore.compression.eights import FP8
 from kvstore.compression.floats import narrow
-from kvstore.compression.hadamard import Hadamard
-from kvstore.compression.integers import Int4KV, Int8KV
-from kvstore.compression.nvfp4 import NVFP4
+from kvstore.compression.reference import REFERENCE
 from kvstore.compression.shapes import (
     CodecId,
     Encoded,
@@ -34,10 +31,8 @@ from kvstore.gpu.batches import REPORT, SECTION, Chunks, Pages, Places, batch_of
 from kvstore.gpu.build import SOURCES, source_names
 from kvstore.types import HeadRange
 
-CODECS: dict[CodecId, tuple[str, SectionCoder]] = {
-    CodecId.INT8KV: ("int8", Int8KV()),
-    CodecId.INT4KV: ("int4", Int4KV()),
-}
+CODECS = {CodecId.INT8KV: "int8", CodecId.INT4KV: "int4"}
+"""Kernels' names of codecs."""
 TABLES = {CodecId.HQ4: HQ4.table_id, CodecId.HQ3: HQ3.table_id}
 PAGE_TOKENS = 16
 CHUNKS, SECTIONS = 2, 2
@@ -122,8 +117,8 @@ class Scene:
         return cls(
             codec=codec,
             shape=shape,
-            source=CODECS[codec][0],
-            coder=CODECS[codec][1],
+            source=CODECS[codec],
+            coder=REFERENCE[codec],
             planes=narrow(values.astype(np.float32), source),
             table=table.astype(np.int32),
             heads_first=heads_first,

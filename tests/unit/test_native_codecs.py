@@ -9,12 +9,10 @@ import numpy as np
 import pytest
 
 from kvstore.compression import native
-from kvstore.compression.eights import FP8
 from kvstore.compression.floats import narrow
-from kvstore.compression.hadamard import Hadamard
-from kvstore.compression.integers import Int4KV, Int8KV
-from kvstore.compression.nvfp4 import NVFP4
+from kvstore.compression.reference import REFERENCE
 from kvstore.compression.shapes import (
+    FIXED_RATE,
     CodecId,
     Encoded,
     Kind,
@@ -32,14 +30,7 @@ pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the C library was not b
 
 KERNELS = ("avx512", "avx2", "portable")
 TABLES = {CodecId.HQ4: HQ4.table_id, CodecId.HQ3: HQ3.table_id}
-CODERS: dict[CodecId, SectionCoder] = {
-    CodecId.FP8: FP8(),
-    CodecId.INT8KV: Int8KV(),
-    CodecId.INT4KV: Int4KV(),
-    CodecId.NVFP4: NVFP4(),
-    CodecId.HQ4: Hadamard(CodecId.HQ4, HQ4),
-    CodecId.HQ3: Hadamard(CodecId.HQ3, HQ3),
-}
+CODERS = {codec: REFERENCE[codec] for codec in sorted(native.CODECS & FIXED_RATE)}
 TYPES = (
     SourceType.BFLOAT16,
     SourceType.FLOAT16,
