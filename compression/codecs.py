@@ -1,15 +1,25 @@
-"""Codecs: how the bytes of a chunk are stored. Sizes are known before anything is encoded."""
+"""Codecs as manifests name them: how large chunks become, known before anything is encoded.
+
+How they are encoded is the matter of `chunks.py`; which sections take what, of a policy.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Final, Protocol
+
+from kvstore.compression.registry import BUILT_IN
+from kvstore.compression.shapes import SECTION_ALIGNMENT_BYTES, padded
+
+HEADER_BYTES: Final = 64
+ENTRY_BYTES: Final = 24
 
 
 class Codec(Protocol):
     """Promises of every codec.
 
-    A codec is named in the manifest, so a chunk is always decoded by what it was encoded
-    with, never by today's configuration.
+    A chunk says itself what it was encoded with, so it is always decoded by that, never by
+    today's configuration.
     """
 
     @property
@@ -20,8 +30,8 @@ class Codec(Protocol):
     def is_lossless(self) -> bool:
         """Whether decoding gives back every bit."""
 
-    def encoded_size_bytes(self, size_bytes: int) -> int:
-        """Return what *size_bytes* of canonical KV take once encoded, at most."""
+    def encoded_size_bytes(self, size_bytes: int, sections: int = 1) -> int:
+        """Return what *size_bytes* of canonical KV in *sections* take once encoded, at most."""
 
 
 class Raw:
@@ -30,10 +40,30 @@ class Raw:
     name: Final = "raw"
     is_lossless: Final = True
 
-    def encoded_size_bytes(self, size_bytes: int) -> int:
+    def encoded_size_bytes(self, size_bytes: int, sections: int = 1) -> int:
         """Return *size_bytes*."""
         return size_bytes
 
 
-CODECS: Final[dict[str, Codec]] = {codec.name: codec for codec in (Raw(),)}
+@dataclass(frozen=True)
+class Contained:
+    """A codec whose chunks are containers; `ChunkCodec.encoded_size` knows their size closely."""
+
+    name: str
+    is_lossless: bool
+
+    def encoded_size_bytes(self, size_bytes: int, sections: int = 1) -> int:
+        """Return the size of the container when all *sections* have fallen back to raw."""
+        head = padded(HEADER_BYTES + ENTRY_BYTES * sections, SECTION_ALIGNMENT_BYTES)
+        return head + size_bytes + sections * (SECTION_ALIGNMENT_BYTES - 1)
+
+
+def _codecs() -> dict[str, Codec]:
+    found: dict[str, Codec] = {"raw": Raw()}
+    for spec in BUILT_IN.values():
+        found.setdefault(spec.name, Contained(spec.name, spec.is_lossless))
+    return found
+
+
+CODECS: Final[dict[str, Codec]] = _codecs()
 """All codecs by name."""

@@ -7,9 +7,11 @@ one mixture of normal and Laplace fits everything.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 
+from kvstore.compression.fixed_rate import squares
 from kvstore.compression.floats import (
     Halves,
     bf16_bits,
@@ -36,6 +38,8 @@ from kvstore.compression.tables import PRESETS_BY_ID, Preset
 from kvstore.compression.variable_rate import FullError, Reader, Writer
 from kvstore.errors import CodecError, ContainerError
 from kvstore.types import HeadRange
+
+LEAST_STEP: Final = np.float32(2.0**-126)
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,8 @@ class _Scales:
 
     def steps(self, delta: np.float32) -> Floats:
         wide = widen_bf16(self.sigmas) * delta
+        # The inverse of a subnormal step would be infinite.
+        wide[wide < LEAST_STEP] = 0.0
         return wide[:, None, :] if self.means is not None else wide[:, :, None]
 
     @property
@@ -100,8 +106,9 @@ class Ecsq:
             if ((escapes & 0x7FFF) == BF16_INFINITE).any():
                 return UNFIT
             decoded = self._decoded(scales, side, symbols, escapes)
-            missed = (values - decoded)[:, shape.sinks :].ravel()
-            error, energy = float(np.dot(missed, missed)), float(np.sum(values * values))
+            error, energy = squares(values, decoded, shape.sinks)
+        if not np.isfinite(error):
+            return UNFIT
         writer = Writer(target)
         try:
             self._put(writer, shape, side, scales, symbols, escapes)

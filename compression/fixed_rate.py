@@ -45,6 +45,18 @@ def fill(layout: HeadLayout, blocks: Bytes, part: str, content: Bytes) -> None:
     blocks[:, offset + size : min(ends, default=layout.size_bytes)] = 0
 
 
+def squares(values: Floats, decoded: Floats, sinks: int) -> tuple[float, float]:
+    """Return the sums of squares of what *decoded* misses of *values*, and of those.
+
+    The former is infinite when that of a single head exceeds the largest float.
+    """
+    heads = len(values)
+    missed = (values - decoded)[:, sinks:].reshape(heads, -1)
+    whole = values.reshape(heads, -1)
+    error, energy = np.vecdot(missed, missed), np.vecdot(whole, whole)
+    return float(error.sum(dtype=np.float64)), float(energy.sum(dtype=np.float64))
+
+
 class FixedRateCoder(ABC):
     """A section coder whose sections have one length: encode and decode run by run."""
 
@@ -66,9 +78,8 @@ class FixedRateCoder(ABC):
                 decoded = self.code(run, values, layout, blocks[start:stop], context)
                 if decoded is None:
                     return UNFIT
-                missed = (values - decoded)[:, shape.sinks :].ravel()
-                error += float(np.dot(missed, missed))
-                energy += float(np.dot(values.ravel(), values.ravel()))
+                sums = squares(values, decoded, shape.sinks)
+                error, energy = error + sums[0], energy + sums[1]
         if not np.isfinite(error):
             return UNFIT
         return Encoded(target.nbytes, error, energy)

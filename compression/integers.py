@@ -91,8 +91,7 @@ class Int8KV(FixedRateCoder):
             most: Floats = np.max(sizes, axis=2, keepdims=True)
             return most
         starts = np.arange(0, shape.tokens, GROUPS[CodecId.INT8KV])
-        most = np.maximum.reduceat(sizes, starts, axis=1)
-        return most
+        return np.maximum.reduceat(sizes, starts, axis=1)
 
     @staticmethod
     def _groups(shape: SectionShape) -> list[tuple[slice, slice]]:
@@ -163,7 +162,9 @@ class Int4KV(FixedRateCoder):
             group = group[:, shape.sinks - part[1].start :]
             if group.shape[1] == 0:
                 return False
-        least, most = np.min(group, axis=axis) + np.float32(0), np.max(group, axis=axis)
+        # Adding zero makes +0 of -0.
+        least = np.min(group, axis=axis) + np.float32(0)
+        most = np.max(group, axis=axis) + np.float32(0)
         pair[..., 0] = half_bits((most - least) / INT4_MAX)
         pair[..., 1] = half_bits(least)
         return True

@@ -95,6 +95,13 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         )
 
     @property
+    def sections(self) -> int:
+        """Parts of a chunk that codecs encode one by one: layers, K and V apart."""
+        if self.layout == "opaque":
+            return 1
+        return self.layers * (2 if self.values == "k|v" else 1)
+
+    @property
     def chunk_bytes(self) -> int:
         """Bytes of one chunk with all its heads, as it is stored."""
         return self.shard_bytes(self.all_heads)
@@ -105,8 +112,8 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         return HeadRange(0, self.kv_heads)
 
     def shard_bytes(self, heads: HeadRange) -> int:
-        """Bytes of the shard *heads* of one chunk, as it is stored."""
-        return CODECS[self.codec].encoded_size_bytes(self.head_bytes * heads.width)
+        """Bytes of the shard *heads* of one chunk, as it is stored: at most, but for `raw`."""
+        return CODECS[self.codec].encoded_size_bytes(self.head_bytes * heads.width, self.sections)
 
     def encode(self) -> bytes:
         """Return the canonical form, the one that is hashed."""
