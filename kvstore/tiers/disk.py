@@ -42,6 +42,7 @@ from kvstore.tiers.disk_layout import (
     header_holds,
     pack_record,
     unpack_shard,
+    unpack_shards,
     whole_records,
 )
 from kvstore.tiers.disk_payloads import Payloads
@@ -52,6 +53,7 @@ from kvstore.types import NamespaceId, Place, TierKind
 P = ParamSpec("P")
 T = TypeVar("T")
 
+_RECOVERED_AT_ONCE: Final = 16_384
 _FULL: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 _log = logging.getLogger(__name__)
@@ -200,13 +202,12 @@ class DiskTier:
             rows = self._volume.read_records()
         except OSError as error:
             raise self._failed(error) from error
-        order = np.argsort(rows["sequence"], kind="stable")
-        records = rows.view(np.uint8).data
-        for slot in order[np.count_nonzero(rows["sequence"] == 0) :].tolist():
-            place = self._slots.place_of(slot)
-            if self._slots.find(place) is not None:
-                start = slot * RECORD_BYTES
-                yield Recovered(unpack_shard(records[start : start + RECORD_BYTES]), place)
+        slots = self._slots.published(rows["sequence"])
+        slots = slots[np.argsort(rows["sequence"][slots], kind="stable")]
+        for first in range(0, len(slots), _RECOVERED_AT_ONCE):
+            part = slots[first : first + _RECOVERED_AT_ONCE]
+            shards = unpack_shards(rows[part].tobytes())
+            yield from map(Recovered, shards, self._slots.places_of(part))
 
     def close(self) -> None:
         """Write out what the system holds back, and give the directory up.

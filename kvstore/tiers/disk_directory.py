@@ -11,6 +11,7 @@ import fcntl
 import logging
 import os
 import secrets
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -95,11 +96,11 @@ class DiskDirectory:
                 found[namespace] = manifest
         return found
 
-    def keep_manifests(self, used: set[NamespaceId]) -> None:
-        """Drop manifests that nothing kept refers to, once there are as many as may be."""
+    def limit_manifests(self, used: Callable[[], set[NamespaceId]]) -> None:
+        """Once there are as many manifests as may be, drop those that are not *used*."""
         found = self.manifests()
-        for namespace in found if len(found) >= NAMESPACES_MAX else ():
-            if namespace not in used:
+        if len(found) >= NAMESPACES_MAX:
+            for namespace in found.keys() - used():
                 (self.path / _MANIFESTS_NAME / namespace.hex()).unlink(missing_ok=True)
 
     def probe(self) -> None:

@@ -9,6 +9,7 @@ docs/disk-format.md is this file in words; golden bytes in the tests hold both t
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from typing import Final
 
 import numpy as np
@@ -24,7 +25,7 @@ from kvstore.limits import (
     EXTENT_ALIGNMENT_BYTES,
 )
 from kvstore.tiers.base import Shard, ShardKey
-from kvstore.types import BytesLike, Digest, HeadRange, NamespaceId, Root
+from kvstore.types import BytesLike, Digest, HeadRange, NamespaceId
 
 FORMAT: Final = 1
 
@@ -53,8 +54,11 @@ Rows = npt.NDArray[np.void]
 
 _BODY: Final = struct.Struct("<QIIQQHHI16s32s32s")
 _BODY_BYTES: Final = RECORD_BYTES - CHECKSUM_SIZE_BYTES
+_RECORD: Final = struct.Struct(_BODY.format + "Q")
 assert _BODY.size == _BODY_BYTES, "struct and dtype are one layout"
+assert _RECORD.size == RECORD_BYTES, "a checksum comes behind the body"
 
+_CHECKED_AT_ONCE: Final = 16_384
 _HAS_PARENT: Final = 1
 _NO_PARENT: Final = bytes(DIGEST_SIZE_BYTES)
 
@@ -168,22 +172,37 @@ def pack_record(shard: Shard, *, sequence: int, page: int, fingerprint: int) -> 
 
 def unpack_shard(record: BytesLike) -> Shard:
     """Return the shard that a whole *record* is of."""
-    found = _BODY.unpack_from(record)
-    _, _, size_bytes, root, _, start, stop, flags, namespace, digest, parent = found
-    key = ShardKey(NamespaceId(namespace), Digest(digest), HeadRange(start, stop))
-    before = Digest(parent) if flags & _HAS_PARENT else None
-    return Shard(key, before, size_bytes, Root(root))
+    return next(unpack_shards(record))
+
+
+def unpack_shards(records: BytesLike) -> Iterator[Shard]:
+    """Yield the shards that whole *records*, one behind the other, are of.
+
+    Namespaces and head ranges, of which there are few, are made once.
+    """
+    namespaces: dict[bytes, NamespaceId] = {}
+    ranges: dict[tuple[int, int], HeadRange] = {}
+    for found in _RECORD.iter_unpack(records):
+        _, _, size_bytes, root, _, start, stop, flags, name, digest, parent, _ = found
+        namespace = namespaces.setdefault(name, name)
+        heads = ranges.get((start, stop)) or ranges.setdefault(
+            (start, stop), HeadRange(start, stop)
+        )
+        before = parent if flags & _HAS_PARENT else None
+        yield Shard(ShardKey(namespace, digest, heads), before, size_bytes, root)
 
 
 def whole_records(rows: Rows) -> npt.NDArray[np.bool_]:
     """Return which of *rows* are records, and not vacant, torn or damaged."""
     whole = np.zeros(len(rows), np.bool_)
-    view = np.ascontiguousarray(rows).view(np.uint8).data
-    checksums = rows["checksum"].tolist()
-    for number in np.flatnonzero(rows["sequence"]).tolist():
-        start = number * RECORD_BYTES
-        body = view[start : start + _BODY_BYTES]
-        whole[number] = xxh3_64_intdigest(body) == checksums[number]
+    # A part at a time: millions of numbers as Python has them would not be given back.
+    for first in range(0, len(rows), _CHECKED_AT_ONCE):
+        part = np.ascontiguousarray(rows[first : first + _CHECKED_AT_ONCE])
+        view, checksums = part.view(np.uint8).data, part["checksum"].tolist()
+        for number in np.flatnonzero(part["sequence"]).tolist():
+            start = number * RECORD_BYTES
+            body = view[start : start + _BODY_BYTES]
+            whole[first + number] = xxh3_64_intdigest(body) == checksums[number]
     return whole
 
 

@@ -116,9 +116,12 @@ def _restore(
     volume.resize(slab_bytes)
     slots = Slots(slab_bytes=slab_bytes, limit_bytes=shares.slab_bytes, slots_max=shares.slots)
     slots.restore(rows, kept.slots)
-    used = {NamespaceId(bytes(name)) for name in np.unique(rows["namespace"][kept.slots])}
-    directory.keep_manifests(used)
+    directory.limit_manifests(lambda: _namespaces_of(rows[kept.slots]))
     return slots, slab_bytes > shares.slab_bytes
+
+
+def _namespaces_of(rows: Rows) -> set[NamespaceId]:
+    return {NamespaceId(bytes(name)) for name in np.unique(rows["namespace"])}
 
 
 def _cut_down(rows: Rows, kept: Survey, shares: Shares) -> Survey:

@@ -33,21 +33,37 @@ class Survey(NamedTuple):
     outgrown: int
 
 
+class _Columns(NamedTuple):
+    """What decides about records: of each its slot, fingerprint and pages, oldest first."""
+
+    slots: Numbers
+    fingerprints: npt.NDArray[np.uint64]
+    starts: Numbers
+    ends: Numbers
+
+    def take(self, chosen: Numbers | npt.NDArray[np.bool_]) -> _Columns:
+        """Return the chosen ones."""
+        return _Columns(
+            self.slots[chosen], self.fingerprints[chosen], self.starts[chosen], self.ends[chosen]
+        )
+
+
 def survey(rows: Rows, *, slab_bytes: int, limit_bytes: int) -> Survey:
     """Decide which of *rows* are kept: at most *limit_bytes*, inside *slab_bytes*."""
     used = int(np.count_nonzero(rows["sequence"]))
-    slots = np.flatnonzero(whole_records(rows))
-    slots = slots[_lie_inside(rows[slots], slab_bytes)]
-    quarantined = used - len(slots)
+    starts, ends = _bounds(rows)
+    sizes = rows["size_bytes"]
+    is_sound = (sizes > 0) & (sizes <= CHUNK_SIZE_MAX_BYTES) & (ends <= slab_bytes)
+    slots = np.flatnonzero(is_sound & whole_records(rows))
     slots = slots[np.argsort(rows["sequence"][slots], kind="stable")]
-    newest = _newest_of_each_key(rows, slots)
-    apart = _without_overlaps(rows, newest)
-    fitting = _fitting(rows, apart, limit_bytes)
+    sound = _Columns(slots, rows["fingerprint"][slots], starts[slots], ends[slots])
+    apart = _without_overlaps(_newest_of_each_key(sound))
+    fitting = _fitting(apart, limit_bytes)
     return Survey(
-        fitting,
-        quarantined,
-        superseded=len(slots) - len(apart),
-        outgrown=len(apart) - len(fitting),
+        fitting.slots,
+        quarantined=used - len(slots),
+        superseded=len(slots) - len(apart.slots),
+        outgrown=len(apart.slots) - len(fitting.slots),
     )
 
 
@@ -80,42 +96,33 @@ def _bounds(rows: Rows) -> tuple[Numbers, Numbers]:
     return starts, starts + footprints(rows["size_bytes"])
 
 
-def _lie_inside(rows: Rows, slab_bytes: int) -> npt.NDArray[np.bool_]:
-    sizes = rows["size_bytes"]
-    _, ends = _bounds(rows)
-    inside: npt.NDArray[np.bool_] = (
-        (sizes > 0) & (sizes <= CHUNK_SIZE_MAX_BYTES) & (ends <= slab_bytes)
-    )
-    return inside
-
-
-def _newest_of_each_key(rows: Rows, slots: Numbers) -> Numbers:
-    """Return *slots* without those whose key comes again later; both are sorted by age."""
-    fingerprints = rows["fingerprint"][slots]
-    order = np.argsort(fingerprints, kind="stable")
+def _newest_of_each_key(found: _Columns) -> _Columns:
+    """Return *found* without those whose key comes again later."""
+    order = np.argsort(found.fingerprints, kind="stable")
+    in_order = found.fingerprints[order]
     is_last = np.ones(len(order), np.bool_)
-    is_last[:-1] = fingerprints[order][1:] != fingerprints[order][:-1]
-    return slots[np.sort(order[is_last])]
+    is_last[:-1] = in_order[1:] != in_order[:-1]
+    return found if is_last.all() else found.take(np.sort(order[is_last]))
 
 
-def _without_overlaps(rows: Rows, slots: Numbers) -> Numbers:
-    """Return *slots* without those whose pages a later one has taken.
+def _without_overlaps(found: _Columns) -> _Columns:
+    """Return *found* without those whose pages a later one has taken.
 
     Only a loss of power can leave such: the removal of the older did not reach the medium.
     """
     while True:
-        starts, ends = _bounds(rows[slots])
-        order = np.argsort(starts, kind="stable")
-        clash = np.flatnonzero(starts[order][1:] < ends[order][:-1])
+        order = np.argsort(found.starts, kind="stable")
+        clash = np.flatnonzero(found.starts[order][1:] < found.ends[order][:-1])
         if not len(clash):
-            return slots
-        # Slots are sorted by age, so of two neighbours the smaller position is the older one.
-        older = np.minimum(order[clash], order[clash + 1])
-        slots = np.delete(slots, older)
+            return found
+        # They are sorted by age, so of two neighbours the smaller position is the older one.
+        is_kept = np.ones(len(order), np.bool_)
+        is_kept[np.minimum(order[clash], order[clash + 1])] = False
+        found = found.take(is_kept)
 
 
-def _fitting(rows: Rows, slots: Numbers, limit_bytes: int) -> Numbers:
-    """Return the newest of *slots* that fit into *limit_bytes* together."""
-    starts, ends = _bounds(rows[slots])
-    from_newest = np.cumsum((ends - starts)[::-1])[::-1]
-    return slots[from_newest <= limit_bytes]
+def _fitting(found: _Columns, limit_bytes: int) -> _Columns:
+    """Return the newest of *found* that fit into *limit_bytes* together."""
+    from_newest = np.cumsum((found.ends - found.starts)[::-1])[::-1]
+    fits = from_newest <= limit_bytes
+    return found if fits.all() else found.take(fits)

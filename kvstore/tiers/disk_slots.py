@@ -10,6 +10,7 @@ from array import array
 from typing import Final, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 from kvstore.limits import EXTENT_ALIGNMENT_BYTES
 from kvstore.tiers.base import TierUsage
@@ -104,6 +105,18 @@ class Slots:
     def place_of(self, slot: int) -> Place:
         """Return the place that *slot* was published as; 0 in the low bits when it is vacant."""
         return Place(slot << _GENERATION_BITS | self._generations[slot])
+
+    def published(self, sequences: npt.NDArray[np.uint64]) -> Numbers:
+        """Return the slots that hold what was published with their one of *sequences*."""
+        known = np.array(self._generations[: len(sequences)], np.uint32)
+        held = (sequences & np.uint64(_GENERATION_MASK)).astype(np.uint32)[: len(known)]
+        return np.flatnonzero((known == held) & (known != _NEVER))
+
+    def places_of(self, slots: Numbers) -> list[Place]:
+        """Return `place_of` every one of *slots*."""
+        generations = np.frombuffer(self._generations, np.uint32)[slots]
+        places: list[Place] = (slots << _GENERATION_BITS | generations).tolist()
+        return places
 
     # --- taking and giving back ------------------------------------------------------------
 
