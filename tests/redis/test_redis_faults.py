@@ -302,7 +302,7 @@ async def test_a_wrong_password_is_said_and_its_correction_taken_without_a_resta
     file.write_text("wrong secret\n")
     tier = await open_tier(own_server.url, password_file=file, **SHORT)
     assert await use(tier) == [None] * 4
-    with pytest.raises(TierError, match="WRONGPASS|invalid username-password"):
+    with pytest.raises(TierError, match=r"WRONGPASS|invalid username-password"):
         await write(tier, 1)
     assert "secret" not in caplog.text
     file.write_text("right secret\n")

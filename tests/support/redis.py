@@ -18,20 +18,34 @@ SERVER = shutil.which("redis-server") or shutil.which("valkey-server")
 
 
 class RedisServer:
-    """One server below *directory*, with *options* of its command line; it keeps its port."""
+    """One server below *directory*, with *options* of its command line; it keeps its port.
 
-    def __init__(self, directory: Path, *options: str, tls: bool = False) -> None:
+    With a file as *config*, it is a sentinel.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *options: str,
+        tls: bool = False,
+        config: Path | None = None,
+        password: str = "",
+    ) -> None:
         assert SERVER is not None, "redis-server is not installed"
         directory.mkdir(parents=True, exist_ok=True)
         self.directory = directory
         self.port = free_port()
         self.path = directory / "redis.sock"
+        self.password = password
         port = ("--port", "0", "--tls-port", str(self.port)) if tls else ("--port", str(self.port))
-        self._command = [
-            *(SERVER, *port, "--bind", "127.0.0.1", "--unixsocket", str(self.path)),
-            *("--dir", str(directory), "--save", "", "--appendonly", "no"),
-            *("--repl-diskless-sync-delay", "0", *options),
-        ]
+        place = ("--bind", "127.0.0.1", "--unixsocket", str(self.path), "--dir", str(directory))
+        keeping = ("--save", "", "--appendonly", "no", "--repl-diskless-sync-delay", "0")
+        if password and config is None:
+            options += ("--requirepass", password, "--masterauth", password)
+        if config is None:
+            self._command = [SERVER, *port, *place, *keeping, *options]
+        else:
+            self._command = [SERVER, str(config), "--sentinel", *port, *place]
         self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -76,7 +90,13 @@ class RedisServer:
 
     def client(self, **options: object) -> redis.Redis:
         """Return redis-py's client, over the Unix socket."""
-        return redis.Redis(unix_socket_path=str(self.path), **options)
+        chosen = {"password": self.password or None} | options
+        return redis.Redis(unix_socket_path=str(self.path), **chosen)
+
+    @staticmethod
+    def client_of(port: int) -> redis.Redis:
+        """Return redis-py's client, over TCP."""
+        return redis.Redis(port=port)
 
     def do(self, *words: object) -> object:
         """Return the answer to one command."""

@@ -36,7 +36,8 @@ def make_certificates(directory: Path, address: str = "IP:127.0.0.1") -> Certifi
     _openssl(*new, "-subj", "/CN=test authority", "-days", "2", *extensions,
              "-keyout", authority_key, "-out", made.authority)  # fmt: skip
     _openssl(*new, "-subj", "/CN=redis", "-days", "2",
-             "-addext", f"subjectAltName={address}", "-addext", "basicConstraints=critical,CA:FALSE",
+             "-addext", f"subjectAltName={address}",
+             "-addext", "basicConstraints=critical,CA:FALSE",
              "-CA", made.authority, "-CAkey", authority_key,
              "-keyout", made.key, "-out", made.certificate)  # fmt: skip
     return made
