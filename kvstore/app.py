@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -33,6 +33,8 @@ from kvstore.tiers.base import DurableTier, RemoteTier
 from kvstore.tiers.disk_open import open_disk_tier
 from kvstore.tiers.guard import GuardedTier
 from kvstore.tiers.host import HostTier, make_memory
+from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.redis_settings import check_settings
 from kvstore.types import TierKind
 
 _UNBOUNDED_BYTES: Final = 1 << 62
@@ -50,6 +52,8 @@ class OpenTier(NamedTuple):
     admission: str
     eviction: str
     timeout_seconds: float = TIER_TIMEOUT_SECONDS
+    greet: Callable[[], Coroutine[object, object, object]] | None = None
+    """Finds out in the background whether the servers answer, and says so in the log."""
 
 
 OpenTiers = Callable[[Config], Awaitable[list[OpenTier]]]
@@ -67,6 +71,23 @@ async def open_tiers(config: Config) -> list[OpenTier]:
             Path(disk.path), capacity_bytes=disk.capacity_bytes, direct=disk.direct == "auto"
         )
         opened.append(OpenTier(tier, disk.write, disk.admission, disk.eviction))
+    redis = config.tiers.redis
+    if redis.url:
+        settings = check_settings(
+            redis.url,
+            password_file=Path(redis.password_file) if redis.password_file else None,
+            ca_file=Path(redis.ca_file) if redis.ca_file else None,
+            prefix=redis.prefix,
+            ttl_seconds=redis.ttl_seconds,
+            connections=redis.connections,
+            timeout_seconds=redis.timeout_seconds,
+        )
+        shared = RedisTier(settings)
+        opened.append(
+            OpenTier(
+                shared, redis.write, redis.admission, "lru", redis.timeout_seconds, shared.greet
+            )
+        )
     return opened
 
 
@@ -92,7 +113,7 @@ async def _serve(config: Config, open_slower: OpenTiers) -> None:
             await _serve_over(config, slower, address, listening)
         finally:
             for opened in slower:
-                await asyncio.to_thread(opened.tier.close)
+                opened.tier.close()
     finally:
         listening.close()
         address.release()
@@ -104,15 +125,16 @@ async def _serve_over(
     store = _make_store(config, slower)
     try:
         await _take_stock(store, slower)
+        loop = asyncio.get_running_loop()
+        mover = Mover(store, clock=loop.time, in_thread=asyncio.to_thread)
+        for opened in slower:
+            _connect(mover, opened, loop.time)
+        # After the others: what differs from a copy in a slower tier is removed there.
         warm = WarmStart(
             store,
             verify_loads=config.tiers.host.verify_load,
             grace_seconds=config.leases.orphan_grace_seconds,
         )
-        loop = asyncio.get_running_loop()
-        mover = Mover(store, clock=loop.time, in_thread=asyncio.to_thread)
-        for opened in slower:
-            _connect(mover, opened, loop.time)
         server = _make_server(config, store, mover, address)
         await server.start(listening)
         log.info(
@@ -120,18 +142,24 @@ async def _serve_over(
             extra={"socket": str(address.path), "arena_bytes": store.host.arena.size_bytes},
         )
         notify("READY=1")
-        await _live(config, server, warm)
+        await _live(config, server, warm, [one.greet for one in slower if one.greet])
     finally:
         store.host.close()
 
 
-async def _live(config: Config, server: Server, warm: WarmStart) -> None:
+async def _live(
+    config: Config,
+    server: Server,
+    warm: WarmStart,
+    greetings: Sequence[Callable[[], Coroutine[object, object, object]]],
+) -> None:
     """Run the background tasks until a signal comes, then drain."""
     async with asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(keep_house(server.store), name="housekeeping"),
             group.create_task(warm.settle(), name="warm start"),
             group.create_task(server.mover.run(), name="mover"),
+            *(group.create_task(greet(), name="greeting") for greet in greetings),
         ]
         if config.tiers.host.prefault:
             tasks.append(group.create_task(prefault(server.store.host.arena), name="prefault"))

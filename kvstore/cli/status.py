@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from kvstore.cli.tables import align
-from kvstore.protocol.messages import ArenaStats, DaemonStats
+from kvstore.protocol.messages import ArenaStats, DaemonStats, TierStats
 from kvstore.units import round_size
 
 _DURATION_STEPS = ((86_400, "d"), (3_600, "h"), (60, "min"))
@@ -12,11 +14,20 @@ _DURATION_STEPS = ((86_400, "d"), (3_600, "h"), (60, "min"))
 def render(stats: DaemonStats) -> str:
     """Return *stats* as a few paragraphs; counters that are still zero are left out."""
     paragraphs = [_summary(stats), _tiers(stats)]
+    slower = [tier for tier in stats.tiers if tier.write]
+    if slower:
+        paragraphs.append(_slower(slower))
+    if stats.tenants:
+        paragraphs.append(_tenants(stats))
     if stats.namespaces:
         paragraphs.append(_namespaces(stats))
     counted = [(name, f"{count:,}") for name, count in stats.counters.items() if count]
     if counted:
         paragraphs.append(align(counted, right={1}))
+    for tier in slower:
+        own = [(f"{tier.tier} {name}", f"{n:,}") for name, n in tier.counters.items() if n]
+        if own:
+            paragraphs.append(align(own, right={1}))
     return "\n\n".join("\n".join(lines) for lines in paragraphs)
 
 
@@ -42,20 +53,57 @@ def _arena(arena: ArenaStats) -> str:
 
 
 def _tiers(stats: DaemonStats) -> list[str]:
-    rows = [("tier", "capacity", "used", "", "largest free", "chunks")]
+    rows = [("tier", "capacity", "used", "", "largest free", "chunks", "hits")]
     for tier in stats.tiers:
+        # A server that hosts share keeps its own accounts.
+        known = tier.capacity_bytes > 0
         share = 100 * tier.used_bytes / max(tier.capacity_bytes, 1)
         rows.append(
             (
                 tier.tier,
-                round_size(tier.capacity_bytes),
-                round_size(tier.used_bytes),
-                f"{share:.0f}%",
-                round_size(tier.largest_free_bytes),
+                round_size(tier.capacity_bytes) if known else "-",
+                round_size(tier.used_bytes) if known else "-",
+                f"{share:.0f}%" if known else "-",
+                round_size(tier.largest_free_bytes) if known else "-",
                 f"{tier.chunks:,}",
+                f"{tier.hit_chunks:,}",
             )
         )
-    return align(rows, right={1, 2, 3, 4, 5})
+    return align(rows, right={1, 2, 3, 4, 5, 6})
+
+
+def _slower(tiers: Sequence[TierStats]) -> list[str]:
+    rows = [("tier", "state", "write", "queued", "", "read", "write", "a call")]
+    rows += [
+        (
+            tier.tier,
+            tier.state,
+            tier.write,
+            f"{tier.queued_chunks:,} chunks",
+            round_size(tier.queued_bytes),
+            f"{round_size(tier.read_bytes_per_second)}/s",
+            f"{round_size(tier.write_bytes_per_second)}/s",
+            f"{1000 * tier.read_seconds:.1f} ms",
+        )
+        for tier in tiers
+    ]
+    return align(rows, right={3, 4, 5, 6, 7})
+
+
+def _tenants(stats: DaemonStats) -> list[str]:
+    rows = [("tenant", "tier", "chunks", "used", "quota", "floor")]
+    rows += [
+        (
+            one.tenant or "(none)",
+            one.tier,
+            f"{one.chunks:,}",
+            round_size(one.used_bytes),
+            round_size(one.quota_bytes),
+            round_size(one.floor_bytes),
+        )
+        for one in stats.tenants
+    ]
+    return align(rows, right={2, 3, 4, 5})
 
 
 def _namespaces(stats: DaemonStats) -> list[str]:

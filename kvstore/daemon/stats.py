@@ -86,12 +86,12 @@ def _slower(store: Store, route: Route) -> m.TierStats:
 
 
 def _tenants(store: Store) -> Iterator[m.TenantStats]:
-    """Yield what each tenant has in each tier that knows its capacity."""
+    """Yield what each tenant has in each tier whose room is ours to share out."""
     tiers: list[Residents] = [store.residents, *store.slower.residents.values()]
     for number, name in enumerate(store.tenants):
         for residents in tiers:
             shares = residents.shares
-            if shares.capacity_bytes:
+            if residents.kind in {TierKind.HOST, TierKind.DISK}:
                 yield m.TenantStats(
                     tenant=name,
                     tier=residents.kind.name.lower(),

@@ -177,6 +177,11 @@ class RedisTier:
                 found += await self._find(namespace, batch)
         return found
 
+    async def probe(self) -> None:
+        """Ask the server that would be asked first whether it is there."""
+        with self._reported("probe"):
+            await self._routes.at_home(b"", steps.ping, self._budget(), is_small=True)
+
     async def manifest(self, namespace: NamespaceId) -> bytes | None:
         """Return the manifest that some host has introduced, unchecked, if there is one."""
         name = self._names.manifest(namespace)

@@ -25,8 +25,8 @@ from tests.support.virtual import run
 
 MANIFEST = make_manifest()
 PROMPTS = [make_digests(12, prompt) for prompt in range(6)]
-STEPS = 120
-SEEDS = range(24)
+STEPS = 60
+SEEDS = range(12)
 POLICIES = ("through", "back", "on_evict")
 # Timers that are due at the same time run in turn.
 TICK_SECONDS = 1e-6

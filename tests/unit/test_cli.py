@@ -18,7 +18,13 @@ from kvstore.cli.status import render
 from kvstore.cli.tables import align
 from kvstore.client import sync
 from kvstore.config import Config
-from kvstore.protocol.messages import ArenaStats, DaemonStats, NamespaceStats, TierStats
+from kvstore.protocol.messages import (
+    ArenaStats,
+    DaemonStats,
+    NamespaceStats,
+    TenantStats,
+    TierStats,
+)
 
 HEAVY = ("numpy", "aiohttp", "msgspec", "redis", "uvloop", "asyncio", "prometheus_client", "torch")
 
@@ -258,14 +264,57 @@ def test_status_is_a_table_for_people(
         "arena   memfd, 1.00 GiB, 50% backed, huge pages off",
         "in use  3 sessions, 2 leases, 1 reservations",
         "",
-        "tier  capacity     used       largest free  chunks",
-        "host  1.00 GiB  256 MiB  25%      1.00 MiB   1,234",
+        "tier  capacity     used       largest free  chunks  hits",
+        "host  1.00 GiB  256 MiB  25%      1.00 MiB   1,234     0",
         "",
         "namespace     model  group  dtype     tokens/chunk  bytes/chunk  chunks",
         "abababababab  llama  full   bfloat16           256     1.00 MiB       5",
         "",
         "requests  12,345",
     ]
+
+
+def test_status_shows_slower_tiers_and_tenants() -> None:
+    slower = TierStats(
+        tier="redis",
+        capacity_bytes=0,
+        used_bytes=0,
+        largest_free_bytes=0,
+        chunks=7,
+        hit_chunks=3,
+        state="failing",
+        write="back",
+        queued_chunks=2,
+        queued_bytes=65_536,
+        read_bytes_per_second=2**30,
+        write_bytes_per_second=2**20,
+        read_seconds=0.0125,
+        counters={"timeouts": 4, "reconnects": 0},
+    )
+    tenant = TenantStats(
+        tenant="", tier="host", chunks=1, used_bytes=0, quota_bytes=2**30, floor_bytes=2**20
+    )
+    shown = render(make_stats(tiers=[slower], tenants=[tenant]))
+    lines = [line.split() for line in shown.splitlines()]
+    assert ["redis", "-", "-", "-", "-", "7", "3"] in lines
+    assert [
+        "redis",
+        "failing",
+        "back",
+        "2",
+        "chunks",
+        "64.0",
+        "KiB",
+        "1.00",
+        "GiB/s",
+        "1.00",
+        "MiB/s",
+        "12.5",
+        "ms",
+    ] in lines
+    assert ["(none)", "host", "1", "0", "B", "1.00", "GiB", "1.00", "MiB"] in lines
+    assert ["redis", "timeouts", "4"] in lines
+    assert "reconnects" not in shown
 
 
 def test_status_as_json_is_the_whole_answer(
@@ -289,7 +338,18 @@ def test_an_empty_daemon_has_a_short_status() -> None:
     text = render(make_stats(namespaces=[], namespaces_count=0, counters={}, uptime_seconds=0.25))
     assert "up      0.2 s" in text
     assert "namespace" not in text
-    assert text.endswith("1,234")
+    assert text.splitlines()[-1].split() == [
+        "host",
+        "1.00",
+        "GiB",
+        "256",
+        "MiB",
+        "25%",
+        "1.00",
+        "MiB",
+        "1,234",
+        "0",
+    ]
 
 
 def test_namespaces_that_are_not_listed_are_counted() -> None:
