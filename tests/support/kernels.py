@@ -31,8 +31,15 @@ from kvstore.gpu.batches import REPORT, SECTION, Chunks, Pages, Places, batch_of
 from kvstore.gpu.build import SOURCES, source_names
 from kvstore.types import HeadRange
 
-CODECS = {CodecId.INT8KV: "int8", CodecId.INT4KV: "int4"}
+CODECS = {
+    CodecId.FP8: "fp8",
+    CodecId.INT8KV: "int8",
+    CodecId.INT4KV: "int4",
+    CodecId.HQ4: "hq4",
+    CodecId.HQ3: "hq3",
+}
 """Kernels' names of codecs."""
+SOURCES_OF = {"hq4": "hadamard", "hq3": "hadamard"}
 TABLES = {CodecId.HQ4: HQ4.table_id, CodecId.HQ3: HQ3.table_id}
 PAGE_TOKENS = 16
 CHUNKS, SECTIONS = 2, 2
@@ -198,6 +205,10 @@ class Scene:
 
     # --- comparisons --------------------------------------------------------------------------
 
+    @property
+    def unit(self) -> str:
+        return SOURCES_OF.get(self.source, self.source)
+
     def kernel(self, direction: str) -> str:
         side = "keys" if self.shape.kind is Kind.K else "values"
         dtype = {SourceType.BFLOAT16: "bf16", SourceType.FLOAT16: "fp16"}[self.shape.source]
@@ -205,7 +216,7 @@ class Scene:
 
     def encode(self, kernels: Kernels) -> np.ndarray:
         reports = np.zeros((CHUNKS, SECTIONS), dtype=REPORT)
-        kernels.run(self.source, self.kernel("encode"), 3, self, reports)
+        kernels.run(self.unit, self.kernel("encode"), 3, self, reports)
         return reports
 
     def sections_by_numpy(self) -> tuple[np.ndarray, list[list[Encoded]]]:
@@ -243,7 +254,7 @@ class Scene:
             self.coder.decode(shape, source, decoded, HeadRange(0, shape.heads))
             expected.append(decoded)
         self.planes[:] = 0x1234
-        kernels.run(self.source, self.kernel("decode"), 3, self, np.zeros(1, dtype=REPORT))
+        kernels.run(self.unit, self.kernel("decode"), 3, self, np.zeros(1, dtype=REPORT))
         for (chunk, section), decoded in zip(np.ndindex(CHUNKS, SECTIONS), expected, strict=True):
             ours = self.values(chunk, section)
             assert np.array_equal(ours[:, self.shape.sinks :], decoded[:, self.shape.sinks :])

@@ -1,0 +1,119 @@
+"""The codec kernels on a GPU: found or built, loaded with CuPy, launched on torch's stream.
+
+Importing this needs neither. `load` returns None where there is no GPU, no CuPy, or nothing to
+load: "no GPU" is a value.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Any, Final
+
+from numpy.typing import NDArray
+
+from kvstore.errors import RequestError
+from kvstore.gpu.batches import THREADS, Chunks, Pages, Places, batch_of
+from kvstore.gpu.build import SOURCES, build, cubin_name, fingerprint, ptx_name
+from kvstore.gpu.nvrtc import find_compiler
+
+CODECS: Final = {"fp8": "fp8", "int8": "int8", "int4": "int4", "hq4": "hadamard", "hq3": "hadamard"}
+"""Codecs that have kernels, and the source of each."""
+
+DTYPES: Final = ("bf16", "fp16")
+SIDES: Final = ("keys", "values")
+
+WIDTH_MAX: Final = 1024
+WIDTHS_MAX: Final = {"hq4": 256, "hq3": 256}
+"""Widths of heads; hq keeps a tile of codes in shared memory."""
+
+WIDTH_STEP: Final = 16
+STRIDE_STEP_BYTES: Final = 16
+BLOCKS_PER_MULTIPROCESSOR: Final = 8
+
+SHIPPED: Final = SOURCES / "built"
+"""Where a release keeps kernels that were built ahead."""
+
+
+class Kernels:
+    """All kernels for one device. Launches are asynchronous, on torch's current stream."""
+
+    def __init__(self, cupy: Any, torch: Any, folder: Path) -> None:
+        self._cupy, self._torch, self._folder = cupy, torch, folder
+        device = cupy.cuda.Device()
+        self._architecture = int(device.compute_capability)
+        self._blocks = device.attributes["MultiProcessorCount"] * BLOCKS_PER_MULTIPROCESSOR
+        self._function = cache(self._load_function)
+
+    def launch(
+        self, codec: str, side: str, direction: str, dtype: str, batch: NDArray[Any]
+    ) -> None:
+        """Run one kernel over a batch made by `checked_batch`; no host synchronisation."""
+        function = self._function(CODECS[codec], f"{codec}_{side}_{direction}_{dtype}")
+        self._run(function, batch)
+
+    def copy(self, direction: str, batch: NDArray[Any]) -> None:
+        """Gather or scatter bytes as they are; see raw.cu for what the batch means."""
+        self._run(self._function("raw", f"raw_{direction}"), batch)
+
+    def _run(self, function: Any, batch: NDArray[Any]) -> None:
+        stream = self._torch.cuda.current_stream().cuda_stream
+        with self._cupy.cuda.ExternalStream(stream):
+            function((self._blocks,), (THREADS,), (batch,))
+
+    def _load_function(self, source: str, name: str) -> Any:
+        path = self._folder / cubin_name(source, self._architecture)
+        if not path.exists():  # the driver compiles what was not built for this device
+            path = self._folder / ptx_name(source)
+        return self._cupy.RawModule(path=str(path)).get_function(name)
+
+
+def load(folder: Path | None = None) -> Kernels | None:
+    """Return the kernels of the current device, or None where they cannot be had."""
+    try:
+        import cupy  # noqa: PLC0415
+        import torch  # noqa: PLC0415
+    except ImportError:
+        return None
+    if not torch.cuda.is_available():
+        return None
+    built = folder or find_built()
+    return None if built is None else Kernels(cupy, torch, built)
+
+
+def find_built() -> Path | None:
+    """Return the folder with the built kernels; build them where there is a compiler but none."""
+    cached = _cache_folder() / fingerprint()
+    for folder in (SHIPPED / fingerprint(), cached):
+        if folder.is_dir():
+            return folder
+    compiler = find_compiler()
+    if compiler is None:
+        return None
+    build(compiler, cached)
+    return cached
+
+
+def _cache_folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base, "kvstore", "kernels")
+
+
+def checked_batch(codec: str, chunks: Chunks, pages: Pages, places: Places) -> NDArray[Any]:
+    """Return the argument of a kernel; raises `RequestError` for what kernels cannot do."""
+    most = WIDTHS_MAX.get(codec, WIDTH_MAX)
+    if chunks.width % WIDTH_STEP or not 0 < chunks.width <= most:
+        raise RequestError(
+            f"{codec} kernels take heads of a multiple of {WIDTH_STEP} up to {most} channels, "
+            f"not {chunks.width}"
+        )
+    for stride in (pages.page_stride, pages.token_stride, pages.head_stride):
+        if stride % STRIDE_STEP_BYTES:
+            raise RequestError(f"a stride of {stride} bytes is no multiple of {STRIDE_STEP_BYTES}")
+    if pages.first_token + chunks.tokens > pages.page_tokens * pages.page_count:
+        raise RequestError(
+            f"{chunks.tokens} tokens from token {pages.first_token} on exceed "
+            f"{pages.page_count} pages of {pages.page_tokens}"
+        )
+    return batch_of(chunks, pages, places)
