@@ -11,6 +11,7 @@ from hypothesis import given, settings, strategies as st
 from kvstore.hashing import block_digests, root_of
 from kvstore.limits import CHUNK_SIZE_MAX_BYTES, DISK_INDEX_SHARE, GIB, KIB, MIB, TIB
 from kvstore.tiers import disk_recovery
+from kvstore.tiers.base import Shard
 from kvstore.tiers.disk_fingerprints import NO_SLOT, Fingerprints
 from kvstore.tiers.disk_layout import (
     FORMAT,
@@ -130,6 +131,7 @@ def test_fingerprints_are_a_dict(steps: list[tuple[str, int, int]]) -> None:
         assert table.get(key) == model.get(key, NO_SLOT)
 
 
+@settings(max_examples=40)
 @given(st.sets(st.one_of(KEYS, st.integers(0, 2**64 - 1)), max_size=300))
 def test_many_fingerprints_at_once_are_those_one_by_one(keys: set[int]) -> None:
     order = list(keys)
@@ -233,16 +235,16 @@ def test_runs_and_gaps_tile_the_slab() -> None:
 # --- many chunks -------------------------------------------------------------------------------
 
 
-def write_index(path: Path, count: int, *, capacity_bytes: int, seed: int) -> None:
-    """Write the index of *count* small chunks, as the tier would have."""
+def write_index(path: Path, shards: list[Shard], *, capacity_bytes: int, seed: int) -> None:
+    """Write the index of many small chunks, as the tier would have."""
     records = [
         pack_record(
-            shard_of(number, 100),
+            shard,
             sequence=number + 1,
             page=2 * number,
-            fingerprint=fingerprint_of(shard_of(number).key, seed),
+            fingerprint=fingerprint_of(shard.key, seed),
         )
-        for number in range(count)
+        for number, shard in enumerate(shards)
     ]
     path.mkdir(exist_ok=True)
     volume = Volume(path)
@@ -255,10 +257,11 @@ async def test_twenty_thousand_chunks_are_found_and_none_is_read(tmp_path: Path)
     count, capacity_bytes = 20_000, GIB // 2
     async with disk_tier(tmp_path, capacity_bytes) as tier:
         seed = tier._directory.seed
-    write_index(tmp_path, count, capacity_bytes=capacity_bytes, seed=seed)
+    shards = [shard_of(number, 100) for number in range(count)]
+    write_index(tmp_path, shards, capacity_bytes=capacity_bytes, seed=seed)
     async with disk_tier(tmp_path, capacity_bytes) as tier:
         found = list(tier.recover())
-        assert [shard for shard, _ in found] == [shard_of(n, 100) for n in range(count)]
+        assert [shard for shard, _ in found] == shards
         assert tier.usage().used_bytes == count * footprint(100)
         for shard, place in found[:10]:
             assert await tier.remove(shard, place)

@@ -62,7 +62,7 @@ async def test_what_was_removed_or_replaced_does_not_come_back(tmp_path: Path) -
 
 async def test_rooms_and_slots_are_used_again(tmp_path: Path) -> None:
     async with disk_tier(tmp_path) as tier:
-        for number in range(100):
+        for number in range(20):
             (place,) = await put(tier, number, size_bytes=3 * MIB)
             assert await tier.remove(shard_of(number, 3 * MIB), place)
         assert tier.usage().used_bytes == 0
@@ -329,6 +329,26 @@ async def test_a_replacement_that_is_cancelled_at_its_end_leaves_neither(
             await writing
         assert recovered(tier) == []
         assert tier.usage().used_bytes == 0
+
+
+async def test_closing_does_not_wait_for_ever_for_a_disk_that_hangs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvstore.tiers.disk.DISK_CLOSE_TIMEOUT_SECONDS", 0)
+    tier = await open_disk_tier(tmp_path, capacity_bytes=CAPACITY)
+    (place,) = await put(tier, 1)
+    with monkeypatch.context() as patch:
+        pause = Pause(patch, "read")
+        reading = asyncio.create_task(get(tier, shard_of(1), place))
+        assert await asyncio.to_thread(pause.entered.wait, 30)
+        tier.close()
+        # Its files are open, and the directory is locked, for as long as a thread uses them.
+        with pytest.raises(ConfigError, match="in use"):
+            await open_disk_tier(tmp_path, capacity_bytes=CAPACITY)
+        pause.released.set()
+        assert await reading == payload_of(1)
+    tier._volume.close()
+    tier._directory.close()
 
 
 async def test_a_closed_tier_says_so(tmp_path: Path) -> None:
