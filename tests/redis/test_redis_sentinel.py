@@ -73,7 +73,7 @@ async def test_an_unknown_service_and_silent_sentinels_are_errors(watched, open_
     with pytest.raises(TierError, match="knows no master 'unknown'"):
         await write(tier, 1)
     nobody = await open_tier(url_of([1, 2]))
-    with pytest.raises(TierError, match="127.0.0.1:1"):
+    with pytest.raises(TierError, match=r"127\.0\.0\.1:1"):
         await write(nobody, 1)
 
 

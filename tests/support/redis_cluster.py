@@ -122,7 +122,11 @@ def running_sentinels(directory: Path, master: RedisServer, count: int) -> Itera
     They ask for the master's password, too, when it has one.
     """
     secret = master.password
-    secrets = f"requirepass {secret}\nsentinel sentinel-pass {secret}\nsentinel auth-pass cache {secret}\n"
+    secrets = (
+        f"requirepass {secret}\n"
+        f"sentinel sentinel-pass {secret}\n"
+        f"sentinel auth-pass cache {secret}\n"
+    )
     with contextlib.ExitStack() as running:
         sentinels = []
         for number in range(count):
