@@ -144,7 +144,7 @@ def settings_for(directory: Path, server: RedisServer, *, warm: bool) -> dict[st
     }
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(
     ("times", "warm"),
     [

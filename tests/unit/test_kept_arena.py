@@ -290,11 +290,12 @@ def snapshots_of(tier: HostTier, act) -> list[bytes]:
             seen.append(now)
         return trace
 
+    before = sys.gettrace()
     sys.settrace(trace)
     try:
         act()
     finally:
-        sys.settrace(None)
+        sys.settrace(before)
     seen.append(table[:])
     return seen
 

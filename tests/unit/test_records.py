@@ -14,6 +14,7 @@ from kvstore.limits import (
     RECORDS_MAX,
     RECORDS_MIN,
 )
+from kvstore.tiers import records as records_module
 from kvstore.tiers.record_layout import (
     FORMAT,
     RECORD,
@@ -257,6 +258,18 @@ def test_an_introduction_that_is_torn_is_not_read_nor_anything_behind_it(memory,
     assert set(reopen(memory).namespaces()) == {NAMESPACE, NamespaceId(b"z" * 16)}
     memory[memory.obj.index(b"introduction")] ^= 1
     assert reopen(memory).namespaces() == {}
+
+
+def test_an_introduction_of_no_possible_size_ends_the_list(memory, records):
+    memory[4096 + 8 : 4096 + 12] = b"\xff" * 4
+    assert reopen(memory).namespaces() == {}
+
+
+def test_namespaces_that_found_no_room_are_tried_again_once_there_are_many(records, monkeypatch):
+    monkeypatch.setattr(records_module, "NAMESPACES_MAX", 3)
+    for number in range(8):
+        assert not records.introduce(NamespaceId(number.to_bytes(16, "big")), bytes(500))
+    assert len(records._refused) == 2
 
 
 # --- what is torn -----------------------------------------------------------------------------

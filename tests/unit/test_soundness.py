@@ -152,3 +152,13 @@ def test_all_shards_of_a_chunk_come_back_to_one_tenant(start):
     assert bring_back(store).left == 2
     shares = store.residents.shares
     assert [shares.used_bytes(tenant) for tenant in range(3)] == [0, 4 * 4096, 0]
+
+
+def test_namespaces_without_chunks_are_not_opened(start):
+    store = start()
+    engine = Engine(store, MANIFEST)
+    engine.put(DIGESTS)
+    store.delete(engine.space, DIGESTS)
+    store = start()
+    assert bring_back(store).left == 0
+    assert store.index.namespaces == []
