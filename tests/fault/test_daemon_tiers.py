@@ -6,8 +6,18 @@ import signal
 
 import pytest
 
+from kvstore.client.sync import Client
+from kvstore.errors import RefusedError
 from tests.support.daemon import Daemon
-from tests.support.making import empty_targets, make_digests, make_manifest, make_payload, sources_of
+from tests.support.making import (
+    empty_targets,
+    make_digests,
+    make_manifest,
+    make_payload,
+    sources_of,
+)
+from tests.support.redis import SERVER, RedisServer
+from tests.support.waiting import DEADLINE_SECONDS, wait_until
 
 MANIFEST = make_manifest()
 # Four times what the host tier holds.
@@ -62,3 +72,95 @@ def test_what_disk_was_to_keep_is_served_after_a_restart(tmp_path, settings, end
         daemon.launch()
         daemon.wait_ready()
         load_all(daemon, digests)
+
+
+# --- tiers that hosts share -------------------------------------------------------------------
+
+
+@pytest.fixture
+def redis(tmp_path):
+    if SERVER is None:
+        pytest.skip("redis-server is not installed")
+    with RedisServer(tmp_path / "redis") as server:
+        yield server
+
+
+def shared_settings(redis, **changes) -> dict[str, object]:
+    return {
+        "tiers.host.capacity": "2MiB",
+        "tiers.redis.url": redis.url,
+        "tiers.redis.write": "through",
+        "tiers.redis.timeout": "500ms",
+    } | changes
+
+
+def test_what_one_daemon_has_stored_is_a_hit_at_another(tmp_path, redis):
+    digests = make_digests(32)
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    ours.mkdir()
+    theirs.mkdir()
+    with (
+        Daemon(ours, shared_settings(redis)) as first,
+        Daemon(theirs, shared_settings(redis)) as second,
+    ):
+        store_all(first, digests)
+        load_all(second, digests)
+        tier = next(tier for tier in second.stats().tiers if tier.tier == "redis")
+        assert tier.hit_chunks == len(digests)
+
+
+def test_a_redis_that_is_away_at_start_costs_nothing_and_is_found_later(tmp_path, redis):
+    digests = make_digests(8)
+    redis.kill()
+    with Daemon(tmp_path, shared_settings(redis)) as daemon:
+        with daemon.connect() as client:
+            space = client.attach(MANIFEST)
+            report = space.store(digests, sources_of(MANIFEST, digests))
+            assert (report.stored, report.volatile) == (8, 8)
+            assert space.lookup(digests).hits == 8
+        redis.start()
+        wait_until(lambda: redis_tier(daemon).state == "ready", what="redis is found")
+        load_all(daemon, digests)
+        # A use offers the tier what it lacks.
+        wait_until(lambda: redis_tier(daemon).chunks == 8, what="chunks are written after all")
+
+
+def redis_tier(daemon: Daemon):
+    return next(tier for tier in daemon.stats().tiers if tier.tier == "redis")
+
+
+# --- tenants ----------------------------------------------------------------------------------
+
+
+def test_tenants_do_not_meet_and_only_those_who_may_act_for_one(tmp_path, settings):
+    tenants = {"tenants.blue.quota": "512KiB", "tenants.both.shared": "true"}
+    digests = make_digests(4)
+    with Daemon(tmp_path, settings | tenants) as daemon:
+        with connect_as(daemon, "blue") as blue, connect_as(daemon, "both") as both:
+            mine, ours = blue.attach(MANIFEST), both.attach(MANIFEST)
+            assert mine.store(digests, sources_of(MANIFEST, digests)).stored == 4
+            assert ours.lookup(digests).hits == 0
+            assert ours.store(digests, sources_of(MANIFEST, digests)).stored == 4
+            used = {
+                (one.tenant, one.tier): one.chunks for one in both.stats().tenants if one.chunks
+            }
+            expected = {("blue", "host"), ("blue", "disk"), ("both", "host"), ("both", "disk")}
+            assert set(used) == expected
+        with daemon.connect() as anybody:
+            assert anybody.attach(MANIFEST).lookup(digests).hits == 4
+        with pytest.raises(RefusedError, match="may not act for tenant 'red'"):
+            connect_as(daemon, "red")
+        daemon.end(signal.SIGKILL)
+        daemon.launch()
+        daemon.wait_ready()
+        with connect_as(daemon, "blue") as blue:
+            space = blue.attach(MANIFEST)
+            assert space.lookup(digests).hits == 4
+            more = make_digests(40, prompt=1)
+            space.store(more, sources_of(MANIFEST, more))
+            own = {one.tier: one for one in blue.stats().tenants if one.tenant == "blue"}
+            assert own["host"].used_bytes <= own["host"].quota_bytes == 512 * 1024
+
+
+def connect_as(daemon: Daemon, tenant: str) -> Client:
+    return Client.connect(daemon.socket, tenant=tenant, timeout_seconds=DEADLINE_SECONDS)
