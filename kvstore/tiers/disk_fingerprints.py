@@ -1,4 +1,4 @@
-"""Which slot holds a key: 64-bit fingerprints in open addressing, 18 to 48 bytes an entry.
+"""Which slot holds a key: 64-bit fingerprints in open addressing, 18 to 36 bytes an entry.
 
 The disk tier needs it for one thing alone: to notice that a key is written again. Fingerprints
 stand for keys: of two keys with one fingerprint, the later is taken for the earlier one written
@@ -94,7 +94,8 @@ class _Table:
 
     def fill(self, keys: Fingerprint64, slots: npt.NDArray[np.uint32]) -> None:
         """Put all *keys*, sorted by where they belong, each behind the one before."""
-        size = max(_ENTRIES_MIN, 1 << (2 * len(keys)).bit_length())
+        # The least power of two in which one more can be put without growing.
+        size = max(_ENTRIES_MIN, 1 << ((len(keys) + 2) * 3 // 2).bit_length())
         self._allot(size)
         homes = (keys & np.uint64(self._mask)).astype(np.int64)
         order = np.argsort(homes, kind="stable")
