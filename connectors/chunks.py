@@ -44,12 +44,16 @@ class StoreCounts(Protocol):
         ...
 
 
-class ChunkCache(Protocol):
-    """What a connector asks of one namespace. A store that is away answers as an empty one."""
+class Finder(Protocol):
+    """What a look-up asks of one namespace."""
 
     def lookup(self, digests: Sequence[Digest], *, window: int = 0) -> int:
         """Return how many leading chunks can be served; with *window*, see `Group.window`."""
         ...
+
+
+class ChunkCache(Finder, Protocol):
+    """What a connector asks of one namespace. A store that is away answers as an empty one."""
 
     def load(self, digests: Sequence[Digest], targets: Sequence[Runs]) -> int:
         """Fill *targets* and return how many leading ones are whole and right."""
@@ -63,6 +67,20 @@ class ChunkCache(Protocol):
 
     def close(self) -> None:
         """End the connection."""
+        ...
+
+
+class Searched(Protocol):
+    """A group as a look-up sees it; see `Group`."""
+
+    @property
+    def cache(self) -> Finder:
+        """Where it is looked for."""
+        ...
+
+    @property
+    def window(self) -> int:
+        """What of it a hit needs."""
         ...
 
 
@@ -87,7 +105,7 @@ def window_chunks(window_tokens: int, chunk_tokens: int) -> int:
     return max(1, -(-(window_tokens - 1) // chunk_tokens))
 
 
-def joint_hit(groups: Sequence[Group], digests: Sequence[Digest]) -> int:
+def joint_hit(groups: Sequence[Searched], digests: Sequence[Digest]) -> int:
     """Return the largest number of leading chunks at which every group can be served.
 
     A full-attention group that serves n chunks serves any fewer; a sliding one may not, so

@@ -8,9 +8,8 @@ configuration that contradicts itself stops it, at its start.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,8 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 
 from kvstore.client.cache import PrefixCache
 from kvstore.client.sync import Client
+from kvstore.connectors.vllm_backends import check_backends
+from kvstore.connectors.vllm_events import events_for
 from kvstore.connectors.vllm_layouts import KVGroup, UnsupportedError, groups_of
 from kvstore.connectors.vllm_manifests import manifests_of
 from kvstore.connectors.vllm_metadata import StepMetadata
@@ -33,6 +34,7 @@ from kvstore.connectors.vllm_stats import StoreMetrics, StoreStats, stats_since
 from kvstore.connectors.vllm_worker import Received, WorkerHalf
 from kvstore.errors import ConfigError, KVStoreError
 from kvstore.protocol.manifest import Manifest
+from kvstore.types import TierKind
 
 log = logging.getLogger("vllm.kvstore")
 
@@ -51,10 +53,10 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: WorkerHalf | None = None
         self._received = Received()
         self._reported: dict[str, float] = {}
-        _attribute_hits_to_host(self)
         settings = read_settings(vllm_config.kv_transfer_config.kv_connector_extra_config or {})
         try:
-            groups = groups_of(vllm_config, kv_cache_config, settings)
+            rank = _tensor_rank(vllm_config) if role == KVConnectorRole.WORKER else 0
+            groups = groups_of(vllm_config, kv_cache_config, settings, rank)
             _refuse_silent_failures(groups)
             manifests = manifests_of(vllm_config, groups, settings)
         except ConfigError:
@@ -67,16 +69,21 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
             log.exception("kvstore: caching is off: this engine is not understood")
             return
         if role == KVConnectorRole.WORKER:
-            timeout = settings.transfer_timeout_seconds
-            self._worker = WorkerHalf(groups, _open(manifests, settings, timeout, "worker"))
+            self._worker = WorkerHalf(groups, _open_worker(groups, manifests, settings))
             return
+        ranks = vllm_config.parallel_config.world_size
+        of_ranks = [
+            manifests_of(vllm_config, [group.on_rank(rank) for group in groups], settings)
+            for rank in range(groups[0].shard.ranks)
+        ]
         timeout = settings.lookup_timeout_seconds
         self._scheduler = SchedulerHalf(
             groups,
-            _open(manifests, settings, timeout, "scheduler"),
-            ranks=vllm_config.parallel_config.world_size,
+            _open_scheduler(of_ranks, settings),
+            ranks=ranks,
             store_decoded=settings.store_decoded,
             lookup_timeout_seconds=timeout,
+            events=events_for(vllm_config, kv_cache_config, groups[0].chunk_tokens),
         )
         _announce(manifests, settings)
 
@@ -101,8 +108,11 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         """Take the pages and test that they are understood."""
-        if self._worker is not None:
-            self._worker.register(kv_caches)
+        if self._worker is None:
+            return
+        self._worker.register(kv_caches)
+        if next(iter(kv_caches.values())).device.type != "cpu":
+            self._check_backends(kv_caches)
 
     def handle_preemptions(self, kv_connector_metadata: Any) -> None:
         """Do nothing: blocks that are being stored have a reference of their own."""
@@ -227,9 +237,15 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         """Whether an engine without requests should go on stepping until stores are finished."""
         return self.has_pending_block_frees()
 
+    def get_external_cache_hit_sources(self, request: Any, num_external_tokens: int) -> Any:
+        """Return how many of the tokens to be loaded come from which kind of tier."""
+        if self._scheduler is None or not num_external_tokens:
+            return {}
+        return _by_source(self._scheduler.hit_sources(request, num_external_tokens))
+
     def take_events(self) -> Iterable[Any]:
-        """Return no events."""
-        return ()
+        """Return what has become known of stored blocks, for routers."""
+        return () if self._scheduler is None else self._scheduler.take_events()
 
     def reset_cache(self) -> bool | None:
         """Use nothing any more that was stored before, as after a change of the weights."""
@@ -244,6 +260,15 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
                 half.close()
         self._worker = self._scheduler = None
 
+    def _check_backends(self, names: Iterable[str]) -> None:
+        """Turn the worker off when a backend that is not understood writes its pages."""
+        assert self._worker is not None, "a worker has pages"
+        layers = getattr(self._vllm_config.compilation_config, "static_forward_context", {})
+        try:
+            check_backends(self._vllm_config, layers, names, converted=self._worker.converts)
+        except (KVStoreError, KeyError, AttributeError) as error:
+            self._worker.turn_off(str(error))
+
     def _metadata(self) -> StepMetadata | None:
         metadata = self._connector_metadata
         return metadata if isinstance(metadata, StepMetadata) else None
@@ -252,18 +277,49 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         return len(self._kv_cache_config.kv_cache_groups) > 1
 
 
-def _open(
-    manifests: Sequence[Manifest], settings: Settings, timeout_seconds: float, role: str
+def _open_worker(
+    groups: Sequence[KVGroup], manifests: Sequence[Manifest], settings: Settings
 ) -> list[PrefixCache]:
+    """Return a namespace for every group, of which a rank has its own heads."""
     return [
         PrefixCache(
             manifest,
+            heads=group.stored_heads,
             socket=settings.socket_path,
-            timeout_seconds=timeout_seconds,
-            name=f"vllm-{role}",
+            timeout_seconds=settings.transfer_timeout_seconds,
+            name="vllm-worker",
         )
-        for manifest in manifests
+        for group, manifest in zip(groups, manifests, strict=True)
     ]
+
+
+def _open_scheduler(
+    of_ranks: Sequence[Sequence[Manifest]], settings: Settings
+) -> list[list[PrefixCache]]:
+    """Return, for every group, the namespaces of all ranks: one, unless chunks are opaque."""
+    return [
+        [
+            PrefixCache(
+                manifest,
+                socket=settings.socket_path,
+                timeout_seconds=settings.lookup_timeout_seconds,
+                name="vllm-scheduler",
+            )
+            for manifest in dict.fromkeys(manifests)
+        ]
+        for manifests in zip(*of_ranks, strict=True)
+    ]
+
+
+def _tensor_rank(vllm_config: Any) -> int:
+    """Return which of the ranks that share the heads this process is."""
+    if vllm_config.parallel_config.tensor_parallel_size == 1:
+        return 0
+    from vllm.distributed.parallel_state import (  # noqa: PLC0415  # only where ranks are set up
+        get_tensor_model_parallel_rank,
+    )
+
+    return int(get_tensor_model_parallel_rank())
 
 
 def _refuse_silent_failures(groups: Sequence[KVGroup]) -> None:
@@ -275,12 +331,18 @@ def _refuse_silent_failures(groups: Sequence[KVGroup]) -> None:
         )
 
 
-def _attribute_hits_to_host(connector: Any) -> None:
-    """Say that hits come from host memory, to a vLLM that asks."""
-    with contextlib.suppress(ImportError):
-        from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: PLC0415
+def _by_source(tokens: Mapping[TierKind, int]) -> dict[Any, int]:
+    """Return *tokens* by what vLLM calls the tiers."""
+    from vllm.v1.metrics.cache_hit_source import CacheHitSource  # noqa: PLC0415  # it asked
 
-        connector._cache_hit_source = CacheHitSource.HOST  # noqa: SLF001
+    names = {
+        TierKind.DEVICE: CacheHitSource.DEVICE,
+        TierKind.HOST: CacheHitSource.HOST,
+        TierKind.DISK: CacheHitSource.DISK,
+        TierKind.REDIS: CacheHitSource.EXTERNAL_UNSPECIFIED,
+        TierKind.PEER: CacheHitSource.P2P,
+    }
+    return {names[tier]: count for tier, count in tokens.items() if count}
 
 
 def _announce(manifests: Sequence[Manifest], settings: Settings) -> None:

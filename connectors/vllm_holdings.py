@@ -51,11 +51,14 @@ class Holdings:
         self._jobs[job_id] = _Holding(blocks, self._ranks)
         return True
 
-    def let_go(self, finished: Mapping[int, int]) -> None:
-        """Count the ranks that have *finished* jobs; give back what all of them have."""
+    def let_go(self, finished: Mapping[int, int]) -> list[int]:
+        """Count the ranks that have *finished* jobs; give back, and return, what all have."""
+        done = []
         for job_id, ranks in finished.items():
             holding = self._jobs[job_id]
             holding.ranks_left -= ranks
             if not holding.ranks_left:
                 # The end of a prefix is of less use than its beginning: it goes first.
                 self._pool.free_blocks(list(reversed(self._jobs.pop(job_id).blocks)))
+                done.append(job_id)
+        return done

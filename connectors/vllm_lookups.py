@@ -7,10 +7,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Final
+from dataclasses import dataclass, field
+from typing import Final, Protocol
 
-from kvstore.connectors.chunks import Group, joint_hit
+from kvstore.client.cache import Hits
+from kvstore.connectors.chunks import ChunkCache, joint_hit
 from kvstore.connectors.vllm_keys import RequestKeys
+from kvstore.types import Digest, TierKind
 
 log = logging.getLogger("vllm.kvstore")
 
@@ -18,15 +21,47 @@ log = logging.getLogger("vllm.kvstore")
 _FRESH_SECONDS: Final = 1.0
 
 
-class Lookup:
-    """One question: how many leading chunks can be loaded. Answered at most once."""
+class TieredCache(ChunkCache, Protocol):
+    """A namespace that says which tiers hold what it has."""
 
-    __slots__ = ("_answered_at", "_asked_at", "chunks", "hit", "keys")
+    def find(self, digests: Sequence[Digest], *, window: int = 0) -> Hits:
+        """Look up like `lookup`, and say where."""
+        ...
+
+
+@dataclass(slots=True)
+class SearchedGroup:
+    """A group in one look-up: it notes where its chunks were found last."""
+
+    found_in: TieredCache
+    window: int
+    tiers: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def cache(self) -> SearchedGroup:
+        """Itself: it asks, and notes the answer."""
+        return self
+
+    def lookup(self, digests: Sequence[Digest], *, window: int = 0) -> int:
+        """Return how many leading chunks can be served."""
+        found = self.found_in.find(digests, window=window)
+        self.tiers = found.tiers
+        return found.chunks
+
+
+class Lookup:
+    """One question: how many leading chunks can be loaded. Answered at most once.
+
+    *tiers* says where each of them was found; it may be shorter, and is by sliding windows.
+    """
+
+    __slots__ = ("_answered_at", "_asked_at", "chunks", "hit", "keys", "tiers")
 
     def __init__(self, keys: RequestKeys, chunks: int, asked_at: float) -> None:
         self.keys = keys
         self.chunks = chunks
         self.hit = 0
+        self.tiers: list[TierKind] = []
         self._asked_at = asked_at
         self._answered_at = 0.0
 
@@ -35,9 +70,9 @@ class Lookup:
         """Whether `hit` is known."""
         return self._answered_at > 0
 
-    def answer(self, hit: int, now: float) -> None:
+    def answer(self, hit: int, tiers: list[TierKind], now: float) -> None:
         """Set the answer."""
-        self.hit, self._answered_at = hit, now
+        self.hit, self.tiers, self._answered_at = hit, tiers, now
 
     def is_stale(self, now: float) -> bool:
         """Whether the answer is so old that it should be asked for again."""
@@ -52,9 +87,12 @@ class Lookups:
     """A thread that answers look-ups in the order in which they were asked."""
 
     def __init__(
-        self, groups: Sequence[Group], clock: Callable[[], float] = time.monotonic
+        self,
+        caches: Sequence[tuple[TieredCache, int]],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._groups = groups
+        """Look in *caches*, each with its group's window in chunks."""
+        self._caches = caches
         self._clock = clock
         self._questions: queue.SimpleQueue[Lookup | None] = queue.SimpleQueue()
         self._progress = threading.Event()
@@ -79,11 +117,24 @@ class Lookups:
 
     def _run(self) -> None:
         while (lookup := self._questions.get()) is not None:
-            hit = 0
+            hit, tiers = 0, list[TierKind]()
             try:
-                digests = lookup.keys.up_to(lookup.chunks)
-                hit = joint_hit(self._groups, digests) if digests else 0
+                hit, tiers = self._find(lookup.keys.up_to(lookup.chunks))
             except Exception:
                 log.exception("kvstore: a look-up failed, counted as a miss")
-            lookup.answer(hit, self._clock())
+            lookup.answer(hit, tiers, self._clock())
             self._progress.set()
+
+    def _find(self, digests: Sequence[Digest]) -> tuple[int, list[TierKind]]:
+        if not digests:
+            return 0, []
+        groups = [SearchedGroup(cache, window) for cache, window in self._caches]
+        hit = joint_hit(groups, digests)
+        # Groups travel together: one of those that need every chunk speaks for all.
+        speaker = min(groups, key=lambda group: group.window)
+        return hit, [fastest(bits) for bits, count in speaker.tiers for _ in range(count)][:hit]
+
+
+def fastest(bits: int) -> TierKind:
+    """Return the fastest of the tiers in *bits*."""
+    return TierKind(bits & -bits) if bits else TierKind.HOST

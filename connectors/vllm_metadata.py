@@ -80,15 +80,17 @@ class StepMetadata(KVConnectorMetadata):
 class WorkerReport(KVConnectorWorkerMetadata):
     """What has become of jobs: for each store job, how many ranks have finished it.
 
-    *off* says why a rank does not cache, if one does not.
+    *incomplete* are those of them whose chunks were not all kept. *off* says why a rank does
+    not cache, if one does not.
     """
 
     finished_stores: dict[int, int] = field(default_factory=dict)
     off: str = ""
+    incomplete: set[int] = field(default_factory=set)
 
     def aggregate(self, other: WorkerReport) -> WorkerReport:
         """Return both reports in one."""
         counts = dict(self.finished_stores)
         for job_id, ranks in other.finished_stores.items():
             counts[job_id] = counts.get(job_id, 0) + ranks
-        return WorkerReport(counts, self.off or other.off)
+        return WorkerReport(counts, self.off or other.off, self.incomplete | other.incomplete)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from kvstore.client.sync import StoreReport
 from kvstore.connectors.chunks import ChunkCache
 from kvstore.connectors.vllm_layouts import KVGroup, UnsupportedError
 from kvstore.connectors.vllm_metadata import NOWHERE, Span
+from kvstore.connectors.vllm_movers import Mover, choose_mover, chunk_shape, page_order
 from kvstore.limits import MIB
 from kvstore.transfer.copies import Runs, gather, scatter
 from kvstore.types import Digest
@@ -22,56 +23,82 @@ from kvstore.types import Digest
 _STAGING_BYTES: Final = 32 * MIB
 _TESTED: Final = Digest(bytes(32))
 
+MakeMover = Callable[[KVGroup, Sequence[torch.Tensor]], Mover]
+
 
 class GroupPages:
-    """The pages of one KV group. Used by one thread."""
+    """The pages of one KV group. Used by one thread, but for `fence`."""
 
-    def __init__(self, group: KVGroup, layers: Sequence[torch.Tensor]) -> None:
+    def __init__(
+        self,
+        group: KVGroup,
+        layers: Sequence[torch.Tensor],
+        make_mover: MakeMover = choose_mover,
+    ) -> None:
         """Raise `UnsupportedError` when *layers* are not pages of *group*."""
         self.group = group
-        for layer in layers:
-            _check_pages(group, layer)
-        self._layers = list(layers)
-        self._bases = np.array([layer.data_ptr() for layer in layers], dtype=np.uint64)
-        self._stride_bytes = layers[0].stride(0) * layers[0].itemsize
+        self._layers = [_as_pages(group, layer) for layer in layers]
+        self._mover = make_mover(group, self._layers)
+        self._shape = chunk_shape(group, self._layers)
+        first = self._layers[0]
+        # Opaque pages in host memory, each in one piece, are copied from where they lie.
+        self._is_direct = (
+            group.tiling is None
+            and first.device.type == "cpu"
+            and all(_is_whole(layer) for layer in self._layers)
+        )
+        self._bases = np.array([layer.data_ptr() for layer in self._layers], dtype=np.uint64)
+        self._stride_bytes = first.stride(0) * first.itemsize
         # What is to be written nowhere is written here.
         self._nowhere = torch.empty(group.page_bytes, dtype=torch.uint8)
         self._staging: torch.Tensor | None = None
 
-    def load(self, cache: ChunkCache, span: Span) -> int:
+    def fence(self) -> Any:
+        """Return what transfers begun now have to wait for."""
+        return self._mover.fence()
+
+    def load(self, cache: ChunkCache, span: Span, after: Any = None) -> int:
         """Fill the blocks of *span*; return how many leading chunks are whole and right."""
-        if self.group.tiling is None:
+        if self._is_direct:
             targets = [self._page_runs(blocks) for blocks in self._per_chunk(span)]
             return cache.load(span.digests, targets)
         loaded = 0
         for start, stop in self._batches(span):
             staged = self._staged(stop - start)
             good = cache.load(span.digests[start:stop], [_whole(chunk) for chunk in staged])
-            for chunk, blocks in zip(staged[:good], self._per_chunk(span, start), strict=False):
-                self._convert(chunk, blocks, into_pages=True)
+            blocks = list(self._per_chunk(span, start, start + good))
+            self._mover.scatter(staged[:good], blocks, after)
             loaded += good
             if good < stop - start:
                 break
         return loaded
 
-    def store(self, cache: ChunkCache, span: Span) -> int:
-        """Store the chunks of *span* from their blocks; return how many are new."""
-        if self.group.tiling is None:
-            sources = [self._page_runs(blocks) for blocks in self._per_chunk(span)]
-            return cache.store(span.digests, sources, parent=span.parent).stored
-        stored, parent = 0, span.parent
+    def store(self, cache: ChunkCache, span: Span, after: Any = None) -> StoreReport:
+        """Store the chunks of *span* from their blocks; return what became of them."""
+        stored = StoreReport(0, 0, 0, 0)
+        parent = span.parent
         for start, stop in self._batches(span):
-            staged = self._staged(stop - start)
-            for chunk, blocks in zip(staged, self._per_chunk(span, start), strict=False):
-                self._convert(chunk, blocks, into_pages=False)
+            if self._is_direct:
+                sources = [self._page_runs(blocks) for blocks in self._per_chunk(span, start, stop)]
+            else:
+                staged = self._staged(stop - start)
+                self._mover.gather(staged, list(self._per_chunk(span, start, stop)), after)
+                sources = [_whole(chunk) for chunk in staged]
             digests = span.digests[start:stop]
-            sources = [_whole(chunk) for chunk in staged]
-            stored += cache.store(digests, sources, parent=parent).stored
+            report = cache.store(digests, sources, parent=parent)
+            stored = StoreReport(
+                stored.stored + report.stored,
+                stored.present + report.present,
+                stored.refused + report.refused,
+                stored.bytes_stored + report.bytes_stored,
+            )
             parent = digests[-1]
         return stored
 
-    def _per_chunk(self, span: Span, start: int = 0) -> Iterator[list[int]]:
-        for index in range(start, len(span.digests)):
+    def _per_chunk(
+        self, span: Span, start: int = 0, stop: int | None = None
+    ) -> Iterator[list[int]]:
+        for index in range(start, len(span.digests) if stop is None else stop):
             yield span.blocks_of(index, index + 1)
 
     def _page_runs(self, blocks: Sequence[int]) -> Runs:
@@ -84,43 +111,32 @@ class GroupPages:
 
     def _batches(self, span: Span) -> Iterator[tuple[int, int]]:
         """Yield the bounds of runs of chunks that fit the staging memory."""
-        most = max(1, _STAGING_BYTES // self._chunk_bytes)
-        for start in range(0, len(span.digests), most):
-            yield start, min(start + most, len(span.digests))
+        count = len(span.digests)
+        most = count if self._is_direct else max(1, _STAGING_BYTES // self._chunk_bytes)
+        for start in range(0, count, most):
+            yield start, min(start + most, count)
 
     @property
     def _chunk_bytes(self) -> int:
         return self.group.page_bytes * len(self._layers) * self.group.blocks_per_chunk
 
     def _staged(self, chunks: int) -> torch.Tensor:
-        """Return room for canonical chunks, `[chunk, layer, k|v, head, token, dim]`."""
+        """Return room for chunks in host memory, as movers know them."""
         if self._staging is None or len(self._staging) < chunks:
-            group = self.group
-            shape = (chunks, len(self._layers), 2, group.heads, group.chunk_tokens, group.head_dim)
-            self._staging = torch.empty(shape, dtype=group.dtype)
+            pin = self._layers[0].device.type == "cuda"
+            self._staging = torch.empty(
+                (chunks, *self._shape), dtype=self.group.dtype, pin_memory=pin
+            )
         return self._staging[:chunks]
 
-    def _convert(self, chunk: torch.Tensor, blocks: Sequence[int], *, into_pages: bool) -> None:
-        """Copy one chunk between its canonical form and the engine's *blocks*."""
-        assert self.group.tiling is not None, "opaque pages are not converted"
-        size = self.group.block_tokens
-        for layer, sides in zip(self._layers, chunk, strict=True):
-            for position, block in enumerate(blocks):
-                if block == NOWHERE:
-                    continue
-                keys, values = sides[:, :, position * size : (position + 1) * size]
-                for page, plain in self.group.tiling(layer[block], keys, values):
-                    if into_pages:
-                        page.copy_(plain)
-                    else:
-                        plain.copy_(page)
 
-
-def self_test(group: KVGroup, layers: Sequence[torch.Tensor]) -> None:
+def self_test(
+    group: KVGroup, layers: Sequence[torch.Tensor], make_mover: MakeMover = choose_mover
+) -> None:
     """Store known bytes from scratch pages and load them into others.
 
-    The pages are shaped like *layers*. Raises `UnsupportedError` unless the bytes come back as
-    they were, all of them, and nothing else is written.
+    The pages are shaped like *layers*, and lie like them. Raises `UnsupportedError` unless the
+    bytes come back as they were, all of them, and nothing else is written.
     """
     each = group.blocks_per_chunk
     first, second = ([_scratch(layer, 2 * each + 1, seed) for layer in layers] for seed in (1, 2))
@@ -128,8 +144,9 @@ def self_test(group: KVGroup, layers: Sequence[torch.Tensor]) -> None:
     stored = list(range(0, 2 * each, 2))
     loaded = list(range(2 * each - 1, 0, -2))
     kept = _OneChunk()
-    GroupPages(group, first).store(kept, Span(0, [_TESTED], stored))
-    GroupPages(group, second).load(kept, Span(0, [_TESTED], loaded))
+    writer, reader = (GroupPages(group, pages, make_mover) for pages in (first, second))
+    writer.store(kept, Span(0, [_TESTED], stored), writer.fence())
+    reader.load(kept, Span(0, [_TESTED], loaded), reader.fence())
     for source, target, old in zip(first, second, before, strict=True):
         old[loaded] = source[stored]
         if not torch.equal(target, old):
@@ -166,10 +183,14 @@ class _OneChunk:
 
 
 def _scratch(like: torch.Tensor, blocks: int, seed: int) -> torch.Tensor:
-    """Return *blocks* pages shaped like those of *like*, full of noise."""
+    """Return *blocks* pages full of noise, in memory like those of *like*, gaps included."""
+    order = sorted(range(like.dim()), key=lambda axis: (-like.stride(axis), axis))
     generator = torch.Generator().manual_seed(seed)
-    shape = (blocks, *like.shape[1:])
-    return torch.randn(shape, generator=generator).to(like.dtype)
+    gap = 2 if like.stride(0) > like[0].numel() and order[0] == 0 else 1
+    shape = (blocks * gap, *like.shape[1:])
+    noise = torch.randn([shape[axis] for axis in order], generator=generator).to(like.dtype)
+    back = [order.index(axis) for axis in range(like.dim())]
+    return noise.to(like.device).permute(back)[::gap]
 
 
 def _whole(chunk: torch.Tensor) -> Runs:
@@ -177,13 +198,20 @@ def _whole(chunk: torch.Tensor) -> Runs:
     return Runs(start, chunk.numel() * chunk.itemsize, owner=chunk)
 
 
-def _check_pages(group: KVGroup, layer: torch.Tensor) -> None:
-    expected = (group.heads, group.block_tokens, 2 * group.head_dim)
-    if layer.device.type != "cpu":
-        raise UnsupportedError(f"KV on {layer.device.type} is not yet kept, only in host memory")
+def _is_whole(layer: torch.Tensor) -> bool:
+    """Whether the bytes of each page lie behind each other, in whatever order."""
+    return bool(layer[0].permute(page_order(layer)).is_contiguous())
+
+
+def _as_pages(group: KVGroup, layer: torch.Tensor) -> torch.Tensor:
+    """Return *layer* as pages `[block, head, token, width]`; raises `UnsupportedError`."""
+    if group.heads == 1 and layer.dim() == 3:
+        layer = layer.unsqueeze(1)
+    expected = (group.heads, group.block_tokens, group.width)
     if layer.dtype != group.dtype or tuple(layer.shape[1:]) != expected:
         raise UnsupportedError(
             f"pages are {tuple(layer.shape[1:])} in {layer.dtype}, not {expected} in {group.dtype}"
         )
-    if not layer[0].is_contiguous() or layer[0].numel() * layer.itemsize != group.page_bytes:
-        raise UnsupportedError("the bytes of a page do not lie behind each other")
+    if layer.stride(-1) != 1:
+        raise UnsupportedError("the elements of a token do not lie behind each other")
+    return layer

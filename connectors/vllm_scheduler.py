@@ -14,14 +14,15 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final
 
-from kvstore.connectors.chunks import ChunkCache, Group
+from kvstore.connectors.chunks import Group
+from kvstore.connectors.vllm_events import Events, NoEvents
 from kvstore.connectors.vllm_holdings import Holdings
 from kvstore.connectors.vllm_keys import RequestKeys
 from kvstore.connectors.vllm_layouts import KVGroup
-from kvstore.connectors.vllm_lookups import Lookup, Lookups
+from kvstore.connectors.vllm_lookups import Lookup, Lookups, TieredCache
 from kvstore.connectors.vllm_metadata import (
     NOWHERE,
     LoadJob,
@@ -30,6 +31,7 @@ from kvstore.connectors.vllm_metadata import (
     StoreJob,
     WorkerReport,
 )
+from kvstore.types import TierKind
 
 log = logging.getLogger("vllm.kvstore")
 
@@ -45,7 +47,8 @@ _EPOCH_BYTES: Final = 16
 class Tracked:
     """What is known of one request, in chunks.
 
-    *hit* is what was promised to be loaded, *stored* what needs no storing.
+    *hit* is what was promised to be loaded, *stored* what needs no storing. *sources* says how
+    many tokens of the last load came from which tier.
     """
 
     request: Any
@@ -56,7 +59,9 @@ class Tracked:
     stored: int = 0
     loads: int = 0
     loading: LoadJob | None = None
+    has_failed: bool = False
     first_loaded: int = 0
+    sources: dict[TierKind, int] = field(default_factory=dict)
     may_store: bool = True
 
 
@@ -68,6 +73,11 @@ class Counts:
     lookups_late: int = 0
     tokens_asked: int = 0
     tokens_hit: int = 0
+    tokens_hit_device: int = 0
+    tokens_hit_host: int = 0
+    tokens_hit_disk: int = 0
+    tokens_hit_redis: int = 0
+    tokens_hit_peer: int = 0
     stores_skipped: int = 0
     load_failures: int = 0
 
@@ -78,23 +88,35 @@ class SchedulerHalf:
     def __init__(
         self,
         groups: Sequence[KVGroup],
-        caches: Sequence[ChunkCache],
+        caches: Sequence[Sequence[TieredCache]],
         *,
         ranks: int,
         store_decoded: bool,
         lookup_timeout_seconds: float,
+        events: Events | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Take, for each group, the namespaces that a hit needs: one, or one of every rank."""
         self.counts = Counts()
         self._groups = groups
         self._chunk_tokens = groups[0].chunk_tokens
         self._chunk_groups = [
-            Group(cache, group.window) for cache, group in zip(caches, groups, strict=True)
+            Group(some[0], group.window) for some, group in zip(caches, groups, strict=True)
         ]
+        self._caches = [cache for some in caches for cache in some]
         self._store_decoded = store_decoded
         self._lookup_timeout_seconds = lookup_timeout_seconds
         self._clock = clock
-        self._lookups = Lookups(self._chunk_groups, clock)
+        self._lookups = Lookups(
+            [
+                (cache, group.window)
+                for some, group in zip(caches, groups, strict=True)
+                for cache in some
+            ],
+            clock,
+        )
+        self._events = events or NoEvents()
+        self._to_tell: dict[int, tuple[Any, tuple[Span, ...], tuple[int, ...]]] = {}
         self._requests: dict[str, Tracked] = {}
         self._loads: list[LoadJob] = []
         self._holdings = Holdings(ranks)
@@ -158,7 +180,7 @@ class SchedulerHalf:
         report = output.kv_connector_worker_meta
         if isinstance(report, WorkerReport):
             with self._failing_open():
-                self._holdings.let_go(report.finished_stores)
+                self._tell_stored(self._holdings.let_go(report.finished_stores), report.incomplete)
             if report.off:
                 self._turn_off(report.off)
         with self._failing_open():
@@ -172,9 +194,21 @@ class SchedulerHalf:
         """Whether blocks are held that will be free soon, if steps go on."""
         return len(self._holdings) > 0
 
+    def hit_sources(self, request: Any, tokens: int) -> dict[TierKind, int]:
+        """Return from which tiers the *tokens* of the load planned last come."""
+        tracked = self._requests.get(request.request_id)
+        sources = {} if tracked is None else tracked.sources
+        return sources if sum(sources.values()) == tokens else {TierKind.HOST: tokens}
+
+    def take_events(self) -> list[Any]:
+        """Return what has become known of stored blocks since the last call."""
+        return self._events.take()
+
     def reset(self) -> None:
         """Keep what is computed from now on apart from all that was stored before."""
         self._epoch = secrets.token_bytes(_EPOCH_BYTES)
+        self._events.forget()
+        self._to_tell.clear()
         for tracked in self._requests.values():
             tracked.may_store = False
             tracked.loads = _LOADS_MAX
@@ -182,8 +216,8 @@ class SchedulerHalf:
     def close(self) -> None:
         """End the look-ups and the connections."""
         self._lookups.close()
-        for group in self._chunk_groups:
-            group.cache.close()
+        for cache in self._caches:
+            cache.close()
 
     # --- failing open -------------------------------------------------------------------
 
@@ -221,6 +255,7 @@ class SchedulerHalf:
             tracked.loads = _LOADS_MAX
             return 0
         tracked.hit = lookup.hit
+        self._tell_missing(tracked, lookup)
         return max(0, lookup.hit * self._chunk_tokens - local_tokens)
 
     def _load_job(self, request: Any, blocks: tuple[list[int], ...], tokens: int) -> LoadJob:
@@ -230,25 +265,78 @@ class SchedulerHalf:
         job = LoadJob(request.request_id, tuple(self._load_spans(tracked, blocks, local_tokens)))
         tracked.loads += 1
         tracked.loading = job
+        tracked.has_failed = False
+        tracked.sources = self._sources(tracked, local_tokens)
+        self._tell_found(tracked)
         tracked.first_loaded = local_tokens // self._chunk_tokens
         # What it finds next time, after a preemption, is to be looked up anew.
         tracked.lookup = None
         self.counts.tokens_hit += tokens
+        for tier, count in tracked.sources.items():
+            name = f"tokens_hit_{tier.name.lower()}"
+            setattr(self.counts, name, getattr(self.counts, name) + count)
         return job
+
+    def _sources(self, tracked: Tracked, local_tokens: int) -> dict[TierKind, int]:
+        """Return how many tokens behind *local_tokens* come from each tier."""
+        tiers = tracked.lookup.tiers if tracked.lookup is not None else []
+        sources: dict[TierKind, int] = {}
+        for chunk in range(local_tokens // self._chunk_tokens, tracked.hit):
+            # A sliding window says nothing of what lies before it, and loads nothing of it.
+            place = chunk - tracked.hit + len(tiers)
+            tier = tiers[place] if 0 <= place < len(tiers) else TierKind.HOST
+            start = max(chunk * self._chunk_tokens, local_tokens)
+            sources[tier] = sources.get(tier, 0) + (chunk + 1) * self._chunk_tokens - start
+        return sources
 
     def _see_failures(self, output: Any) -> None:
         invalid = set(output.invalid_block_ids or ())
         failed = set(getattr(output, "failed_recving", None) or ())
+        if invalid:
+            # A rank may report its failure before the others have finished.
+            self._mark_failed(invalid)
         for request_id in output.finished_recving or ():
             tracked = self._requests.get(request_id)
             if tracked is None or tracked.loading is None:
                 continue
-            blocks = set().union(*(span.real_blocks for span in tracked.loading.spans))
-            tracked.loading = None
-            if request_id in failed or blocks & invalid:
+            job, tracked.loading = tracked.loading, None
+            if request_id in failed or tracked.has_failed:
                 self.counts.load_failures += 1
                 # It computes what did not come, and stores that.
                 tracked.stored = tracked.first_loaded
+                for span in job.spans:
+                    self._events.missing(span.group, span.digests)
+
+    def _mark_failed(self, invalid: set[int]) -> None:
+        for tracked in self._requests.values():
+            if tracked.loading is not None:
+                spans = tracked.loading.spans
+                tracked.has_failed |= any(span.real_blocks & invalid for span in spans)
+
+    # --- events ---------------------------------------------------------------------------
+
+    def _tell_stored(self, jobs: Sequence[int], incomplete: set[int]) -> None:
+        for job_id in jobs:
+            request, spans, firsts = self._to_tell.pop(job_id, (None, (), ()))
+            if job_id not in incomplete:
+                for span, first in zip(spans, firsts, strict=True):
+                    self._events.stored(request, span.group, first, span.digests, TierKind.HOST)
+
+    def _tell_found(self, tracked: Tracked) -> None:
+        """Say what another engine, or an earlier life of this one, has stored."""
+        tiers = tracked.lookup.tiers if tracked.lookup is not None else []
+        first = tracked.hit - len(tiers)
+        for chunk, tier in enumerate(tiers, first):
+            digests = tracked.keys.up_to(chunk + 1)[chunk:]
+            for group in range(len(self._groups)):
+                if chunk >= self._chunk_groups[group].first_needed(tracked.hit):
+                    self._events.stored(tracked.request, group, chunk, digests, tier)
+
+    def _tell_missing(self, tracked: Tracked, lookup: Lookup) -> None:
+        for group, chunk_group in enumerate(self._chunk_groups):
+            if not chunk_group.window:
+                # Behind a gap nothing is found, whatever is there.
+                self._events.missing(group, tracked.keys.up_to(lookup.chunks)[lookup.hit :])
 
     def _track(self, request: Any) -> Tracked:
         tracked = self._requests.get(request.request_id)
@@ -324,7 +412,8 @@ class SchedulerHalf:
             tracked.stored = self._missing_from(tracked)
             if end <= tracked.stored:
                 continue
-            spans = tuple(self._store_spans(tracked, output, end))
+            placed = tuple(self._store_spans(tracked, output, end))
+            spans = tuple(span for _, span in placed)
             self._last_job += 1
             held = self._holdings.can_hold
             if held and not self._holdings.hold(self._last_job, spans):
@@ -332,16 +421,20 @@ class SchedulerHalf:
                 self.counts.stores_skipped += 1
                 continue
             tracked.stored = end
+            if held:
+                firsts = tuple(first for first, _ in placed)
+                self._to_tell[self._last_job] = (request, spans, firsts)
             yield StoreJob(self._last_job, spans, held)
 
-    def _store_spans(self, tracked: Tracked, output: Any, end: int) -> Iterator[Span]:
+    def _store_spans(self, tracked: Tracked, output: Any, end: int) -> Iterator[tuple[int, Span]]:
+        """Yield what is to be stored, each with the number of its first chunk."""
         tables = self._block_tables(tracked, output)
         for number, group in enumerate(self._groups):
             each = group.blocks_per_chunk
             for first, stop in _runs_of_whole(tables[number], tracked.stored, end, each):
                 digests = tracked.keys.up_to(stop)[first:]
                 blocks = tables[number][first * each : stop * each]
-                yield Span(number, digests, blocks, tracked.keys.before(first))
+                yield first, Span(number, digests, blocks, tracked.keys.before(first))
 
     def _block_tables(self, tracked: Tracked, output: Any) -> tuple[list[int], ...]:
         """Return the blocks of a request; those that have left a window are null."""

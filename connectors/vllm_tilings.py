@@ -17,34 +17,36 @@ import torch
 log = logging.getLogger("vllm.kvstore")
 
 Pair = tuple[torch.Tensor, torch.Tensor]
-Tiling = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], Iterator[Pair]]
-"""From a page `[heads, tokens, 2 * dim]` and canonical keys and values `[heads, tokens, dim]` to
-pairs of equally shaped views: of the page, and of the same elements in canonical order."""
+Tiling = Callable[[torch.Tensor, torch.Tensor], Iterator[Pair]]
+"""From a page `[heads, tokens, sides * dim]` and its canonical form `[side, heads, tokens, dim]`
+to pairs of equally shaped views: of the page, and of the same elements in canonical order."""
 
 _PROBE_BLOCKS: Final = 2
 _AMX_TOKENS: Final = 16
 
 
-def rows(page: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Iterator[Pair]:
-    """Every token is one row: its keys, then its values."""
-    dim = keys.shape[-1]
-    yield page[..., :dim], keys
-    yield page[..., dim:], values
+def rows(page: torch.Tensor, sides: torch.Tensor) -> Iterator[Pair]:
+    """Every token is one row: its keys, then its values; or its latent vector."""
+    dim = sides.shape[-1]
+    for number, side in enumerate(sides):
+        yield page[..., number * dim : (number + 1) * dim], side
 
 
-def transposed_keys(page: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Iterator[Pair]:
+def transposed_keys(page: torch.Tensor, sides: torch.Tensor) -> Iterator[Pair]:
     """In the first half `[dim, tokens]` of keys, in the second `[tokens, dim]` of values."""
+    keys, values = sides
     heads, tokens, dim = keys.shape
     first, second = _halves(page)
     yield first.view(heads, dim, tokens).transpose(1, 2), keys
     yield second.view(heads, tokens, dim), values
 
 
-def amx_tiles(page: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> Iterator[Pair]:
+def amx_tiles(page: torch.Tensor, sides: torch.Tensor) -> Iterator[Pair]:
     """Pairs of 16-bit elements side by side, as AMX tiles want them.
 
     Keys in tiles `[dim / 2, 16 tokens, 2 dims]`, values in `[tokens / 2, 16 dims, 2 tokens]`.
     """
+    keys, values = sides
     heads, tokens, dim = keys.shape
     wide, groups = _AMX_TOKENS, tokens // _AMX_TOKENS
     first, second = _halves(page)
@@ -75,7 +77,7 @@ def _find(heads: int, block_tokens: int, dim: int, dtype: torch.dtype, isa: str)
     _write(pages, keys, values, isa)
     for tiling in (transposed_keys, amx_tiles, rows):
         if all(
-            _holds(tiling, page, keys[:, span], values[:, span])
+            _holds(tiling, page, torch.stack((keys[:, span], values[:, span])))
             for page, span in zip(pages, _spans(block_tokens), strict=True)
         ):
             return tiling
@@ -107,11 +109,11 @@ def _write(pages: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, isa: s
     )
 
 
-def _holds(tiling: Tiling, page: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> bool:
-    found_keys, found_values = torch.empty_like(keys), torch.empty_like(values)
-    for source, target in tiling(page, found_keys, found_values):
+def _holds(tiling: Tiling, page: torch.Tensor, sides: torch.Tensor) -> bool:
+    found = torch.empty_like(sides)
+    for source, target in tiling(page, found):
         target.copy_(source)
-    return bool(torch.equal(found_keys, keys) and torch.equal(found_values, values))
+    return bool(torch.equal(found, sides))
 
 
 def _spans(block_tokens: int) -> list[slice]:
@@ -121,7 +123,8 @@ def _spans(block_tokens: int) -> list[slice]:
 
 
 def _halves(page: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the two halves of each head's bytes."""
-    flat = page.reshape(page.shape[0], -1)
+    """Return the two halves of each head's bytes; raises when they do not lie together."""
+    # A view, never a copy: what is written to it must reach the page.
+    flat = page.view(page.shape[0], -1)
     half = flat.shape[1] // 2
     return flat[:, :half], flat[:, half:]

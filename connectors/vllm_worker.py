@@ -13,10 +13,11 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import torch
 
+from kvstore.client.sync import StoreReport
 from kvstore.connectors.chunks import ChunkCache
 from kvstore.connectors.vllm_layouts import KVGroup, UnsupportedError
 from kvstore.connectors.vllm_metadata import LoadJob, Span, StepMetadata, StoreJob, WorkerReport
@@ -62,6 +63,7 @@ class WorkerHalf:
         self._lock = threading.Lock()
         self._received = Received()
         self._finished_stores: dict[int, int] = {}
+        self._incomplete: set[int] = set()
 
     def register(self, kv_caches: Mapping[str, torch.Tensor]) -> None:
         """Take the engine's pages, once a test has shown that they are understood."""
@@ -72,20 +74,35 @@ class WorkerHalf:
                 pages.append(GroupPages(group, layers))
                 self_test(group, layers)
             self._pages = pages
-        except (UnsupportedError, KeyError) as error:
-            self._off = str(error)
+        except UnsupportedError as error:
+            self.turn_off(str(error))
+        except Exception as error:
+            log.exception("kvstore: the pages could not be tested")
+            self.turn_off(f"the test of its pages failed: {error!r}")
+
+    @property
+    def converts(self) -> bool:
+        """Whether some of the pages are converted, so that it matters who writes them."""
+        return any(group.tiling is not None for group in self._groups)
+
+    def turn_off(self, reason: str) -> None:
+        """Move nothing from now on; the scheduler's half is told why."""
+        self._pages = []
+        self._off = self._off or reason
 
     def start_loads(self, metadata: StepMetadata) -> None:
         """Begin the loads of a step."""
+        fences = self._fences(metadata.loads)
         for job in metadata.loads:
-            self._transfers.submit(Urgency.LOAD, partial(self._load, job))
+            self._transfers.submit(Urgency.LOAD, partial(self._load, job, fences))
 
     def start_stores(self, metadata: StepMetadata) -> None:
         """Begin the stores of a step, whose KV is computed by now."""
         waits: list[threading.Event] = []
+        fences = self._fences(metadata.stores)
         for job in metadata.stores:
             done = threading.Event()
-            self._transfers.submit(Urgency.STORE, partial(self._store, job, done))
+            self._transfers.submit(Urgency.STORE, partial(self._store, job, fences, done))
             if not job.held:
                 waits.append(done)
         for done in waits:
@@ -103,7 +120,8 @@ class WorkerHalf:
         """Return what the scheduler's half needs to know, if anything."""
         with self._lock:
             finished, self._finished_stores = self._finished_stores, {}
-        return WorkerReport(finished, self._off) if finished or self._off else None
+            incomplete, self._incomplete = self._incomplete, set()
+        return WorkerReport(finished, self._off, incomplete) if finished or self._off else None
 
     def close(self) -> None:
         """Finish what is queued and end the connections. Idempotent."""
@@ -111,12 +129,16 @@ class WorkerHalf:
         for cache in self._caches:
             cache.close()
 
-    def _load(self, job: LoadJob) -> None:
+    def _fences(self, jobs: Sequence[object]) -> list[Any]:
+        """Return what transfers of *jobs* wait for, group by group; they begin behind this step."""
+        return [pages.fence() for pages in self._pages] if jobs else []
+
+    def _load(self, job: LoadJob, fences: Sequence[Any]) -> None:
         failed = set(job.lost)
         loaded, started = 0, time.perf_counter()
         try:
             for span in job.spans:
-                good = self._load_span(span)
+                good = self._load_span(span, fences)
                 failed |= _blocks_behind(span, good)
                 loaded += good
         except Exception:
@@ -131,25 +153,39 @@ class WorkerHalf:
             self.counts.chunks_failed += sum(len(span.digests) for span in job.spans) - loaded
             self.counts.load_seconds += time.perf_counter() - started
 
-    def _load_span(self, span: Span) -> int:
+    def _load_span(self, span: Span, fences: Sequence[Any]) -> int:
         if not self._pages:
             return 0
-        return self._pages[span.group].load(self._caches[span.group], span)
+        number = span.group
+        return self._pages[number].load(self._caches[number], span, fences[number])
 
-    def _store(self, job: StoreJob, done: threading.Event) -> None:
-        stored, started = 0, time.perf_counter()
+    def _store(self, job: StoreJob, fences: Sequence[Any], done: threading.Event) -> None:
+        started = time.perf_counter()
+        stored, is_whole = 0, bool(self._pages)
         try:
             for span in job.spans if self._pages else ():
-                stored += self._pages[span.group].store(self._caches[span.group], span)
+                report = self._store_span(span, fences)
+                stored += report.stored
+                is_whole &= report.stored + report.present == len(span.digests)
         except Exception:
             log.exception("kvstore: a store failed")
+            is_whole = False
         finally:
             with self._lock:
                 if job.held:
                     self._finished_stores[job.job_id] = 1
+                    if not is_whole:
+                        self._incomplete.add(job.job_id)
                 self.counts.chunks_stored += stored
                 self.counts.store_seconds += time.perf_counter() - started
             done.set()
+
+    def _store_span(self, span: Span, fences: Sequence[Any]) -> StoreReport:
+        number = span.group
+        if not self._groups[number].shard.is_writer:
+            # A neighbour has the same heads, and stores them.
+            return StoreReport(0, len(span.digests), 0, 0)
+        return self._pages[number].store(self._caches[number], span, fences[number])
 
 
 def _blocks_behind(span: Span, good: int) -> set[int]:

@@ -248,6 +248,7 @@ class Driver:
 
     def kill_at(self, moment: str, pid: int) -> None:
         """Kill process *pid* when next a *moment* ("lookup", "load", "store") comes."""
+        moment = {"lookup": "find"}.get(moment, moment)
         for cache in self._caches():
             ask = getattr(cache, moment)
 
@@ -262,8 +263,7 @@ class Driver:
         from vllm.distributed.kv_transfer import get_kv_transfer_group
 
         worker = get_kv_transfer_group()._worker
-        groups = self.scheduler.connector._scheduler._chunk_groups
-        return [*worker._caches, *(group.cache for group in groups)]
+        return [*worker._caches, *self.scheduler.connector._scheduler._caches]
 
     def value_sample(self, token: int) -> bytes:
         """Return the values of *token* of the last prompt, in the last layer, as stored."""

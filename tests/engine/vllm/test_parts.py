@@ -136,24 +136,22 @@ def test_a_block_that_does_not_divide_the_chunk_is_refused():
 )
 def test_a_tiling_is_a_permutation(tiling):
     page = torch.arange(2 * 32 * 2 * 16, dtype=torch.float32).reshape(2, 32, 32)
-    keys, values = torch.full((2, 32, 16), -1.0), torch.full((2, 32, 16), -1.0)
-    for source, target in tiling(page, keys, values):
+    sides = torch.full((2, 2, 32, 16), -1.0)
+    for source, target in tiling(page, sides):
         target.copy_(source)
-    assert sorted(torch.cat([keys.flatten(), values.flatten()]).tolist()) == sorted(
-        page.flatten().tolist()
-    )
+    assert sorted(sides.flatten().tolist()) == sorted(page.flatten().tolist())
     back = torch.zeros_like(page)
-    for target, source in tiling(back, keys, values):
+    for target, source in tiling(back, sides):
         target.copy_(source)
     assert torch.equal(back, page)
 
 
 def test_amx_tiles_lie_where_amx_wants_them():
     """Key element (token 17, dim 5) and value element (token 3, dim 20), found by hand."""
-    keys, values = torch.zeros(1, 32, 32), torch.zeros(1, 32, 32)
-    keys[0, 17, 5], values[0, 3, 20] = 1, 2
+    sides = torch.zeros(2, 1, 32, 32)
+    sides[0, 0, 17, 5], sides[1, 0, 3, 20] = 1, 2
     page = torch.zeros(1, 32, 64)
-    for target, source in vllm_tilings.amx_tiles(page, keys, values):
+    for target, source in vllm_tilings.amx_tiles(page, sides):
         target.copy_(source)
     flat = page.flatten()
     assert flat[1 * 16 * 32 + 2 * 32 + 1 * 2 + 1] == 1

@@ -28,8 +28,8 @@ def config(
     [
         (config(cache={"cache_dtype": "fp8_e4m3"}), "fp8_e4m3.*--kv-cache-dtype auto"),
         (config(cache={"enable_prefix_caching": False}), "--enable-prefix-caching"),
-        (config(tensor_parallel_size=2), "tensor_parallel_size is 2"),
         (config(pipeline_parallel_size=2), "pipeline_parallel_size is 2"),
+        (config(decode_context_parallel_size=2), "decode_context_parallel_size is 2"),
         (config(drafts=SimpleNamespace(use_eagle=lambda: True)), "EAGLE and MTP"),
     ],
 )

@@ -8,26 +8,43 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kvstore.client.cache import Hits
 from kvstore.connectors.vllm_layouts import KVGroup
 from kvstore.connectors.vllm_metadata import NOWHERE, WorkerReport
 from kvstore.connectors.vllm_scheduler import SchedulerHalf
+from kvstore.connectors.vllm_shards import HeadShard
+from kvstore.types import TierKind
 from tests.support.waiting import wait_until
 
 CHUNK, BLOCK = 256, 128
-GROUP = KVGroup(("layers.0.attn",), (0,), BLOCK, CHUNK, 2, 32, torch.float32, 0, 1, None, "none")
+GROUP = KVGroup(
+    layer_names=("layers.0.attn",),
+    layers=(0,),
+    block_tokens=BLOCK,
+    chunk_tokens=CHUNK,
+    shard=HeadShard(2),
+    head_dim=32,
+    width=64,
+    sides=("keys", "values"),
+    dtype=torch.float32,
+    window_tokens=0,
+    tiling=None,
+    kernel="none",
+)
 
 
 class Cache:
-    """Finds *hits* chunks, once *gate* is open."""
+    """Finds *hits* chunks in *tiers*, once *gate* is open."""
 
     def __init__(self, hits: int) -> None:
         self.hits = hits
+        self.tiers = [(TierKind.HOST, 100)]
         self.gate = threading.Event()
         self.gate.set()
 
-    def lookup(self, digests: list[bytes], *, window: int = 0) -> int:
+    def find(self, digests: list[bytes], *, window: int = 0) -> Hits:
         assert self.gate.wait(20)
-        return min(self.hits, len(digests))
+        return Hits(min(self.hits, len(digests)), self.tiers)
 
     def close(self) -> None:
         pass
@@ -41,13 +58,17 @@ class Clock:
 
 
 class Setting:
-    def __init__(self, hits: int) -> None:
+    def __init__(
+        self, hits: int, *, ranks: int = 1, store_decoded: bool = False, **options: object
+    ) -> None:
         self.cache, self.clock = Cache(hits), Clock()
+        self.caches = [self.cache, *(Cache(hits) for _ in range(ranks - 1))]
         self.half = SchedulerHalf(
             [GROUP],
-            [self.cache],
-            ranks=1,
-            store_decoded=False,
+            [self.caches],
+            ranks=ranks,
+            store_decoded=store_decoded,
+            **options,
             lookup_timeout_seconds=0.25,
             clock=self.clock,
         )
