@@ -1,0 +1,174 @@
+"""What a slower tier is asked for next: loads by deadline, then prefetches; writes yield."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvstore.limits import TIER_READS_MAX, TIER_WRITES_MAX, WRITE_QUEUE_CHUNKS_MAX
+from kvstore.store.index import Namespace
+from kvstore.store.lane import Fetch, Lane, Removal, Write
+from kvstore.store.recompute import worth_loading
+from kvstore.tiers.base import Shard, ShardKey
+from kvstore.types import HeadRange, NamespaceId, Place, Root
+from tests.support.making import loose_digest, make_manifest
+
+ALL = HeadRange(0, 4)
+SPACE = Namespace(0, make_manifest())
+QUEUE_BYTES = 1000
+
+
+@pytest.fixture
+def lane() -> Lane:
+    return Lane(QUEUE_BYTES)
+
+
+def waiter(fetch: Fetch, is_here: bool) -> None:
+    """Wait for a fetch, without interest in how it ends."""
+
+
+def load(lane: Lane, slot: int, deadline: float) -> Fetch:
+    fetch = Fetch(slot, ALL, None)
+    fetch.waiters[waiter] = None
+    fetch.deadline = deadline
+    lane.put_fetch(fetch)
+    return fetch
+
+
+def prefetch(lane: Lane, slot: int) -> Fetch:
+    fetch = Fetch(slot, ALL, None)
+    fetch.is_prefetch = True
+    lane.put_fetch(fetch)
+    return fetch
+
+
+def write(number: int, size_bytes: int = 10, *, is_urgent: bool = False) -> Write:
+    digest = loose_digest(number)
+    return Write(SPACE, digest, ALL, size_bytes, is_urgent=is_urgent, queued_at=0.0)
+
+
+def removal() -> Removal:
+    key = ShardKey(NamespaceId(b"n" * 16), loose_digest(0), ALL)
+    return Removal(Shard(key, None, 1, Root(0)), Place(0))
+
+
+def test_the_earliest_deadline_goes_first_and_prefetches_go_last(lane):
+    coming = prefetch(lane, 1)
+    late, soon, later = load(lane, 2, 9.0), load(lane, 3, 1.0), load(lane, 4, 9.0)
+    assert [lane.next(0.0) for _ in range(4)] == [soon, late, later, coming]
+
+
+def test_a_prefetch_that_a_load_joins_becomes_a_load(lane):
+    joined, other = prefetch(lane, 1), load(lane, 2, 5.0)
+    joined.waiters[waiter] = None
+    joined.deadline = 1.0
+    lane.put_fetch(joined)
+    assert [lane.next(0.0) for _ in range(3)] == [joined, other, None]
+
+
+def test_what_nobody_waits_for_any_more_is_passed_over(lane):
+    given_up, wanted = load(lane, 1, 1.0), load(lane, 2, 2.0)
+    given_up.waiters.clear()
+    assert lane.next(0.0) is wanted
+    assert lane.take_fetches() == []
+
+
+def test_only_so_many_reads_are_under_way(lane):
+    fetches = [load(lane, slot, 1.0) for slot in range(TIER_READS_MAX + 1)]
+    begun = [lane.next(0.0) for _ in range(TIER_READS_MAX)]
+    assert lane.next(0.0) is None
+    lane.ended(begun[0])
+    assert lane.next(0.0) is fetches[-1]
+
+
+def test_writes_yield_to_loads_and_not_to_prefetches(lane):
+    lane.put_write(write(1))
+    loading = load(lane, 1, 1.0)
+    assert lane.next(0.0) is loading
+    assert lane.next(0.0) is None
+    lane.ended(loading)
+    coming = prefetch(lane, 2)
+    assert lane.next(0.0) is coming
+    assert isinstance(lane.next(0.0), Write)
+
+
+def test_under_loads_without_end_one_write_at_a_time_goes_on(lane):
+    for number in range(3):
+        lane.put_write(write(number))
+    load(lane, 1, 1.0)
+    lane.next(0.0)
+    assert lane.next(0.5) is None
+    assert isinstance(lane.next(2.0), Write)
+    assert lane.next(2.0) is None
+
+
+def test_removals_come_before_writes_and_both_have_a_width(lane):
+    for number in range(TIER_WRITES_MAX + 1):
+        lane.put_write(write(number))
+    lane.put_removal(removal())
+    kinds = [type(lane.next(0.0)) for _ in range(TIER_WRITES_MAX + 1)]
+    assert kinds == [Removal, *[Write] * (TIER_WRITES_MAX - 1), type(None)]
+    assert not lane.is_settled
+
+
+def test_beyond_its_bytes_the_oldest_write_is_dropped_and_told(lane):
+    told: list[bool] = []
+    oldest = write(0, 600)
+    oldest.done.append(told.append)
+    assert lane.put_write(oldest)
+    assert lane.put_write(write(1, 400))
+    assert lane.put_write(write(2, 10))
+    assert (told, lane.dropped_writes, lane.write_bytes) == ([False], 1, 410)
+    assert not lane.put_write(write(3, QUEUE_BYTES + 1))
+
+
+def test_what_somebody_waits_for_is_not_dropped(lane):
+    assert lane.put_write(write(0, 900, is_urgent=True))
+    assert not lane.put_write(write(1, 200))
+    assert lane.put_write(write(2, 200, is_urgent=True))
+    assert len(lane.take_urgent_writes()) == 2
+    assert (lane.write_chunks, lane.write_bytes) == (0, 0)
+
+
+def test_the_number_of_writes_is_bounded_too(lane):
+    for number in range(WRITE_QUEUE_CHUNKS_MAX + 5):
+        lane.put_write(write(number, 0))
+    assert lane.write_chunks == WRITE_QUEUE_CHUNKS_MAX
+    assert lane.dropped_writes == 5
+
+
+def test_a_write_of_the_same_shard_is_joined(lane):
+    told: list[bool] = []
+    lane.put_write(write(0))
+    again = write(0, is_urgent=True)
+    again.done.append(told.append)
+    assert lane.put_write(again)
+    assert lane.write_chunks == 1
+    lane.next(0.0).finish(kept=True)
+    assert told == [True]
+
+
+# --- load or recompute ------------------------------------------------------------------------
+
+DISK, HOST, REDIS = 4, 2, 8
+SECONDS_A_CHUNK = {HOST: 0.0, DISK: 1.0, REDIS: 10.0}
+
+
+def seconds_for(tiers: int, chunks: int) -> float:
+    return SECONDS_A_CHUNK[tiers] * chunks
+
+
+@pytest.mark.parametrize(
+    ("runs", "recompute", "chunks", "seconds"),
+    [
+        ([], 1.0, 0, 0.0),
+        ([(HOST, 5)], 0.001, 5, 0.0),
+        ([(HOST, 5), (DISK, 5)], 0.0, 10, 5.0),
+        ([(HOST, 5), (DISK, 5)], 0.5, 5, 0.0),
+        ([(HOST, 5), (DISK, 5)], 2.0, 10, 5.0),
+        ([(DISK, 5), (REDIS, 5)], 2.0, 5, 5.0),
+        ([(DISK, 5), (REDIS, 1), (HOST, 100)], 2.0, 106, 15.0),
+        ([(REDIS, 5), (HOST, 1)], 2.0, 0, 0.0),
+    ],
+)
+def test_loading_ends_where_computing_is_sooner(runs, recompute, chunks, seconds):
+    assert worth_loading(runs, seconds_for, recompute) == (chunks, seconds)
