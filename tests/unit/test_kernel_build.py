@@ -1,0 +1,101 @@
+"""The kernels compile for every GPU we name, without one, and stay within their budgets.
+
+Needs NVRTC: the dependency group `cuda-test`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvstore.gpu import build, kernels
+from kvstore.gpu.nvrtc import CompileError, Compiler, find_compiler
+
+# Registers: two blocks of 256 threads a multiprocessor need 128 or fewer.
+REGISTERS_MAX = 128
+SHARED_MAX_BYTES = 48 * 1024
+SPILLED_MAX_BYTES = 16  # a counter outside of the loops
+# Machine instructions of a whole kernel, all paths and unrolled loops: what a change may not
+# exceed without being looked at.
+INSTRUCTIONS_MAX = {
+    "raw": 320,
+    "fp8": 1400,
+    "int8": 3200,
+    "int4": 2600,
+    "hadamard": 5000,
+}
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Compiler:
+    found = find_compiler()
+    if found is None:
+        pytest.skip("no NVRTC: pip install --group cuda-test")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("source", build.source_names())
+def test_kernels_of_every_architecture_stay_within_their_budget(
+    compiler: Compiler, source: str
+) -> None:
+    for architecture in build.ARCHITECTURES:
+        code, uses = build.compile_cubin(compiler, source, architecture)
+        assert code.startswith(b"\x7fELF")
+        assert uses
+        for use in uses:
+            assert use.registers <= REGISTERS_MAX, use
+            assert use.shared_bytes <= SHARED_MAX_BYTES, use
+            assert use.spilled_bytes <= SPILLED_MAX_BYTES, use
+            assert 0 < use.instructions <= INSTRUCTIONS_MAX[source], use
+
+
+def test_every_kernel_that_can_be_launched_is_there(compiler: Compiler) -> None:
+    code, uses = build.compile_cubin(compiler, "int4", 90)
+    names = {use.kernel for use in uses}
+    assert names == {
+        f"int4_{side}_{direction}_{dtype}"
+        for side in kernels.SIDES
+        for direction in ("encode", "decode")
+        for dtype in kernels.DTYPES
+    }
+    assert b"int4_keys_encode_bf16" in code
+
+
+def test_ptx_names_the_architecture_that_every_gpu_since_can_run(compiler: Compiler) -> None:
+    assert b".target sm_80" in build.compile_ptx(compiler, "raw")
+
+
+def test_a_kernel_that_is_wrong_is_refused_with_the_words_of_the_compiler(
+    compiler: Compiler,
+) -> None:
+    with pytest.raises(CompileError, match="undefined_name"):
+        compiler.compile("int x = undefined_name;", "wrong.cu", [], to_ptx=True)
+
+
+# --- without a compiler -----------------------------------------------------------------
+
+
+def test_every_codec_has_its_source() -> None:
+    assert {*kernels.CODECS.values(), "raw"} == set(build.source_names())
+
+
+def test_the_fingerprint_follows_the_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = build.fingerprint()
+    for path in build.SOURCES.glob("*.cu*"):
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    monkeypatch.setattr(build, "SOURCES", tmp_path)
+    assert build.fingerprint() == before
+    (tmp_path / "int8.cuh").write_text("/* another */")
+    assert build.fingerprint() != before
+
+
+def test_no_gpu_is_a_value() -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert kernels.load() is None
