@@ -53,40 +53,40 @@ def open_existing(path: Path) -> int | None:
         return None
 
 
+def check_room(path: Path, size_bytes: int) -> None:
+    """Raise `ConfigError`, with both numbers, unless `replace` can make a file of *size_bytes*."""
+    directory = path.parent
+    page_bytes = _page_bytes(_usage(directory))
+    if size_bytes % page_bytes:
+        raise ConfigError(
+            f"tiers.host.capacity is {size_bytes} bytes, {directory} has pages of {page_bytes} "
+            "and holds whole ones only"
+        )
+    room = room_bytes(directory) + taken_bytes(path)
+    if size_bytes > room:
+        raise ConfigError(
+            f"tiers.host.capacity is {size_bytes} bytes, {directory} has room for {room}"
+        )
+
+
 def replace(path: Path, size_bytes: int) -> int:
     """Put a fresh file of *size_bytes* zeros at *path*, in place of one of ours.
 
-    Whoever has the old one mapped keeps that. Raises `ConfigError` with both numbers when the
-    file system has no room, or says what else is wrong.
+    Whoever has the old one mapped keeps that. Raises `ConfigError`.
     """
-    room = room_bytes(path.parent) + taken_bytes(path)
-    if size_bytes > room:
-        raise ConfigError(
-            f"tiers.host.capacity is {size_bytes} bytes, {path.parent} has room for {room}"
-        )
+    taken_bytes(path)  # refuses what is not ours
     try:
         path.unlink(missing_ok=True)
         fd = os.open(path, _FLAGS | os.O_CREAT | os.O_EXCL, _MODE)
     except OSError as error:
         raise _unusable(path, error) from error
-    try:
-        page_bytes = page_bytes_of(fd)
-        if size_bytes % page_bytes:
-            raise ConfigError(
-                f"tiers.host.capacity is {size_bytes} bytes, {path.parent} has pages of "
-                f"{page_bytes} and holds whole ones only"
-            )
-        os.ftruncate(fd, size_bytes)
-    except BaseException:
-        os.close(fd)
-        path.unlink()
-        raise
+    os.ftruncate(fd, size_bytes)
     return fd
 
 
 def resize(fd: int, path: Path, size_bytes: int) -> None:
     """Make the file a whole number of pages of zeros, *size_bytes* at least, backed by memory."""
-    page_bytes = page_bytes_of(fd)
+    page_bytes = _page_bytes(os.fstatvfs(fd))
     size_bytes = -(-size_bytes // page_bytes) * page_bytes
     os.ftruncate(fd, 0)
     try:
@@ -105,18 +105,9 @@ def make_directory(path: Path) -> None:
         raise _unusable(path, error) from error
 
 
-def page_bytes_of(fd: int) -> int:
-    """Return the size of the pages that the file behind *fd* is made of."""
-    block_bytes = os.fstatvfs(fd).f_bsize
-    return block_bytes if block_bytes in _HUGE_PAGES_BYTES else EXTENT_ALIGNMENT_BYTES
-
-
 def room_bytes(directory: Path) -> int:
     """Return how much more files below *directory* can hold; raises `ConfigError`."""
-    try:
-        usage = os.statvfs(directory)
-    except OSError as error:
-        raise _unusable(directory, error) from error
+    usage = _usage(directory)
     if usage.f_bsize in _HUGE_PAGES_BYTES and not usage.f_blocks:
         # Mounted without a size, hugetlbfs takes from the pool, and does not say how much.
         return _free_pool_bytes(usage.f_bsize)
@@ -131,6 +122,18 @@ def taken_bytes(path: Path) -> int:
     taken = os.fstat(fd).st_blocks * 512
     os.close(fd)
     return taken
+
+
+def _usage(directory: Path) -> os.statvfs_result:
+    try:
+        return os.statvfs(directory)
+    except OSError as error:
+        raise _unusable(directory, error) from error
+
+
+def _page_bytes(usage: os.statvfs_result) -> int:
+    """Return the size of the pages that files there are made of."""
+    return usage.f_bsize if usage.f_bsize in _HUGE_PAGES_BYTES else EXTENT_ALIGNMENT_BYTES
 
 
 def _free_pool_bytes(page_bytes: int) -> int:

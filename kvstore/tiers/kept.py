@@ -24,6 +24,7 @@ from kvstore.tiers.record_layout import (
 from kvstore.tiers.records import Records
 from kvstore.transfer.arena import Arena, check_size
 from kvstore.transfer.private_files import (
+    check_room,
     claim,
     make_directory,
     open_existing,
@@ -107,6 +108,7 @@ class KeptArena:
         """Replace whatever is there."""
         path, records_path = self._paths
         geometry = geometry_for(size_bytes)
+        check_room(path, size_bytes)
         # The records go first and come last: those of one arena are never beside another.
         os.ftruncate(self._fd, 0)
         arena_fd = replace(path, size_bytes)

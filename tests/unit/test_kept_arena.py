@@ -230,7 +230,10 @@ def test_what_cannot_be_held_is_refused_and_leaves_nothing_claimed(left):
     with pytest.raises(ConfigError, match="has room for"):
         KeptArena(left, 2**50)
     assert open_fds() == before
-    KeptArena(left, SIZE).close()
+    # And what was kept is kept.
+    arena = KeptArena(left, SIZE)
+    assert kept(arena.records) == {page(1): make_shard(1)}
+    arena.close()
 
 
 def test_an_arena_whose_records_have_no_room_is_not_left_behind(path, monkeypatch):

@@ -11,10 +11,10 @@ from kvstore.errors import ConfigError
 from kvstore.limits import MIB
 from kvstore.transfer import private_files
 from kvstore.transfer.private_files import (
+    check_room,
     claim,
     make_directory,
     open_existing,
-    page_bytes_of,
     replace,
     resize,
     room_bytes,
@@ -143,8 +143,17 @@ def test_what_the_file_system_cannot_hold_is_refused_with_both_numbers(path):
     path.chmod(0o600)
     size = 2**50
     with pytest.raises(ConfigError, match=rf"{size} bytes, {path.parent} has room for \d+"):
-        replace(path, size)
-    assert path.read_bytes() == b"kept"
+        check_room(path, size)
+    check_room(path, 4096)
+
+
+def test_a_file_makes_room_for_the_one_in_its_place(path, monkeypatch, opened):
+    opened.append(replace(path, MIB))
+    os.posix_fallocate(opened[0], 0, MIB)
+    monkeypatch.setattr(private_files, "room_bytes", lambda _: MIB)
+    check_room(path, 2 * MIB)
+    with pytest.raises(ConfigError, match=f"has room for {2 * MIB}"):
+        check_room(path, 2 * MIB + 4096)
 
 
 def test_room_is_asked_of_a_file_system_that_is_there(tmp_path):
@@ -207,10 +216,9 @@ def test_huge_pages_without_a_size_are_those_of_the_pool(tmp_path, monkeypatch):
 
 def test_on_huge_pages_arenas_are_whole_and_records_are_rounded_up(path, monkeypatch, opened):
     monkeypatch.setattr(os, "fstatvfs", lambda _: HugeUsage)
+    monkeypatch.setattr(os, "statvfs", lambda _: HugeUsage)
     with pytest.raises(ConfigError, match=f"{3 * MIB} bytes, {path.parent} has pages of {2 * MIB}"):
-        replace(path, 3 * MIB)
-    assert not path.exists()
+        check_room(path, 3 * MIB)
     opened.append(replace(path, 4 * MIB))
-    assert page_bytes_of(opened[0]) == 2 * MIB
     resize(opened[0], path, 1)
     assert path.stat().st_size == 2 * MIB
