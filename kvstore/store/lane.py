@@ -132,6 +132,7 @@ class Lane:
         # (not a load, deadline, ticket, fetch); only the last ticket of a fetch is good.
         self._fetches: list[tuple[bool, float, int, Fetch]] = []
         self._writes: dict[WriteKey, Write] = {}
+        self._under_way: dict[WriteKey, Write] = {}
         self._removals: deque[Removal] = deque()
         self._reading = 0
         self._reading_loads = 0
@@ -169,10 +170,10 @@ class Lane:
     def put_write(self, write: Write) -> bool:
         """Queue *write*, the oldest that nobody waits for giving way; return whether there is room.
 
-        One for the same shard is joined. Urgent ones, whose bytes are held in the host tier and
-        have their bound there, are bounded in number alone.
+        One for the same shard is joined, under way or not. Urgent ones, whose bytes are held in
+        the host tier and have their bound there, are bounded in number alone.
         """
-        waiting = self._writes.get(write.key)
+        waiting = self._writes.get(write.key) or self._under_way.get(write.key)
         if waiting is not None:
             waiting.done += write.done
             waiting.is_urgent |= write.is_urgent
@@ -189,8 +190,8 @@ class Lane:
         return True
 
     def has_write(self, key: WriteKey) -> bool:
-        """Return whether that shard waits to be written."""
-        return key in self._writes
+        """Return whether that shard waits to be written, or is being written."""
+        return key in self._writes or key in self._under_way
 
     def take_urgent_writes(self) -> list[Write]:
         """Take out all writes that somebody waits for."""
@@ -222,6 +223,7 @@ class Lane:
         for write in self._writes.values():
             self._writing += 1
             self._take_write(write)
+            self._under_way[write.key] = write
             return write
         return None
 
@@ -233,6 +235,8 @@ class Lane:
             job.is_running = job.runs_as_load = False
         else:
             self._writing -= 1
+            if isinstance(job, Write):
+                del self._under_way[job.key]
 
     def _next_fetch(self) -> Fetch | None:
         if self._reading >= TIER_READS_MAX:

@@ -116,6 +116,8 @@ class Mover:
             self._note_use(route, slot)
             if route.policy != "on_evict":
                 self._offer(route, slot, shard)
+            else:
+                self.pressed()
 
     def used(self, slots: Sequence[int]) -> None:
         """Note a use of chunks in the host tier, some of which a tier may want by now."""
@@ -347,12 +349,11 @@ class Mover:
             is_urgent=done is not None or route.policy == "through",
             queued_at=self._clock(),
         )
-        if done is not None:
-            write.done.append(done)
-        is_held = write.is_urgent and not route.lane.has_write(write.key)
-        if is_held:
+        if write.is_urgent and not route.lane.has_write(write.key):
             store.hold(slot)
             write.done.append(lambda _: store.let_go(slot))
+        if done is not None:
+            write.done.append(done)
         if (write.is_urgent and not route.tier.is_usable) or not route.lane.put_write(write):
             write.finish(kept=False)
             return

@@ -20,8 +20,11 @@ class EvictionPolicy(Protocol):
     Every slot is admitted once and forgotten once; all else keeps it in.
     """
 
-    def admit(self, slot: int, size_bytes: int, fingerprint: int) -> None:
-        """Take *slot* in; *fingerprint* (64 bits) recognises the same chunk after it has left."""
+    def admit(self, slot: int, size_bytes: int, fingerprint: int, after: int = NO_SLOT) -> None:
+        """Take *slot* in; *fingerprint* (64 bits) recognises the same chunk after it has left.
+
+        *after* is the slot, known to this policy, of the chunk that it alone continues.
+        """
 
     def touch(self, slot: int) -> None:
         """Note a use of *slot*."""
@@ -153,9 +156,11 @@ _MAIN: Final = 1
 _DONE: Final = 2
 _HELD: Final = 3
 _LAST: Final = 4
-_USES_MAX: Final = 3
-# One part in so many is for newcomers.
-_SMALL_PART: Final = 10
+_USES_MAX: Final = 2
+# The part of the bytes that is for newcomers.
+_SMALL_SHARE_START: Final = 0.3
+_SMALL_SHARE_MIN: Final = 0.1
+_SMALL_SHARE_MAX: Final = 0.9
 _GHOST_ENTRIES_LOG2: Final = 10
 # A ghost is remembered for as many others as there are chunks, and for no fewer than these.
 _SPAN_MIN: Final = 64
@@ -264,9 +269,9 @@ class LRU(_Waiting):
         """Start empty; the policies of one tier share *columns*."""
         super().__init__(columns)
 
-    def admit(self, slot: int, size_bytes: int, fingerprint: int) -> None:
+    def admit(self, slot: int, size_bytes: int, fingerprint: int, after: int = NO_SLOT) -> None:
         """Take *slot* in as the most recent."""
-        del fingerprint
+        del fingerprint, after
         self._take_in(slot, size_bytes, _MAIN)
 
     def touch(self, slot: int) -> None:
@@ -286,41 +291,69 @@ class LRU(_Waiting):
 class S3Fifo(_Waiting):
     """S3-FIFO: a small queue sifts out what is used once, a main queue keeps the rest.
 
-    After Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023: a tenth
-    of the bytes is for newcomers; those used more than once move to the main queue, which
-    gives each chunk another round for every use; those that left lately skip the sieve.
+    After Yang et al., "FIFO queues are all you need for cache eviction", SOSP 2023: newcomers
+    enter the small queue; those used move to the main queue when their turn to leave comes,
+    which gives each chunk another round for every use; those that left lately skip the sieve.
+
+    Conversations ask for three changes. Their think times are long, so one use is enough to
+    pass the sieve, and the part of the bytes that is for newcomers adapts: it grows when chunks
+    come back that have left the small queue, and shrinks when they have left the main one (as
+    in ARC, Megiddo and Modha, FAST 2003). And what continues a prefix that was used, and that
+    nothing else continues, is the next turn of a conversation: no newcomer.
     """
 
     def __init__(self, columns: Columns | None = None) -> None:
         """Start empty; the policies of one tier share *columns*."""
         super().__init__(columns)
-        self._ghost = Ghost(_GHOST_ENTRIES_LOG2)
+        self.small_share = _SMALL_SHARE_START
+        self._left_small = Ghost(_GHOST_ENTRIES_LOG2)
+        self._left_main = Ghost(_GHOST_ENTRIES_LOG2)
 
-    def admit(self, slot: int, size_bytes: int, fingerprint: int) -> None:
-        """Take *slot* in: a newcomer to the small queue, one that left lately to the main one."""
-        others = sum(queue.count for queue in self._queues[_MAIN:])
-        self._ghost.grow(others)
-        left_lately = self._ghost.take(fingerprint, max(others, _SPAN_MIN))
-        self._take_in(slot, size_bytes, _MAIN if left_lately else _SMALL)
+    def admit(self, slot: int, size_bytes: int, fingerprint: int, after: int = NO_SLOT) -> None:
+        """Take *slot* in: a newcomer to the small queue, all others to the main one."""
+        is_known = self._came_back(fingerprint) or (after != NO_SLOT and self._is_in_use(after))
+        self._take_in(slot, size_bytes, _MAIN if is_known else _SMALL)
 
     def touch(self, slot: int) -> None:
-        """Count a use, up to three."""
+        """Count a use, up to two."""
         if self._state[slot] & 3 < _USES_MAX:
             self._state[slot] += 1
 
     def forget(self, slot: int, fingerprint: int, *, evicted: bool) -> None:
-        """Take *slot* out; one evicted from the small queue is remembered."""
-        if self._let_go(slot, evicted=evicted) == _SMALL and evicted:
-            self._ghost.add(fingerprint)
+        """Take *slot* out; one evicted is remembered, by the queue that it was in."""
+        queue = self._let_go(slot, evicted=evicted)
+        if evicted and queue == _SMALL:
+            self._left_small.add(fingerprint)
+        elif evicted and queue == _MAIN:
+            self._left_main.add(fingerprint)
+
+    def _is_in_use(self, slot: int) -> bool:
+        return self._state[slot] >> 2 != _SMALL or self._state[slot] & 3 != 0
+
+    def _came_back(self, fingerprint: int) -> bool:
+        """Return whether a chunk has left lately, and learn from it."""
+        small = self._queues[_SMALL].count
+        others = sum(queue.count for queue in self._queues[_MAIN:])
+        step = 1 / max(_SPAN_MIN, small + others)
+        for ghost in (self._left_small, self._left_main):
+            ghost.grow(small + others)
+        if self._left_main.take(fingerprint, max(small, _SPAN_MIN)):
+            share = self.small_share - step * max(1.0, small / max(1, others))
+        elif self._left_small.take(fingerprint, max(others, _SPAN_MIN)):
+            share = self.small_share + step * max(1.0, others / max(1, small))
+        else:
+            return False
+        self.small_share = max(_SMALL_SHARE_MIN, min(_SMALL_SHARE_MAX, share))
+        return True
 
     def _in_turn(self) -> int:
         """Return who leaves next, after moving on all that earned another round."""
         small, main = self._queues[:_DONE]
         while small.count or main.count:
-            filled = self._bytes[_SMALL] + self._bytes[_MAIN]
-            if small.count and (self._bytes[_SMALL] * _SMALL_PART > filled or not main.count):
+            target = self.small_share * (self._bytes[_SMALL] + self._bytes[_MAIN])
+            if small.count and (self._bytes[_SMALL] > target or not main.count):
                 slot = small.head
-                if self._state[slot] & 3 <= 1:
+                if not self._state[slot] & 3:
                     return slot
                 self._move(slot, _MAIN, uses=0)
             else:

@@ -32,8 +32,13 @@ class Residents:
 
     def admit(self, slot: int, size_bytes: int) -> None:
         """Take *slot* in, which has just entered the tier."""
-        tenant = self._index.tenant_of(slot)
-        self._policy(tenant).admit(slot, size_bytes, fingerprint(self._index.digest(slot)))
+        index, tenant = self._index, self._index.tenant_of(slot)
+        after = index.tree.continued(slot, self.kind)
+        if after != NO_SLOT and not (
+            index.tiers_of(after) & self.kind and index.tenant_of(after) == tenant
+        ):
+            after = NO_SLOT
+        self._policy(tenant).admit(slot, size_bytes, fingerprint(index.digest(slot)), after)
         self._counts[tenant] += 1
         self.count += 1
 

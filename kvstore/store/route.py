@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeVar
 
@@ -56,6 +57,8 @@ class Route:
         self._store = store
         self._in_thread = in_thread
         self._introduced: set[NamespaceId] = set()
+        self._making_room = asyncio.Lock()
+        self._taking_bytes = 0
 
     @property
     def knows_capacity(self) -> bool:
@@ -136,8 +139,12 @@ class Route:
             if not await self._make_room(slot, record.size_bytes):
                 return False
             store.hold(slot)
-            shard = self._shard(slot, record)
-            place = await self.tier.write(shard, source, lambda: store.let_go(slot))
+            shard = shard_of(store, slot, record)
+            self._taking_bytes += record.size_bytes
+            try:
+                place = await self.tier.write(shard, source, lambda: store.let_go(slot))
+            finally:
+                self._taking_bytes -= record.size_bytes
             if place is not None:
                 store.slower.entered(slot, record.heads, self.kind, place)
                 return True
@@ -157,13 +164,17 @@ class Route:
             return True
         shares = self._store.slower.residents[self.kind].shares
         tenant = self._store.index.tenant_of(slot)
-        while True:
-            usage = self.tier.usage()
-            has_room = usage.used_bytes + size_bytes <= usage.capacity_bytes
-            if has_room and not shares.is_over(tenant, size_bytes):
-                return True
-            if not await self._evict_for(slot, size_bytes):
-                return False
+        # One at a time: what one has made room with, another would evict again.
+        async with self._making_room:
+            while True:
+                usage = self.tier.usage()
+                used_bytes = usage.used_bytes + self._taking_bytes
+                has_room = used_bytes + size_bytes <= usage.capacity_bytes
+                if has_room and not shares.is_over(tenant, size_bytes):
+                    return True
+                if not await self._evict_for(slot, size_bytes):
+                    # What is under way may still fit.
+                    return usage.used_bytes + size_bytes <= usage.capacity_bytes
 
     async def _evict_for(self, slot: int, size_bytes: int) -> bool:
         """Evict one chunk for *slot*, unless the admission says that it is worth more."""

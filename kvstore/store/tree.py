@@ -138,6 +138,13 @@ class PrefixTree:
         first = branches.child[slot]
         return first != NO_SLOT and (first != child or branches.next_sibling[first] != NO_SLOT)
 
+    def continued(self, slot: int, kind: TierKind) -> int:
+        """Return the chunk that *slot* alone continues in the tier *kind*, or `NO_SLOT`."""
+        branches = self._branches.get(kind)
+        if branches is None or branches.next_sibling[slot] != NO_SLOT:
+            return NO_SLOT
+        return self._parent[slot] if branches.previous_sibling[slot] == NO_SLOT else NO_SLOT
+
     def children(self, slot: int, kind: TierKind = TierKind.HOST) -> list[int]:
         """Return the children of *slot* in one tier."""
         return list(self._branches[kind].children(slot))
