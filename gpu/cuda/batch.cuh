@@ -211,10 +211,11 @@ KV_INLINE int32_t largest_of_block(int32_t value) {
     return value;
 }
 
-/* The greatest of every channel of the slab over all rows of threads, for every thread: *keys*
- * are those of its eight channels. */
-KV_INLINE void largest_of_channels(int32_t *keys) {
-    __shared__ int32_t found[KV_WARPS][KV_SLAB];
+/* One key a warp and channel of the slab, before they are put together. */
+typedef int32_t SlabKeys[KV_WARPS][KV_SLAB];
+
+/* The greatest of each of a thread's eight channels within its warp, for the whole block to see. */
+KV_INLINE void post_largest(int32_t *keys, SlabKeys &found) {
     uint32_t lane = threadIdx.x % KV_LANES, warp = threadIdx.x / 32;
 #pragma unroll
     for (int i = 0; i < 8; i++) {
@@ -227,20 +228,16 @@ KV_INLINE void largest_of_channels(int32_t *keys) {
             found[warp][lane * 8 + i] = keys[i];
         }
     }
-    __syncthreads();
-    if (threadIdx.x < KV_SLAB) {
-        int32_t key = found[0][threadIdx.x];
-        for (int i = 1; i < KV_WARPS; i++) {
-            key = larger_key(key, found[i][threadIdx.x]);
-        }
-        found[0][threadIdx.x] = key;
-    }
-    __syncthreads();
+}
+
+/* The greatest of one channel of the slab. */
+KV_INLINE int32_t largest_of_channel(const SlabKeys &found, uint32_t channel) {
+    int32_t key = found[0][channel];
 #pragma unroll
-    for (int i = 0; i < 8; i++) {
-        keys[i] = found[0][lane * 8 + i];
+    for (int i = 1; i < KV_WARPS; i++) {
+        key = larger_key(key, found[i][channel]);
     }
-    __syncthreads();
+    return key;
 }
 
 /* Add what the threads of a block found to the report of its section, in one go. */

@@ -70,15 +70,23 @@ KV_INLINE void encode_slab(const Batch &batch, const Place &at, const kv_layout 
             least[i] = is_real[k] ? larger_key(least[i], ~key) : least[i];
         }
     }
-    largest_of_channels(most);
-    largest_of_channels(least);
+    __shared__ SlabKeys least_found, most_found;
+    __shared__ Range ranges[KV_SLAB];
+    post_largest(most, most_found);
+    post_largest(least, least_found);
+    __syncthreads();
+    if (threadIdx.x < KV_SLAB) { /* a division is dear: one thread makes it for all rows */
+        ranges[threadIdx.x] = range_of(~largest_of_channel(least_found, threadIdx.x),
+                                       largest_of_channel(most_found, threadIdx.x));
+        *broken |= ranges[threadIdx.x].broken && slab * KV_SLAB + threadIdx.x < batch.width;
+    }
+    __syncthreads();
     uint32_t pairs[8], codes[8];
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        Range range = range_of(~least[i], most[i]);
+        const Range &range = ranges[threadIdx.x % KV_LANES * 8 + i];
         uint32_t low, high;
         pairs[i] = pair_of(range);
-        *broken |= range.broken && channel < batch.width;
         float lost = code(range, is_real[0] ? values[0][i] : range.zero, &low);
         *error = kv_add(*error, is_real[0] ? lost : 0.0f);
         lost = code(range, is_real[1] ? values[1][i] : range.zero, &high);

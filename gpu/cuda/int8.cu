@@ -55,15 +55,25 @@ template <int DTYPE> KV_INLINE void encode_keys(const Batch &batch, const Place 
             sizes[i] = larger_key(sizes[i], kv_size_bits(values[i]));
         }
     }
-    largest_of_channels(sizes);
+    __shared__ SlabKeys found;
+    __shared__ float scale_of[KV_SLAB], inverse_of[KV_SLAB];
     uint32_t stored[8];
     int broken = 0;
+    post_largest(sizes, found);
+    __syncthreads();
+    if (threadIdx.x < KV_SLAB) { /* divisions are dear: one thread makes them for all rows */
+        int32_t size = largest_of_channel(found, threadIdx.x);
+        broken = size >= KV_INFINITE_BITS;
+        float scale = kv_float_of_bf16(kv_int8_scale(kv_float_of_bits((uint32_t)size)));
+        scale_of[threadIdx.x] = scale;
+        inverse_of[threadIdx.x] = kv_inverse(scale);
+    }
+    __syncthreads();
 #pragma unroll
     for (int i = 0; i < 8; i++) {
-        broken |= sizes[i] >= KV_INFINITE_BITS;
-        stored[i] = kv_int8_scale(kv_float_of_bits((uint32_t)sizes[i]));
-        scales[i] = kv_float_of_bf16((uint16_t)stored[i]);
-        inverses[i] = kv_inverse(scales[i]);
+        scales[i] = scale_of[threadIdx.x % KV_LANES * 8 + i];
+        inverses[i] = inverse_of[threadIdx.x % KV_LANES * 8 + i];
+        stored[i] = kv_bits_of_float(scales[i]) >> 16;
     }
     if (threadIdx.x < KV_LANES && channel < batch.width) {
         uint8_t *where = block + layout.part[1] + (uint64_t)(group * batch.width + channel) * 2;
