@@ -98,9 +98,8 @@ class DryDisk:
         # Once before anything else: a selective admission may not want it at all.
         if not self._admission.admits(mark):
             return
-        while (
-            self._used_bytes + CHUNK_BYTES > self._capacity_bytes
-            or shares.is_over(tenant, CHUNK_BYTES)
+        while self._used_bytes + CHUNK_BYTES > self._capacity_bytes or shares.is_over(
+            tenant, CHUNK_BYTES
         ):
             victim = slower.next_victim(TierKind.DISK, tenant, CHUNK_BYTES)
             leaver = None if victim == NO_SLOT else fingerprint(index.digest(victim))
@@ -284,7 +283,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--json", action="store_true")
     wanted = parser.parse_args()
-    header = "traffic                  host    disk   eviction admission      host   disk    all written"
+    header = (
+        "traffic                  host    disk   eviction admission      host   disk    all written"
+    )
     if not wanted.json:
         print(header)
     for traffic in wanted.traffic.split(";"):
@@ -295,9 +296,7 @@ def main() -> None:
             for admission in wanted.admissions.split(",") if wanted.disk else ["all"]:
                 for eviction in ("lru", "s3fifo"):
                     disk_chunks = host_chunks * wanted.disk
-                    row = measure(
-                        traffic, requests, host_chunks, disk_chunks, eviction, admission
-                    )
+                    row = measure(traffic, requests, host_chunks, disk_chunks, eviction, admission)
                     _print(row, as_json=wanted.json)
 
 

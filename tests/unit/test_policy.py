@@ -181,11 +181,39 @@ def test_one_hit_wonders_leave_before_what_is_used_again():
     assert set(gone).isdisjoint(range(5))
 
 
-def test_a_single_use_is_not_enough_to_pass_the_sieve():
+def test_a_single_use_passes_the_sieve():
     policy = S3Fifo()
-    admit(policy, 0, 1)
+    admit(policy, 0, 1, 2)
     policy.touch(0)
-    assert leave(policy) == 0
+    assert leave_all(policy) == [1, 2, 0]
+
+
+def test_what_alone_continues_a_prefix_in_use_is_no_newcomer():
+    policy = S3Fifo()
+    admit(policy, 0, 1, 2)
+    policy.touch(0)
+    policy.admit(3, 10, fingerprint(3), after=0)
+    policy.admit(4, 10, fingerprint(4), after=3)
+    policy.admit(5, 10, fingerprint(5), after=1)
+    admit(policy, *range(6, 30))
+    order = leave_all(policy)
+    assert order[:3] == [1, 2, 5]
+    assert {0, 3, 4}.isdisjoint(order[:20])
+
+
+def test_the_part_for_newcomers_grows_when_they_come_back_and_shrinks_when_others_do():
+    policy = S3Fifo()
+    admit(policy, *range(100))
+    before = policy.small_share
+    for _ in range(20):
+        admit(policy, leave(policy))
+    grown = policy.small_share
+    assert before < grown <= 0.9
+    while policy._state[policy.candidate()] >> 2 == 0:
+        leave(policy)
+    for _ in range(5):
+        admit(policy, leave(policy))
+    assert 0.1 <= policy.small_share < grown
 
 
 def test_what_left_lately_skips_the_sieve_when_it_comes_back():
