@@ -332,7 +332,7 @@ def test_a_chunk_of_another_size_is_refused() -> None:
         codec.encode([np.zeros((2, 64, 64), np.uint16)], room, HeadRange(0, 2))
     with pytest.raises(CodecError, match="a section is uint8"):
         codec.encode([np.zeros((2, 64, 64), np.uint8)] * 4, room, HeadRange(0, 2))
-    with pytest.raises(CodecError, match="heads .* lie outside the 2"):
+    with pytest.raises(CodecError, match="lie outside the 2 of the manifest"):
         codec.encoded_size(HeadRange(1, 3))
     with pytest.raises(UnfitError, match="does not fit 256 bytes"):
         codec.encode(kv_of(manifest), memoryview(bytearray(256)), HeadRange(0, 2))

@@ -12,7 +12,6 @@ from kvstore.compression import native
 from kvstore.compression.exp3 import Exp3
 from kvstore.compression.lz4frames import Lz4, entropy_bits, is_promising
 from kvstore.compression.rans import Rans
-from kvstore.compression.reference import REFERENCE
 from kvstore.compression.shapes import (
     CodecId,
     Encoded,
@@ -32,12 +31,6 @@ EVERY_BF16 = np.arange(1 << 16, dtype=np.uint16)
 
 def shape_of(values: np.ndarray, source: SourceType = SourceType.BFLOAT16) -> SectionShape:
     return SectionShape(Kind.K, source, *values.shape)
-
-
-def coders(codec: CodecId, shape: SectionShape) -> list[SectionCoder]:
-    """Return NumPy's coder and the compiled one, where there is one."""
-    compiled = native.find(codec, shape)
-    return [REFERENCE[codec], *([compiled] if compiled is not None else [])]
 
 
 def round_trip(coder: SectionCoder, shape: SectionShape, values: np.ndarray) -> Encoded:
@@ -139,8 +132,22 @@ ADVERSARIAL = (
 def test_rans_gives_back_adversarial_symbols(name: str, size: tuple[int, int, int]) -> None:
     values = np.resize(adversarial(name), size)
     shape = shape_of(values, SourceType.FLOAT8_E4M3)
-    sizes = {round_trip(coder, shape, values).size_bytes for coder in coders(CodecId.RANS, shape)}
-    assert len(sizes) == 1
+    round_trip(Rans(), shape, values)
+    # Compiled code gives up where NumPy does, and gives the same bytes where it does not.
+    compiled = native.find(CodecId.RANS, shape)
+    if compiled is not None:
+        sections = np.zeros((2, shape.raw_bytes), dtype=np.uint8)
+        reports = [
+            coder.encode(shape, values, section)
+            for coder, section in zip((Rans(), compiled), sections, strict=True)
+        ]
+        assert reports[0].is_fit == reports[1].is_fit
+        if reports[0].is_fit:
+            assert np.array_equal(*sections)
+            found = np.zeros_like(values)
+            size = reports[1].size_bytes
+            compiled.decode(shape, sections[1][:size], found, HeadRange(0, shape.heads))
+            assert np.array_equal(found, values)
 
 
 @pytest.mark.parametrize("name", ADVERSARIAL)
