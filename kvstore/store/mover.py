@@ -116,8 +116,8 @@ class Mover:
             self._note_use(route, slot)
             if route.policy != "on_evict":
                 self._offer(route, slot, shard)
-            else:
-                self.pressed()
+        # Only now: what makes room may be this very chunk.
+        self.pressed()
 
     def used(self, slots: Sequence[int]) -> None:
         """Note a use of chunks in the host tier, some of which a tier may want by now."""
