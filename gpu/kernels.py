@@ -18,15 +18,22 @@ from kvstore.gpu.batches import THREADS, Chunks, Pages, Places, batch_of
 from kvstore.gpu.build import SOURCES, build, cubin_name, fingerprint, ptx_name
 from kvstore.gpu.nvrtc import find_compiler
 
-CODECS: Final = {"fp8": "fp8", "int8": "int8", "int4": "int4", "hq4": "hadamard", "hq3": "hadamard"}
+CODECS: Final = {
+    "fp8": "fp8",
+    "int8": "int8",
+    "int4": "int4",
+    "nvfp4": "nvfp4",
+    "hq4": "hadamard",
+    "hq3": "hadamard",
+}
 """Codecs that have kernels, and the source of each."""
 
 DTYPES: Final = ("bf16", "fp16")
 SIDES: Final = ("keys", "values")
 
 WIDTH_MAX: Final = 1024
-WIDTHS_MAX: Final = {"hq4": 256, "hq3": 256}
-"""Widths of heads; hq keeps a tile of codes in shared memory."""
+WIDTHS_MAX: Final = {"nvfp4": 576, "hq4": 256, "hq3": 256}
+"""Widths of heads; those named keep a tile of codes in shared memory."""
 
 WIDTH_STEP: Final = 16
 STRIDE_STEP_BYTES: Final = 16

@@ -1,15 +1,15 @@
 /* hq4 and hq3: a part is a whole head for K, whose channels are centred and equalised first, and a
  * tile for V and for decoding. A warp transforms one token at a time in shared memory. Widths are
- * multiples of 8, up to KV_WIDTH_MAX (gpu/kernels.py refuses wider ones). */
+ * multiples of 8, up to KV_HQ_WIDTH_MAX (gpu/kernels.py refuses wider ones). */
 #include "hadamard.cuh"
 #include "batch.cuh"
 #include "means.cuh"
 
 struct Room {
-    float row[KV_WARPS][KV_WIDTH_MAX];
-    float tree[KV_WARPS][KV_WIDTH_MAX];
-    float means[KV_WIDTH_MAX], sigmas[KV_WIDTH_MAX];
-    uint8_t codes[KV_TILE][KV_WIDTH_MAX]; /* of the tile at hand, a byte each */
+    float row[KV_WARPS][KV_HQ_WIDTH_MAX];
+    float tree[KV_WARPS][KV_HQ_WIDTH_MAX];
+    float means[KV_HQ_WIDTH_MAX], sigmas[KV_HQ_WIDTH_MAX];
+    uint8_t codes[KV_TILE][KV_HQ_WIDTH_MAX]; /* of the tile at hand, a byte each */
 };
 
 template <int CODEC> KV_INLINE kv_layout layout_of(const Batch &batch, uint32_t kind) {

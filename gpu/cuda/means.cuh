@@ -6,7 +6,10 @@
 #include "batch.cuh"
 
 /* The widest head for which parameters of all channels are kept in shared memory. */
-#define KV_WIDTH_MAX 256
+#define KV_WIDTH_MAX 576
+
+/* The widest for the transforms of hq, which keep a row for every warp beside the codes. */
+#define KV_HQ_WIDTH_MAX 256
 
 /* Sum the 64 channels from *first* over all tokens: of values, or of squares of their distance from
  * *means*. `sums` receives one float a channel. */

@@ -35,6 +35,7 @@ CODECS = {
     CodecId.FP8: "fp8",
     CodecId.INT8KV: "int8",
     CodecId.INT4KV: "int4",
+    CodecId.NVFP4: "nvfp4",
     CodecId.HQ4: "hq4",
     CodecId.HQ3: "hq3",
 }

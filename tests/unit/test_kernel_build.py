@@ -23,6 +23,7 @@ INSTRUCTIONS_MAX = {
     "fp8": 1400,
     "int8": 3200,
     "int4": 2600,
+    "nvfp4": 7000,
     "hadamard": 5000,
 }
 
