@@ -1,6 +1,6 @@
 """Who leaves first. Policies know slots and sizes, never bytes, keys or time.
 
-Order is kept in queues that are linked through arrays, eight bytes a slot, so that a million
+Order is kept in queues that are linked through arrays, 13 bytes a slot, so that a million
 chunks cost no Python object each.
 """
 
