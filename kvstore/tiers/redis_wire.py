@@ -42,9 +42,6 @@ Command = tuple[bytes, ...]
 _LINE_MAX_BYTES: Final = 4096
 _RECEIVE_BYTES: Final = 64 * 1024
 _BUFFER_BYTES: Final = 4 * MIB
-_DIGEST_BYTES: Final = MIB
-"""Bytes are digested in steps that still lie in a cache, and of which there are few."""
-
 _TIMEVAL: Final = struct.Struct("@ll")
 _KEEPALIVE: Final = {
     socket.TCP_KEEPIDLE: 10,
@@ -362,20 +359,12 @@ class Lane:
         return Fetched.HERE
 
     def _payload(self, stripe: Stripe, target: Target) -> None:
-        """Receive the bytes of one stripe, and digest each block while it is still in a cache."""
+        """Receive the bytes of one stripe, and digest them while they still lie in a cache."""
         view = target.view[stripe.start : stripe.stop]
-        digests = target.digests[stripe.start // CHECKSUM_BLOCK_BYTES :]
-        start, size = address_of(view), len(view)
-        got = self._drain(view)
-        digested = 0
-        while digested < size:
-            ready = min(digested + _DIGEST_BYTES, size)
-            while got < ready:
-                got += self._receive_into(view[got:ready], socket.MSG_WAITALL)
-            found = copies.digest_blocks_at(start + digested, ready - digested)
-            first = digested // CHECKSUM_BLOCK_BYTES
-            digests[first : first + len(found)] = found
-            digested = ready
+        self._fill(view)
+        found = copies.digest_blocks_at(address_of(view), len(view))
+        first = stripe.start // CHECKSUM_BLOCK_BYTES
+        target.digests[first : first + len(found)] = found
 
     def _status(self, *, asking: bool) -> ReplyError | None:
         """Read the reply to a command that answers OK, and to the ASKING before it."""
@@ -397,9 +386,9 @@ class Lane:
             yield
         except OSError as error:
             self.is_broken = True
-            is_late = isinstance(error, TimeoutError | BlockingIOError)
-            kind = LaneTimeoutError if is_late else LaneError
-            raise kind(error.strerror or str(error)) from error
+            if isinstance(error, TimeoutError | BlockingIOError):
+                raise LaneTimeoutError("no answer in time") from error
+            raise LaneError(error.strerror or str(error)) from error
         except BaseException:
             self.is_broken = True
             raise
@@ -425,7 +414,7 @@ class Lane:
     def _fill(self, view: memoryview) -> None:
         got = self._drain(view)
         while got < len(view):
-            got += self._receive_into(view[got:])
+            got += self._receive_into(view[got:], socket.MSG_WAITALL)
 
     def _drain(self, view: memoryview) -> int:
         """Move what came along with the last line to *view*; return how much that was."""
