@@ -24,7 +24,8 @@ ENVIRONMENT = {
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
 }
-_ANSWER_SECONDS_MAX = 240.0
+# Engines of several processes start slowly, above all where cores are few.
+_ANSWER_SECONDS_MAX = 400.0
 
 
 class Output(NamedTuple):
@@ -55,13 +56,16 @@ class Engine:
         dtype: str = "float32",
         processes: bool = False,
         extra: dict[str, object] | None = None,
+        environment: dict[str, str] | None = None,
         **arguments: object,
     ) -> None:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         settings = {"socket": str(socket), **(extra or {})} if socket is not None else None
         given = dict(model=str(model), dtype=dtype, **arguments)
-        self._process = context.Process(target=_serve, args=(theirs, settings, processes, given))
+        self._process = context.Process(
+            target=_serve, args=(theirs, settings, processes, environment or {}, given)
+        )
         self._process.start()
         theirs.close()
         self._answer()
@@ -82,10 +86,15 @@ class Engine:
             self._process.join()
 
     def generate(
-        self, prompts: Sequence[Sequence[int]], *, tokens: int = 8, salt: str | None = None
+        self,
+        prompts: Sequence[Sequence[int]],
+        *,
+        tokens: int = 8,
+        salt: str | None = None,
+        adapter: Path | None = None,
     ) -> list[Output]:
         """Return what the engine makes of *prompts*, all at once."""
-        return self.call("generate", [list(prompt) for prompt in prompts], tokens, salt)
+        return self.call("generate", [list(prompt) for prompt in prompts], tokens, salt, adapter)
 
     def call(self, name: str, *arguments: object) -> Any:
         """Run a method of `Driver` and return its result."""
@@ -107,9 +116,15 @@ class EngineError(Exception):
 
 
 def _serve(
-    pipe: Connection, settings: dict[str, object] | None, processes: bool, arguments: dict[str, Any]
+    pipe: Connection,
+    settings: dict[str, object] | None,
+    processes: bool,
+    environment: dict[str, str],
+    arguments: dict[str, Any],
 ) -> None:
-    os.environ.update(ENVIRONMENT, VLLM_ENABLE_V1_MULTIPROCESSING="1" if processes else "0")
+    os.environ.update(
+        ENVIRONMENT | environment, VLLM_ENABLE_V1_MULTIPROCESSING="1" if processes else "0"
+    )
     driver = None
     while True:
         try:
@@ -132,6 +147,9 @@ class Driver:
 
     last_blocks: tuple[list[int], ...]
 
+    # How vLLM numbers the adapters that it has been given.
+    adapters: dict[Path, int]
+
     def __init__(self, settings: dict[str, object] | None, arguments: dict[str, Any]) -> None:
         from vllm import LLM
 
@@ -148,10 +166,20 @@ class Driver:
             "disable_log_stats": False,
         }
         self.in_process = os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"
+        self.adapters = {}
+        if arguments.pop("events", False):
+            from vllm.config import KVEventsConfig
+
+            arguments["kv_events_config"] = KVEventsConfig(
+                enable_kv_cache_events=True, publisher="null"
+            )
         self.llm = LLM(**(defaults | arguments))
 
-    def generate(self, prompts: list[list[int]], tokens: int, salt: str | None) -> list[Output]:
+    def generate(
+        self, prompts: list[list[int]], tokens: int, salt: str | None, adapter: Path | None
+    ) -> list[Output]:
         from vllm import SamplingParams
+        from vllm.lora.request import LoRARequest
 
         params = SamplingParams(
             temperature=0, ignore_eos=True, detokenize=False, max_tokens=tokens, logprobs=5
@@ -161,7 +189,11 @@ class Driver:
             if salt is not None:
                 request["cache_salt"] = salt
         self._watch_blocks()
-        results = self.llm.generate(requests, params, use_tqdm=False)
+        lora = None
+        if adapter is not None:
+            number = self.adapters.setdefault(adapter, len(self.adapters) + 1)
+            lora = LoRARequest(adapter.name, number, str(adapter))
+        results = self.llm.generate(requests, params, use_tqdm=False, lora_request=lora)
         return [_output(result) for result in results]
 
     def first_token(self, prompt: list[int]) -> tuple[float, float]:
@@ -211,6 +243,31 @@ class Driver:
             if metric.name == "vllm:num_preemptions":
                 return int(metric.value)
         raise AssertionError("vLLM does not count preemptions")
+
+    def watch_events(self) -> None:
+        """Remember what is published from now on."""
+        publisher = self.scheduler.kv_event_publisher
+        self.batches: list[Any] = []
+        publisher.publish = self.batches.append
+
+    def published(self) -> list[tuple[str, str | None, str | None, list[Any]]]:
+        """Return the events since the last call: kind, medium, owner and hashes."""
+        batches, self.batches[:] = list(self.batches), []
+        return [
+            (type(event).__name__, event.medium, event.ownership, list(event.block_hashes))
+            for batch in batches
+            for event in batch.events
+            if hasattr(event, "medium")
+        ]
+
+    def hit_sources(self) -> dict[str, int]:
+        """Return how many external tokens vLLM has counted for each source."""
+        sources: dict[str, int] = {}
+        for metric in self.llm.get_metrics():
+            source = metric.labels.get("source")
+            if source is not None and hasattr(metric, "value"):
+                sources[f"{metric.name} {source}"] = int(metric.value)
+        return sources
 
     def settle(self) -> None:
         """Let the engine step until every store is finished."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -27,6 +29,7 @@ CONFIGS = {
     "llama": transformers.LlamaConfig,
     "qwen3": transformers.Qwen3Config,
 }
+_RANK = 8
 # Two thirds of the layers see no further than this.
 HYBRID = {
     "num_hidden_layers": 6,
@@ -41,6 +44,36 @@ def save(folder: Path, family: str, *, seed: int = 0, **changes: object) -> Path
     torch.manual_seed(seed)
     config = CONFIGS[family](**(COMMON | changes))
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(path)
+    return path
+
+
+def save_adapter(folder: Path, name: str, *, seed: int) -> Path:
+    """Write a LoRA adapter of the attention of a `COMMON` model below *folder*; return where."""
+    path = folder / name
+    path.mkdir()
+    config = {
+        "peft_type": "LORA",
+        "r": _RANK,
+        "lora_alpha": 4 * _RANK,
+        "target_modules": ["q_proj", "k_proj", "v_proj"],
+        "bias": "none",
+    }
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    generator = torch.Generator().manual_seed(seed)
+    heads, kv_heads, dim = (
+        COMMON[name] for name in ("num_attention_heads", "num_key_value_heads", "head_dim")
+    )
+    widths = {"q_proj": heads * dim, "k_proj": kv_heads * dim, "v_proj": kv_heads * dim}
+    weights = {}
+    for layer in range(COMMON["num_hidden_layers"]):
+        for module, width in widths.items():
+            place = f"base_model.model.model.layers.{layer}.self_attn.{module}"
+            for side, shape in (
+                ("lora_A", (_RANK, COMMON["hidden_size"])),
+                ("lora_B", (width, _RANK)),
+            ):
+                weights[f"{place}.{side}.weight"] = torch.randn(shape, generator=generator)
+    safetensors.torch.save_file(weights, path / "adapter_model.safetensors")
     return path
 
 

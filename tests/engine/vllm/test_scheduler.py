@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvstore.client.cache import Hits
+from kvstore.connectors.vllm_events import NoEvents, events_for
 from kvstore.connectors.vllm_layouts import KVGroup
 from kvstore.connectors.vllm_metadata import NOWHERE, WorkerReport
 from kvstore.connectors.vllm_scheduler import SchedulerHalf
@@ -105,6 +106,20 @@ def request(tokens: int = 1100, name: str = "r") -> SimpleNamespace:
         mm_features=[],
         prompt_embeds=None,
     )
+
+
+def later_step(name: str, computed: int, tokens: int, blocks: list[int]) -> SimpleNamespace:
+    """A step of a request that has run before: *blocks* are added to those it has."""
+    made = step()
+    made.scheduled_cached_reqs = SimpleNamespace(
+        req_ids=[name],
+        new_block_ids=[(blocks,)],
+        num_computed_tokens=[computed],
+        resumed_req_ids=set(),
+    )
+    made.num_scheduled_tokens = {name: tokens}
+    made.total_num_scheduled_tokens = tokens
+    return made
 
 
 def step(**scheduled: tuple[list[int], int, int]) -> SimpleNamespace:
@@ -222,3 +237,185 @@ def test_sessions_whose_tokens_change_have_no_keys(setting):
     session.resumable = True
     assert setting.half.matched_tokens(session, 0) == 0
     assert setting.half.build(step(r=([1, 2, 3], 0, 300))).stores == []
+
+
+# --- ranks ------------------------------------------------------------------------------
+
+
+def test_chunks_that_one_rank_lacks_are_no_hit():
+    setting = Setting(hits=3, ranks=2)
+    setting.caches[1].hits = 2
+    assert setting.answer(request()) == 512
+    setting.half.close()
+
+
+def test_a_rank_may_report_its_failure_before_the_others_are_done():
+    setting = Setting(hits=3, ranks=2)
+    asked = request()
+    setting.answer(asked)
+    setting.half.after_allocation(asked, (list(range(1, 10)),), 768)
+    setting.half.after_step(ended(invalid_block_ids={3}))
+    assert setting.half.counts.load_failures == 0
+    setting.half.after_step(ended(finished_recving={"r"}))
+    assert setting.half.counts.load_failures == 1
+    (job,) = setting.half.build(step(r=(list(range(1, 10)), 256, 844))).stores
+    assert [len(span.digests) for span in job.spans] == [4]
+    setting.half.close()
+
+
+# --- what is stored -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decoded", [True, False])
+def test_answers_are_stored_when_asked_for(decoded):
+    setting = Setting(hits=0, store_decoded=decoded)
+    asked = request(tokens=300)
+    assert setting.answer(asked) == 0
+    (first,) = setting.half.build(step(r=([1, 2, 3], 0, 300))).stores
+    assert [len(span.digests) for span in first.spans] == [1]
+    # It has answered 212 tokens.
+    asked.all_token_ids += range(300, 512)
+    asked.num_tokens = 512
+    stores = setting.half.build(later_step("r", 511, 1, [4])).stores
+    assert [span.blocks for job in stores for span in job.spans] == ([[3, 4]] if decoded else [])
+    setting.half.close()
+
+
+def test_adapters_never_meet_each_other_or_the_base(tmp_path):
+    for name in ("poet", "clerk"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_model.safetensors").write_bytes(name.encode())
+    setting = Setting(hits=0)
+    digests = []
+    for name in ("", "poet", "clerk"):
+        asked = request(name=name or "base")
+        if name:
+            asked.lora_request = SimpleNamespace(lora_name=name, lora_path=str(tmp_path / name))
+        assert setting.answer(asked) == 0
+        blocks = list(range(1, 10))
+        (job,) = setting.half.build(step(**{asked.request_id: (blocks, 0, 1100)})).stores
+        digests += [digest for span in job.spans for digest in span.digests]
+    assert len(set(digests)) == len(digests) == 3 * 4
+    setting.half.close()
+
+
+# --- where hits come from -------------------------------------------------------------------
+
+
+def test_hits_are_counted_by_tier(setting):
+    setting.cache.tiers = [(TierKind.HOST | TierKind.DISK, 1), (TierKind.DISK, 1), (8, 1)]
+    asked = request()
+    assert setting.answer(asked, local=128) == 640
+    setting.half.after_allocation(asked, (list(range(1, 10)),), 640)
+    sources = setting.half.hit_sources(asked, 640)
+    assert sources == {TierKind.HOST: 128, TierKind.DISK: 256, TierKind.REDIS: 256}
+    counts = setting.half.counts
+    assert (counts.tokens_hit_host, counts.tokens_hit_disk, counts.tokens_hit_redis) == (
+        128,
+        256,
+        256,
+    )
+    assert counts.tokens_hit == 640
+
+
+def test_a_number_of_tokens_that_was_not_planned_is_the_hosts(setting):
+    assert setting.half.hit_sources(request(), 256) == {TierKind.HOST: 256}
+
+
+# --- what routers are told ------------------------------------------------------------------
+
+
+class Pool:
+    def __init__(self) -> None:
+        self.blocks = list(range(64))
+
+    def touch(self, blocks: list[int]) -> None:
+        pass
+
+    def free_blocks(self, blocks: list[int]) -> None:
+        pass
+
+
+def told(hits: int, **config: object) -> Setting:
+    """A setting whose events are vLLM's own."""
+    wanted = SimpleNamespace(enable_kv_cache_events=True)
+    spec = SimpleNamespace(block_size=BLOCK)
+    groups = [SimpleNamespace(kv_cache_spec=spec)]
+    kv_cache_config = SimpleNamespace(kv_cache_groups=groups, hash_block_size=None, **config)
+    events = events_for(SimpleNamespace(kv_events_config=wanted), kv_cache_config, CHUNK)
+    setting = Setting(hits, events=events)
+    setting.half.bind_block_pool(Pool())
+    return setting
+
+
+def hashed(**changes: object) -> SimpleNamespace:
+    asked = request(**changes)
+    asked.block_hashes = [b"%8d" % number for number in range(asked.num_tokens // BLOCK)]
+    return asked
+
+
+def store(setting: Setting, asked: SimpleNamespace, **report: object) -> None:
+    (job,) = setting.half.build(step(r=(list(range(1, 10)), 0, 1100))).stores
+    finished = WorkerReport({job.job_id: 1}, **{name: {job.job_id} for name in report})
+    setting.half.after_step(ended(kv_connector_worker_meta=finished))
+
+
+def test_routers_are_told_of_blocks_once_they_are_kept():
+    setting = told(hits=0)
+    asked = hashed()
+    assert setting.answer(asked) == 0
+    assert setting.half.take_events() == []
+    store(setting, asked)
+    events = setting.half.take_events()
+    assert [type(event).__name__ for event in events] == ["BlockStored"] * 4
+    assert [len(event.block_hashes) for event in events] == [2] * 4
+    assert [event.parent_block_hash for event in events[1:]] == [
+        event.block_hashes[-1] for event in events[:-1]
+    ]
+    assert events[0].parent_block_hash is None
+    assert [token for event in events for token in event.token_ids] == list(range(1024))
+    assert {(event.medium, event.block_size) for event in events} == {("CPU", BLOCK)}
+    assert setting.half.take_events() == []
+    setting.half.close()
+
+
+def test_routers_are_not_told_of_what_found_no_room():
+    setting = told(hits=0)
+    asked = hashed()
+    setting.answer(asked)
+    store(setting, asked, incomplete=True)
+    assert setting.half.take_events() == []
+    setting.half.close()
+
+
+def test_routers_are_told_of_what_others_have_stored_and_where():
+    setting = told(hits=3)
+    setting.cache.tiers = [(TierKind.HOST, 2), (TierKind.DISK, 1)]
+    asked = hashed()
+    assert setting.answer(asked) == 768
+    setting.half.after_allocation(asked, (list(range(1, 10)),), 768)
+    events = setting.half.take_events()
+    assert [event.medium for event in events] == ["CPU", "CPU", "STORAGE"]
+    setting.half.close()
+
+
+def test_routers_are_told_when_blocks_are_found_missing():
+    setting = told(hits=0)
+    asked = hashed()
+    setting.answer(asked)
+    store(setting, asked)
+    known = setting.half.take_events()
+    setting.cache.hits = 2
+    again = hashed(name="again")
+    assert setting.answer(again) == 512
+    gone = setting.half.take_events()
+    assert [type(event).__name__ for event in gone] == ["BlockRemoved"] * 2
+    assert [event.block_hashes for event in gone] == [event.block_hashes for event in known[2:]]
+    setting.half.reset()
+    assert len(setting.half.take_events()) == 2
+    setting.half.close()
+
+
+def test_an_engine_without_events_makes_none():
+    made = events_for(SimpleNamespace(kv_events_config=None), None, CHUNK)
+    assert isinstance(made, NoEvents)
