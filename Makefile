@@ -10,7 +10,7 @@ VLLM := .venv-vllm
 UV_VERSION := 0.13.8
 NATIVE := $(wildcard hatch_build.py transfer/*.c transfer/*.h compression/*.c compression/*.h gpu/cuda/*.cuh)
 
-.PHONY: help demo test test-vllm check coverage lint format bench setup clean
+.PHONY: help demo test test-vllm check coverage lint format bench setup clean redis-server
 
 help:
 	@echo "make demo      a real model skips its prefill in a second process"
@@ -25,7 +25,7 @@ help:
 demo: $(VENV)/hf.stamp
 	$(BIN)/python deploy/demo/conversation.py
 
-test: $(VENV)/hf.stamp $(VLLM)/vllm.stamp
+test: $(VENV)/hf.stamp $(VLLM)/vllm.stamp redis-server
 	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/engine/vllm
 	$(VLLM)/bin/python -m pytest -m "not gpu" tests/engine/vllm
 
@@ -35,7 +35,7 @@ test-vllm: $(VLLM)/vllm.stamp
 check: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest tests/unit tests/property tests/protocol
 
-coverage: $(VENV)/dev.stamp
+coverage: $(VENV)/dev.stamp redis-server
 	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/engine --cov --cov-report=term
 
 lint: $(VENV)/dev.stamp
@@ -80,6 +80,13 @@ $(VENV)/venv.stamp:
 $(VENV)/dev.stamp: $(VENV)/venv.stamp pyproject.toml $(NATIVE)
 	$(PIP) --group dev --editable .
 	@touch $@
+
+# What tests of the Redis tier start servers and make certificates with.
+redis-server:
+	@{ { command -v redis-server || command -v valkey-server; } && command -v openssl; } >/dev/null \
+	    || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
+	         && apt-get update -qq && apt-get install -qq --yes redis-server openssl; } \
+	    || echo "no redis-server: tests of the Redis tier are skipped" >&2
 
 # torch first and alone: this exact version has a light build for machines without a GPU. The
 # compiler of kernels is large, too, and does without one.

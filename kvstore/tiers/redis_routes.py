@@ -9,13 +9,14 @@ from typing import TypeVar
 
 from kvstore.limits import REDIS_REDIRECTS_MAX
 from kvstore.tiers.redis_counters import RedisCounters
+from kvstore.tiers.redis_dial import connect
 from kvstore.tiers.redis_lanes import Budget, LanePool
 from kvstore.tiers.redis_records import Stripe
 from kvstore.tiers.redis_servers import make_servers, target_of
 from kvstore.tiers.redis_settings import RedisSettings
 from kvstore.tiers.redis_steps import Asked, RefusedError
 from kvstore.tiers.redis_url import Address, Form
-from kvstore.tiers.redis_wire import Command, Lane, LaneError, Reply, ReplyError, connect, is_ask
+from kvstore.tiers.redis_wire import Command, Lane, LaneError, Reply, ReplyError, is_ask
 
 Result = TypeVar("Result")
 

@@ -15,8 +15,9 @@ from kvstore.limits import (
     REDIS_TIMEOUT_MAX_SECONDS,
     REDIS_TIMEOUT_MIN_SECONDS,
 )
+from kvstore.tiers.redis_dial import Access
 from kvstore.tiers.redis_url import RedisUrl, parse_url
-from kvstore.tiers.redis_wire import Access, LaneError
+from kvstore.tiers.redis_wire import LaneError
 
 _TTL_MAX_SECONDS: Final = 10 * 365 * 24 * 3600.0
 _PREFIX_CHARS: Final = frozenset(

@@ -13,18 +13,15 @@ import socket
 import ssl
 import struct
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from enum import Enum, auto
 from typing import Final, NamedTuple, Protocol, cast
 
 import hiredis
 import numpy as np
-import redis
-from redis.backoff import NoBackoff
-from redis.retry import Retry
 
 from kvstore.hashing import Digests64, block_count
-from kvstore.limits import CHECKSUM_BLOCK_BYTES, MIB, REDIS_REPLY_MAX_BYTES
+from kvstore.limits import CHECKSUM_BLOCK_BYTES, REDIS_REPLY_MAX_BYTES
 from kvstore.tiers.redis_records import (
     LABEL_BYTES,
     Label,
@@ -32,7 +29,6 @@ from kvstore.tiers.redis_records import (
     Unreadable,
     read_label,
 )
-from kvstore.tiers.redis_url import Address
 from kvstore.transfer import copies
 from kvstore.transfer.native import address_of
 
@@ -41,13 +37,7 @@ Command = tuple[bytes, ...]
 
 _LINE_MAX_BYTES: Final = 4096
 _RECEIVE_BYTES: Final = 64 * 1024
-_BUFFER_BYTES: Final = 4 * MIB
 _TIMEVAL: Final = struct.Struct("@ll")
-_KEEPALIVE: Final = {
-    socket.TCP_KEEPIDLE: 10,
-    socket.TCP_KEEPINTVL: 5,
-    socket.TCP_KEEPCNT: 3,
-}
 
 
 class LaneError(Exception):
@@ -100,18 +90,7 @@ class Target(NamedTuple):
         return cls(view, np.zeros(block_count(len(view)), dtype=np.uint64))
 
 
-class Access(NamedTuple):
-    """What a server wants to know, and how long it may take."""
-
-    username: str = ""
-    password: str = ""
-    database: int = 0
-    tls: bool = False
-    ca_file: str | None = None
-    timeout_seconds: float = 1.0
-
-
-class _Connection(Protocol):
+class Connection(Protocol):
     """What is used of redis-py's connections, and the socket that they have made."""
 
     bulk: socket.socket
@@ -123,68 +102,10 @@ class _Connection(Protocol):
         """Close the socket."""
 
 
-class _Taken:
-    """Mixed into redis-py's connections: keeps their socket."""
-
-    bulk: socket.socket
-
-    def _connect(self) -> socket.socket:
-        self.bulk = super()._connect()  # type: ignore[misc]
-        return self.bulk
-
-
-class _Tcp(_Taken, redis.Connection):
-    pass
-
-
-class _Tls(_Taken, redis.SSLConnection):
-    pass
-
-
-class _Path(_Taken, redis.UnixDomainSocketConnection):
-    pass
-
-
-_MakeConnection = Callable[..., _Connection]
-
-
-def connect(address: Address, access: Access) -> Lane:
-    """Return a lane to *address*, authenticated, with its database selected.
-
-    Blocking. Raises `redis.RedisError` or `OSError`.
-    """
-    options: dict[str, object] = {
-        "db": access.database,
-        "username": access.username or None,
-        "password": access.password or None,
-        "socket_timeout": access.timeout_seconds,
-        "socket_connect_timeout": access.timeout_seconds,
-        "retry": Retry(NoBackoff(), 0),
-        "protocol": 2,
-        "driver_info": None,
-    }
-    if address.is_path:
-        make = cast(_MakeConnection, _Path)
-        options["path"] = address.host
-    else:
-        make = cast(_MakeConnection, _Tls if access.tls else _Tcp)
-        options |= {"host": address.host, "port": address.port}
-        options |= {"socket_keepalive": True, "socket_keepalive_options": _KEEPALIVE}
-        if access.tls:
-            options["ssl_ca_certs"] = access.ca_file
-    connection = make(**options)
-    connection.connect()
-    if address.is_path:
-        # The kernel's default of 208 KiB costs a third of the speed. TCP sizes its own.
-        for option in (socket.SO_SNDBUF, socket.SO_RCVBUF):
-            connection.bulk.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
-    return Lane(connection, access.timeout_seconds)
-
-
 class Lane:
     """One connection. *timeout_seconds* bounds every wait in which no byte moves."""
 
-    def __init__(self, connection: _Connection, timeout_seconds: float) -> None:
+    def __init__(self, connection: Connection, timeout_seconds: float) -> None:
         self._connection = connection
         self._socket = connection.bulk
         self._is_tls = isinstance(self._socket, ssl.SSLSocket)
