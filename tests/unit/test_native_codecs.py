@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator
 
 import numpy as np
 import pytest
 
 from kvstore.compression import native
-from kvstore.compression.floats import narrow
 from kvstore.compression.reference import REFERENCE
 from kvstore.compression.shapes import (
     FIXED_RATE,
@@ -24,49 +22,15 @@ from kvstore.compression.shapes import (
 from kvstore.compression.tables import HQ3, HQ4
 from kvstore.errors import CodecError, ContainerError
 from kvstore.types import HeadRange
+from tests.support.native_codecs import KERNELS, SHAPES, TYPES, chance, kv_like, with_kernel
 
-LIBRARY = native.load_library()
-pytestmark = pytest.mark.skipif(LIBRARY is None, reason="the C library was not built")
-
-KERNELS = ("avx512", "avx2", "portable")
 TABLES = {CodecId.HQ4: HQ4.table_id, CodecId.HQ3: HQ3.table_id}
 CODERS = {codec: REFERENCE[codec] for codec in sorted(native.CODECS & FIXED_RATE)}
-TYPES = (
-    SourceType.BFLOAT16,
-    SourceType.FLOAT16,
-    SourceType.FLOAT32,
-    SourceType.FLOAT8_E4M3,
-    SourceType.FLOAT8_E5M2,
-)
-# heads, tokens, width: tails of tiles and of groups, one of each, widths of no power of two.
-SHAPES = (
-    (2, 256, 64),
-    (3, 70, 80),
-    (1, 257, 96),
-    (2, 33, 112),
-    (1, 64, 128),
-    (1, 130, 192),
-    (2, 17, 256),
-    (1, 65, 576),
-    (1, 65, 7),
-    (1, 5, 33),
-    (1, 1, 64),
-    (1, 3, 1),
-)
 
 
 @pytest.fixture(params=KERNELS)
 def library(request: pytest.FixtureRequest) -> Iterator[native.Library]:
-    assert LIBRARY is not None
-    best = LIBRARY.kernel
-    if not LIBRARY.use_kernel(request.param):
-        pytest.skip(f"this CPU has no {request.param}")
-    yield LIBRARY
-    LIBRARY.use_kernel(best)
-
-
-def chance(*words: object) -> np.random.Generator:
-    return np.random.default_rng(zlib.crc32(repr(words).encode()))
+    yield from with_kernel(request.param)
 
 
 def shape_of(
@@ -76,13 +40,6 @@ def shape_of(
     return SectionShape(
         kind, source, heads, tokens, dim, 0, min(sinks, tokens), 3, TABLES.get(codec, 0)
     )
-
-
-def kv_like(rng: np.random.Generator, shape: SectionShape) -> np.ndarray:
-    size = (shape.heads, shape.tokens, shape.dim)
-    spread = np.exp(rng.standard_normal(shape.dim))
-    values = rng.standard_normal(size) * spread + rng.standard_normal(shape.dim)
-    return narrow(values.astype(np.float32), shape.source)
 
 
 def run(coder: SectionCoder, codec: CodecId, shape: SectionShape, values: np.ndarray):
