@@ -393,6 +393,10 @@ class RedisTier:
         """Turn what goes wrong inside into `TierError`; log when failing begins and ends."""
         try:
             yield
+        except asyncio.CancelledError:
+            # Whoever has lost patience has seen what we have: a server that does not answer.
+            self._routes.servers.suspect()
+            raise
         except LaneError as error:
             self.counters.failures += 1
             self.counters.timeouts += isinstance(error, LaneTimeoutError)

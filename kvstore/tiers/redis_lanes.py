@@ -89,6 +89,10 @@ class LanePool:
                 self._stalls[address] += 1
                 self.forget(address)
                 raise
+            except asyncio.CancelledError:
+                # It may have been for want of an answer: what is idle would answer no better.
+                self.forget(address)
+                raise
 
     async def _run(
         self, address: Address, work: Callable[[Lane], Result], budget: Budget

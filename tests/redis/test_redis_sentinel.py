@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 
 import pytest
@@ -48,11 +49,30 @@ async def test_the_tier_follows_a_failover(watched, open_tier):
     await until(lambda: write(tier, 2))
     assert replica.do("INFO", "replication")["role"] == "master"
     assert await read(tier, 1)
-    # The former master comes back as a replica and is not written to.
+    # The former master comes back as a replica and is not written to. Sentinels would see to
+    # that, too, after a while.
     master.start()
-    wait_until(lambda: master.do("INFO", "replication")["role"] == "slave")
+    master.do("REPLICAOF", "127.0.0.1", replica.port)
     assert await write(tier, 3)
     assert await read(tier, 3)
+
+
+async def test_callers_that_give_up_early_are_led_away_from_a_silent_master(watched, open_tier):
+    master, replica, ports = watched
+    tier = await open_tier(url_of(ports), timeout_seconds=60.0)
+    assert await write(tier, 1)
+
+    async def hasty(number: int) -> bool:
+        try:
+            async with asyncio.timeout(0.3):
+                return await write(tier, number)
+        except TimeoutError:
+            return False
+
+    master.pause()
+    assert not await hasty(2)
+    await until(lambda: hasty(2))
+    assert replica.do("INFO", "replication")["role"] == "master"
 
 
 async def test_a_master_demoted_while_it_lives_is_left_without_a_failed_call(watched, open_tier):
@@ -62,7 +82,7 @@ async def test_a_master_demoted_while_it_lives_is_left_without_a_failed_call(wat
     with RedisServer.client_of(ports[0]) as sentinel:
         sentinel.execute_command("SENTINEL", "FAILOVER", "cache")
     wait_until(lambda: replica.do("INFO", "replication")["role"] == "master")
-    wait_until(lambda: master.do("INFO", "replication")["role"] == "slave")
+    master.do("REPLICAOF", "127.0.0.1", replica.port)
     await until(lambda: write(tier, 2))
     assert await read(tier, 2)
 
