@@ -239,10 +239,17 @@ class Driver:
 
     def preemptions(self) -> int:
         """Return how often requests have been preempted."""
+        return self._metric("vllm:num_preemptions")
+
+    def external_hits(self) -> int:
+        """Return how many tokens connectors have brought, whoever's they are."""
+        return self._metric("vllm:external_prefix_cache_hits")
+
+    def _metric(self, name: str) -> int:
         for metric in self.llm.get_metrics():
-            if metric.name == "vllm:num_preemptions":
+            if metric.name == name:
                 return int(metric.value)
-        raise AssertionError("vLLM does not count preemptions")
+        raise AssertionError(f"vLLM does not count {name}")
 
     def watch_events(self) -> None:
         """Remember what is published from now on."""

@@ -63,8 +63,10 @@ def test_hits_are_attributed_to_the_tier_that_had_them(engine):
     asked = models.prompts(1, 700, seed=82)
     engine.generate(asked)
     engine.call("forget")
-    before = engine.call("counts")
+    before, sources = engine.call("counts"), engine.call("hit_sources")
     engine.generate(asked)
     after = engine.call("counts")
+    name = "vllm:prompt_tokens_cached_by_source host"
+    assert engine.call("hit_sources")[name] - sources[name] == 512
     assert after["tokens_hit_host"] - before["tokens_hit_host"] == 512
     assert after["tokens_hit_disk"] == before["tokens_hit_disk"] == 0
