@@ -59,7 +59,7 @@ static uint64_t equal_bytes(const uint8_t *bytes, uint8_t wanted) {
 static uint64_t count_bytes(const uint8_t *bytes, uint64_t count, uint8_t wanted) {
     uint64_t found = 0, i = 0;
     for (; i + 8 <= count; i += 8) {
-        found += (uint64_t)__builtin_popcountll(equal_bytes(bytes + i, wanted));
+        found += ((equal_bytes(bytes + i, wanted) >> 7) * 0x0101010101010101u) >> 56;
     }
     for (; i < count; i++) {
         found += bytes[i] == wanted;
@@ -67,21 +67,22 @@ static uint64_t count_bytes(const uint8_t *bytes, uint64_t count, uint8_t wanted
     return found;
 }
 
-/* The first place from *at* on where *wanted* stands, or *count*. */
-static uint64_t find_byte(const uint8_t *bytes, uint64_t at, uint64_t count, uint8_t wanted) {
+/* Where in a row *wanted* stands; return how often. */
+static uint64_t find_bytes(const uint8_t *bytes, uint64_t count, uint8_t wanted, uint16_t *places) {
+    uint64_t found = 0, at = 0;
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
     for (; at + 8 <= count; at += 8) {
-        uint64_t equal = equal_bytes(bytes + at, wanted);
-        if (equal != 0) {
-            uint64_t first = (uint64_t)__builtin_ctzll(equal) / 8;
-#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-            first = (uint64_t)__builtin_clzll(equal) / 8;
-#endif
-            return at + first;
+        for (uint64_t equal = equal_bytes(bytes + at, wanted); equal != 0; equal &= equal - 1) {
+            places[found++] = (uint16_t)(at + (uint64_t)__builtin_ctzll(equal) / 8);
         }
     }
-    for (; at < count && bytes[at] != wanted; at++) {
+#endif
+    for (; at < count; at++) {
+        if (bytes[at] == wanted) {
+            places[found++] = (uint16_t)at;
+        }
     }
-    return at;
+    return found;
 }
 
 /* Split the rows of a tile under *escape*; return how many values are escapes. */
@@ -99,11 +100,13 @@ static uint64_t split_tile(const head *h, uint64_t first, uint64_t rows, uint8_t
 static void list_escapes(const uint8_t *offsets, uint8_t escape, const head *h, uint64_t first,
     uint64_t rows, uint8_t *list) {
     uint64_t n = h->ask->width;
+    uint16_t places[BLOCK];
     for (uint64_t t = 0; t < rows; t++) {
         const any16 *bits = words16(values_at(h, first + t));
         const uint8_t *row = offsets + t * n;
-        for (uint64_t c = find_byte(row, 0, n, escape); c < n; c = find_byte(row, c + 1, n, escape)) {
-            *list++ = (uint8_t)kv_exp3_exponent(bits[c]);
+        uint64_t held = find_bytes(row, n, escape, places);
+        for (uint64_t i = 0; i < held; i++) {
+            *list++ = (uint8_t)kv_exp3_exponent(bits[places[i]]);
         }
     }
 }
@@ -191,10 +194,7 @@ static int find_exponents(uint8_t *offsets, const uint8_t *largest, uint8_t esca
     uint16_t places[BLOCK];
     for (uint64_t t = 0; t < rows; t++) {
         uint8_t *row = offsets + t * n;
-        uint64_t held = 0;
-        for (uint64_t c = find_byte(row, 0, n, escape); c < n; c = find_byte(row, c + 1, n, escape)) {
-            places[held++] = (uint16_t)c;
-        }
+        uint64_t held = find_bytes(row, n, escape, places);
         if (held > count - used) {
             return 0;
         }
