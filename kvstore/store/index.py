@@ -21,6 +21,7 @@ from kvstore.store.tree import PrefixTree
 from kvstore.types import NO_SLOT, Digest, Extent, HeadRange, NamespaceId, Place, Root, TierKind
 
 _RUN_SLOTS: Final = 64
+_GROWTH_SLOTS: Final = 4096
 _SLOTS_WORTH_A_GETTER: Final = 8
 _SOFT_PIN: Final = 1
 _HARD_PIN: Final = 2
@@ -36,11 +37,22 @@ class Namespace:
     are ready in this namespace.
     """
 
-    __slots__ = ("entered", "id", "manifest", "marks", "number", "partial", "ready", "tenant")
+    __slots__ = (
+        "chunk_bytes",
+        "entered",
+        "id",
+        "manifest",
+        "marks",
+        "number",
+        "partial",
+        "ready",
+        "tenant",
+    )
 
     def __init__(self, number: int, manifest: Manifest, tenant: str = "") -> None:
         self.number = number
         self.manifest = manifest
+        self.chunk_bytes = manifest.chunk_bytes
         self.tenant = tenant
         self.id: NamespaceId = manifest.namespace_id(tenant)
         self.marks = array("H", [number + 1]) * _RUN_SLOTS
@@ -253,14 +265,24 @@ class Index:
     ) -> int:
         """Publish the first shard of a chunk and return its slot; *parent* may be `NO_SLOT`."""
         assert space.find(digest) == NO_SLOT, "a chunk is added once"
-        slot = self._vacant.pop() if self._vacant else self._grow()
+        if not self._vacant:
+            self._grow()
+        slot = self._vacant.pop()
         self._digest[slot] = digest
         self._space[slot] = space.number
         self._tenant[slot] = tenant
-        space.partial[digest] = slot
+        self._put_columns(slot, shard)
+        self._tiers[slot] = shard.tiers
         if parent != NO_SLOT and shard.tiers & self._evicting_bits:
             self.tree.plant(slot, parent)
-        self._put_shards(slot, [shard])
+        for kind in self._evicting:
+            if shard.tiers & kind:
+                self.tree.enter(slot, kind)
+        if shard.heads == space.manifest.all_heads:
+            space.ready[digest] = slot
+            self._ready_in[slot] = space.marks[0]
+        else:
+            space.partial[digest] = slot
         return slot
 
     def add_shard(self, slot: int, shard: ShardRecord) -> None:
@@ -443,17 +465,18 @@ class Index:
         if self._tiers[slot] & TierKind.HOST:
             self.held_in_host += change
 
-    def _grow(self) -> int:
-        slot = len(self._digest)
-        self._digest.append(None)
+    def _grow(self) -> None:
+        """Make vacant slots, to be used in order: what is stored in order is found by runs."""
+        first = len(self._digest)
+        self._digest.extend([None] * _GROWTH_SLOTS)
         for column in (self._space, self._ready_in, self._page, self._size, self._root):
-            column.append(0)
+            column.extend([0] * _GROWTH_SLOTS)
         for column in (self._place, self._head_start, self._head_stop, self._leases):
-            column.append(0)
+            column.extend([0] * _GROWTH_SLOTS)
         for marks in (self._pins, self._tiers, self._tenant):
-            marks.append(0)
-        self.tree.grow()
-        return slot
+            marks.extend(bytes(_GROWTH_SLOTS))
+        self.tree.grow(_GROWTH_SLOTS)
+        self._vacant.extend(range(first + _GROWTH_SLOTS - 1, first - 1, -1))
 
     # --- the law ------------------------------------------------------------------------
 

@@ -325,7 +325,7 @@ class Mover:
 
     def _note_use(self, route: Route, slot: int) -> None:
         index = self._store.index
-        size_bytes = index.space_of(slot).manifest.chunk_bytes
+        size_bytes = index.space_of(slot).chunk_bytes
         route.admission.note(fingerprint(index.digest(slot)), size_bytes)
 
     def _offer(self, route: Route, slot: int, record: ShardRecord) -> None:

@@ -82,7 +82,7 @@ class HostRoom:
         assert shard.is_in_host, "the index knows it to be here"
         here = sum(other.is_in_host for other in self._index.shards(slot))
         if here == 1:
-            chunk_bytes = self._index.space_of(slot).manifest.chunk_bytes
+            chunk_bytes = self._index.space_of(slot).chunk_bytes
             self._residents.admit(slot, chunk_bytes)
 
     def record(self, slot: int, shard: ShardRecord, parent: Digest | None) -> None:

@@ -67,7 +67,7 @@ class SlowerTiers:
         if slot == NO_SLOT:
             parent = NO_SLOT if shard.parent is None else space.find(shard.parent)
             slot = self._index.add(space, digest, parent, record, tenant)
-            self._admit(slot, kind, record)
+            self._charge(slot, kind, shard.size_bytes, is_new=True)
             return slot
         known = self._index.shard(slot, heads)
         if known is None:
@@ -136,7 +136,7 @@ class SlowerTiers:
         residents = self.residents[kind]
         residents.shares.charge(self._index.tenant_of(slot), size_bytes)
         if is_new:
-            residents.admit(slot, self._index.space_of(slot).manifest.chunk_bytes)
+            residents.admit(slot, self._index.space_of(slot).chunk_bytes)
         if residents.count > REMEMBERED_CHUNKS_MAX and kind is not TierKind.DISK:
             self._forget_one(kind, slot)
 

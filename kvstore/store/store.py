@@ -142,7 +142,7 @@ class Store(Shelves):
         self, space: Namespace, tiers: Sequence[tuple[int, int]], recompute_seconds: float
     ) -> Worth:
         assert self._movement is not None, "what is in slower tiers was moved there"
-        movement, chunk_bytes = self._movement, space.manifest.chunk_bytes
+        movement, chunk_bytes = self._movement, space.chunk_bytes
 
         def seconds_for(bits: int, chunks: int) -> float:
             return 0.0 if bits & _HOST else movement.expected_seconds(bits, chunks, chunk_bytes)

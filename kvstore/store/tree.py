@@ -23,10 +23,10 @@ class Branches:
         self.next_sibling = array("i")
         self.previous_sibling = array("i")
 
-    def grow(self) -> None:
-        """Make room for one more slot, which has no children."""
+    def grow(self, count: int) -> None:
+        """Make room for *count* more slots, which have no children."""
         for column in (self.child, self.next_sibling, self.previous_sibling):
-            column.append(NO_SLOT)
+            column.extend([NO_SLOT] * count)
 
     def link(self, slot: int, parent: int) -> None:
         """Make *slot* the first child of *parent*, which may be `NO_SLOT`."""
@@ -73,11 +73,11 @@ class PrefixTree:
         self._parent = array("i")
         self._branches = {kind: Branches() for kind in kinds}
 
-    def grow(self) -> None:
-        """Make room for one more slot."""
-        self._parent.append(NO_SLOT)
+    def grow(self, count: int) -> None:
+        """Make room for *count* more slots."""
+        self._parent.extend([NO_SLOT] * count)
         for branches in self._branches.values():
-            branches.grow()
+            branches.grow(count)
 
     def parent(self, slot: int) -> int:
         """Return the chunk before *slot*, or `NO_SLOT` when it is not known here."""
