@@ -1,4 +1,4 @@
-"""Which codec a section gets, by layer, tier and type; what is refused; codecs of other packages."""
+"""Which codec a section gets by layer, tier and type; what is refused; codecs of others."""
 
 from __future__ import annotations
 
