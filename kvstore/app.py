@@ -34,7 +34,7 @@ from kvstore.tiers.disk_open import open_disk_tier
 from kvstore.tiers.guard import GuardedTier
 from kvstore.tiers.host import HostTier, make_memory
 from kvstore.tiers.redis import RedisTier
-from kvstore.tiers.redis_settings import check_settings
+from kvstore.tiers.redis_settings import redis_settings
 from kvstore.types import TierKind
 
 _UNBOUNDED_BYTES: Final = 1 << 62
@@ -73,16 +73,7 @@ async def open_tiers(config: Config) -> list[OpenTier]:
         opened.append(OpenTier(tier, disk.write, disk.admission, disk.eviction))
     redis = config.tiers.redis
     if redis.url:
-        settings = check_settings(
-            redis.url,
-            password_file=Path(redis.password_file) if redis.password_file else None,
-            ca_file=Path(redis.ca_file) if redis.ca_file else None,
-            prefix=redis.prefix,
-            ttl_seconds=redis.ttl_seconds,
-            connections=redis.connections,
-            timeout_seconds=redis.timeout_seconds,
-        )
-        shared = RedisTier(settings)
+        shared = RedisTier(redis_settings(redis))
         opened.append(
             OpenTier(
                 shared, redis.write, redis.admission, "lru", redis.timeout_seconds, shared.greet

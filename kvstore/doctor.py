@@ -23,6 +23,9 @@ from kvstore.config import Config
 from kvstore.errors import ConfigError, KVStoreError, RefusedError
 from kvstore.gpu.devices import find_devices
 from kvstore.limits import MIB
+from kvstore.tiers.disk_checks import check_disk
+from kvstore.tiers.redis_doctor import examine_redis_now
+from kvstore.tiers.redis_settings import redis_settings
 from kvstore.transfer import copies
 from kvstore.transfer.arena import memory_limit_bytes
 from kvstore.transfer.private_files import room_bytes, taken_bytes
@@ -73,7 +76,23 @@ def examine(config: Config, socket: Path, root: Path = Path("/")) -> list[Findin
         findings.append(check_arena_file(Path(host.arena), host.capacity_bytes, root))
     if host.huge_pages == "auto":
         findings.append(check_huge_pages(host.capacity_bytes, root))
+    findings += check_slower_tiers(config)
     return [*findings, check_gpu(root), check_socket_directory(socket.parent), check_daemon(socket)]
+
+
+def check_slower_tiers(config: Config) -> list[Finding]:
+    """Look at the tiers below the host tier, as far as they are configured."""
+    findings: list[Finding] = []
+    disk, redis = config.tiers.disk, config.tiers.redis
+    if disk.path:
+        checked = check_disk(Path(disk.path), disk.capacity_bytes, direct=disk.direct == "auto")
+        findings += [Finding(*found) for found in checked]
+    if redis.url:
+        try:
+            findings += [Finding(*found) for found in examine_redis_now(redis_settings(redis))]
+        except ConfigError as error:
+            findings.append(Finding("redis", "fail", str(error), "mend tiers.redis"))
+    return findings
 
 
 def render(findings: list[Finding]) -> str:

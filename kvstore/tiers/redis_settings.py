@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from kvstore.config import RedisTierConfig
 from kvstore.errors import ConfigError
 from kvstore.limits import (
     KIB,
@@ -124,3 +125,16 @@ def read_secret(path: Path | None) -> str:
     if len(content) > REDIS_SECRET_MAX_BYTES:
         raise LaneError(f"password_file {path} has more than {REDIS_SECRET_MAX_BYTES} bytes")
     return secret
+
+
+def redis_settings(configured: RedisTierConfig) -> RedisSettings:
+    """Return the settings that a configuration stands for; raises `ConfigError`."""
+    return check_settings(
+        configured.url,
+        password_file=Path(configured.password_file) if configured.password_file else None,
+        ca_file=Path(configured.ca_file) if configured.ca_file else None,
+        prefix=configured.prefix,
+        ttl_seconds=configured.ttl_seconds,
+        connections=configured.connections,
+        timeout_seconds=configured.timeout_seconds,
+    )

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from kvstore import __version__, doctor
-from kvstore.config import Config
+from kvstore.config import Config, load
 from kvstore.doctor import Finding
 from kvstore.errors import ProtocolError, RefusedError, UnavailableError
 from kvstore.limits import GIB, MIB
@@ -334,3 +334,29 @@ def test_a_daemon_that_answers_is_told_with_its_version(
     finding = doctor.check_daemon(stale)
     assert finding.verdict == verdict
     assert f"kvstore {version}, ready, pid 7" in finding.found
+
+
+# --- slower tiers -----------------------------------------------------------------------------
+
+
+def test_tiers_that_are_off_are_not_looked_at() -> None:
+    assert doctor.check_slower_tiers(Config()) == []
+
+
+def test_a_disk_that_cannot_hold_its_capacity_fails_with_a_fix(tmp_path: Path) -> None:
+    settings = (f"tiers.disk.path={tmp_path / 'disk'}", "tiers.disk.capacity=16TiB")
+    findings = doctor.check_slower_tiers(load(None, {}, settings))
+    assert any(found.verdict == "fail" and found.fix for found in findings)
+
+
+def test_a_redis_that_is_not_there_fails_with_a_fix(tmp_path: Path) -> None:
+    url = f"unix://{tmp_path}/nobody.sock"
+    (found, *_) = doctor.check_slower_tiers(load(None, {}, (f"tiers.redis.url={url}",)))
+    assert found.verdict == "fail"
+    assert found.fix
+
+
+def test_a_redis_password_file_that_is_not_there_fails(tmp_path: Path) -> None:
+    settings = ("tiers.redis.url=redis://localhost", f"tiers.redis.password_file={tmp_path}/none")
+    (found,) = doctor.check_slower_tiers(load(None, {}, settings))
+    assert (found.check, found.verdict) == ("redis", "fail")
