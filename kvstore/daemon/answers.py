@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from kvstore.daemon.server import Server
-    from kvstore.store.index import Namespace
+    from kvstore.store.namespace import Namespace
     from kvstore.store.shards import ShardRecord
     from kvstore.store.store import Loading
 

@@ -13,8 +13,8 @@ from kvstore.limits import HINT_CHUNKS_MAX, HINT_KEEP_SECONDS, HINTS_MAX
 from kvstore.types import HintKind, TierKind
 
 if TYPE_CHECKING:
-    from kvstore.store.index import Namespace
     from kvstore.store.mover import Mover
+    from kvstore.store.namespace import Namespace
     from kvstore.store.store import Store
     from kvstore.types import Digest
 

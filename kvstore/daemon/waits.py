@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kvstore.store.index import Namespace
+    from kvstore.store.namespace import Namespace
     from kvstore.store.promotion import PendingLoad
     from kvstore.store.store import Store
     from kvstore.types import Digest

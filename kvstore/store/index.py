@@ -16,59 +16,17 @@ from typing import Final
 from kvstore.errors import LimitError
 from kvstore.limits import EXTENT_ALIGNMENT_BYTES, NAMESPACES_MAX
 from kvstore.protocol.manifest import Manifest
+from kvstore.store.namespace import RUN_SLOTS, Namespace
 from kvstore.store.shards import ShardRecord, covers
 from kvstore.store.tree import PrefixTree
-from kvstore.types import NO_SLOT, Digest, Extent, HeadRange, NamespaceId, Place, Root, TierKind
+from kvstore.types import NO_SLOT, Digest, Extent, HeadRange, Place, Root, TierKind
 
-_RUN_SLOTS: Final = 64
 _GROWTH_SLOTS: Final = 4096
 _SLOTS_WORTH_A_GETTER: Final = 8
 _SOFT_PIN: Final = 1
 _HARD_PIN: Final = 2
 _KEPT: Final = 4
 _ALL_TIERS: Final = 0xFF
-
-
-class Namespace:
-    """The chunks of one manifest. *ready* ones have all their heads, *partial* ones do not.
-
-    A namespace of a tenant is its own, whoever else has the same manifest. *entered* counts
-    the sessions that are in it. *marks* says on a run of slots, the same on each, that they
-    are ready in this namespace.
-    """
-
-    __slots__ = (
-        "chunk_bytes",
-        "entered",
-        "id",
-        "manifest",
-        "marks",
-        "number",
-        "partial",
-        "ready",
-        "tenant",
-    )
-
-    def __init__(self, number: int, manifest: Manifest, tenant: str = "") -> None:
-        self.number = number
-        self.manifest = manifest
-        self.chunk_bytes = manifest.chunk_bytes
-        self.tenant = tenant
-        self.id: NamespaceId = manifest.namespace_id(tenant)
-        self.marks = array("H", [number + 1]) * _RUN_SLOTS
-        self.entered = 0
-        self.ready: dict[Digest, int] = {}
-        self.partial: dict[Digest, int] = {}
-
-    @property
-    def is_unused(self) -> bool:
-        """Whether nobody would miss it: no chunks, no sessions."""
-        return not (self.ready or self.partial or self.entered)
-
-    def find(self, digest: Digest) -> int:
-        """Return the slot of *digest*, whole or partial, or `NO_SLOT`."""
-        slot = self.ready.get(digest)
-        return self.partial.get(digest, NO_SLOT) if slot is None else slot
 
 
 class Index:
@@ -137,8 +95,8 @@ class Index:
         expected = space.ready.get(digests[0], NO_SLOT) if digests else NO_SLOT
         if expected == NO_SLOT:
             return slots
-        for start in range(0, len(digests), _RUN_SLOTS):
-            block = digests[start : start + _RUN_SLOTS]
+        for start in range(0, len(digests), RUN_SLOTS):
+            block = digests[start : start + RUN_SLOTS]
             if self._is_run(space, expected, block):
                 slots.extend(range(expected, expected + len(block)))
             else:

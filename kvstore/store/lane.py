@@ -19,7 +19,7 @@ from kvstore.limits import (
     TIER_WRITES_MAX,
     WRITE_QUEUE_CHUNKS_MAX,
 )
-from kvstore.store.index import Namespace
+from kvstore.store.namespace import Namespace
 from kvstore.tiers.base import Shard
 from kvstore.types import Digest, HeadRange, Place
 

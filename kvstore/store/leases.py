@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from kvstore.errors import LeaseError, LimitError, ReservationError
 from kvstore.limits import LEASES_PER_SESSION_MAX, RESERVATIONS_PER_SESSION_MAX
-from kvstore.store.index import Namespace
+from kvstore.store.namespace import Namespace
 from kvstore.types import Digest, Extent, HeadRange, LeaseId, ReservationId, SessionId
 
 

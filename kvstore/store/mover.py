@@ -32,7 +32,7 @@ from kvstore.tiers.guard import GuardedTier
 from kvstore.types import NO_SLOT, Digest, HeadRange, TierKind
 
 if TYPE_CHECKING:
-    from kvstore.store.index import Namespace
+    from kvstore.store.namespace import Namespace
     from kvstore.store.shards import ShardRecord
     from kvstore.store.store import Loading, Store
 

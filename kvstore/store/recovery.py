@@ -25,7 +25,7 @@ from kvstore.tiers.record_layout import FILLING, HAS_PARENT, RECORD, Owner
 from kvstore.types import NO_SLOT, Digest, Extent, HeadRange, NamespaceId, Root
 
 if TYPE_CHECKING:
-    from kvstore.store.index import Namespace
+    from kvstore.store.namespace import Namespace
     from kvstore.store.soundness import Mask
     from kvstore.store.store import Store
     from kvstore.tiers.host import HostTier

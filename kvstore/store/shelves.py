@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from kvstore.metrics import Counters
-from kvstore.store.index import Index, Namespace
+from kvstore.store.index import Index
 from kvstore.store.leases import Lease, Leases, Reservation, Reservations
+from kvstore.store.namespace import Namespace
 from kvstore.store.quota import DEFAULT_TENANT, Share, Shares
 from kvstore.store.residence import Residents
 from kvstore.store.room import HostRoom

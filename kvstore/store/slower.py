@@ -10,7 +10,8 @@ from kvstore.store.shards import ShardRecord
 from kvstore.types import NO_SLOT, Digest, Extent, HeadRange, Place, TierKind
 
 if TYPE_CHECKING:
-    from kvstore.store.index import Index, Namespace
+    from kvstore.store.index import Index
+    from kvstore.store.namespace import Namespace
     from kvstore.store.residence import Residents
     from kvstore.tiers.base import Recovered
 

@@ -13,7 +13,7 @@ from kvstore.errors import KVStoreError
 from kvstore.protocol.manifest import decode_namespace
 
 if TYPE_CHECKING:
-    from kvstore.store.index import Namespace
+    from kvstore.store.namespace import Namespace
     from kvstore.store.store import Store
     from kvstore.tiers.base import DurableTier, Recovered
     from kvstore.types import NamespaceId

@@ -12,8 +12,8 @@ from typing import NamedTuple
 from kvstore.errors import ChecksumError, RequestError, TooLargeError
 from kvstore.limits import DIGEST_SIZE_BYTES
 from kvstore.protocol.manifest import Manifest
-from kvstore.store.index import Namespace
 from kvstore.store.leases import Reservation
+from kvstore.store.namespace import Namespace
 from kvstore.store.quota import DEFAULT_TENANT
 from kvstore.store.recompute import Worth, worth_loading
 from kvstore.store.shards import ShardRecord, choose_cover, covers

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from kvstore.limits import MIB
 from kvstore.metrics import Counters
 from kvstore.store.admission import make_admission
-from kvstore.store.index import Namespace
+from kvstore.store.namespace import Namespace
 from kvstore.store.quota import DEFAULT_TENANT, Share, Shares
 from kvstore.store.residence import fingerprint
 from kvstore.store.shards import ShardRecord

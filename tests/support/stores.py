@@ -8,7 +8,7 @@ from kvstore.hashing import block_digests, root_of, table_offset
 from kvstore.limits import KIB, MIB
 from kvstore.metrics import Counters
 from kvstore.protocol.manifest import Manifest
-from kvstore.store.index import Namespace
+from kvstore.store.namespace import Namespace
 from kvstore.store.store import Granted, Store
 from kvstore.tiers.host import HostTier, Verification
 from kvstore.transfer.arena import Arena

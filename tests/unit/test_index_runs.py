@@ -5,7 +5,8 @@ import hashlib
 import pytest
 
 from kvstore.protocol.manifest import Manifest
-from kvstore.store.index import Index, Namespace
+from kvstore.store.index import Index
+from kvstore.store.namespace import Namespace
 from kvstore.store.shards import ShardRecord
 from kvstore.types import NO_SLOT, Digest, Extent, HeadRange, Root
 

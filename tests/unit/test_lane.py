@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from kvstore.limits import TIER_READS_MAX, TIER_WRITES_MAX, WRITE_QUEUE_CHUNKS_MAX
-from kvstore.store.index import Namespace
 from kvstore.store.lane import Fetch, Lane, Removal, Write
+from kvstore.store.namespace import Namespace
 from kvstore.store.recompute import worth_loading
 from kvstore.tiers.base import Shard, ShardKey
 from kvstore.types import HeadRange, NamespaceId, Place, Root

@@ -6,7 +6,7 @@ import pytest
 
 from kvstore.errors import LeaseError, LimitError, ReservationError
 from kvstore.limits import LEASES_PER_SESSION_MAX, RESERVATIONS_PER_SESSION_MAX
-from kvstore.store.index import Namespace
+from kvstore.store.namespace import Namespace
 from kvstore.store.leases import Leases, Reservation, Reservations
 from kvstore.types import Extent, HeadRange, LeaseId, ReservationId, SessionId
 from tests.support.making import loose_digest, make_manifest
