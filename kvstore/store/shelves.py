@@ -83,7 +83,7 @@ class Shelves:
         self.reservations = Reservations()
         self.counters = counters
         self.tenants = [share.tenant for share in tenants]
-        self.hit_chunks = dict.fromkeys(TierKind, 0)
+        self.hit_chunks: dict[int, int] = dict.fromkeys(TierKind, 0)
         shares = Shares("host", host.usage().capacity_bytes, tenants)
         self.residents = Residents(self.index, _HOST, eviction, shares)
         self.room = HostRoom(self.index, host, self.residents, counters, self._unpublished)

@@ -171,7 +171,7 @@ class Store(Shelves):
         """
         unseen = hits - sum(chunks for _, chunks in tiers)
         for bits, chunks in tiers:
-            self.hit_chunks[TierKind(bits & -bits)] += chunks + unseen
+            self.hit_chunks[bits & -bits] += chunks + unseen
             unseen = 0
 
     def arriving_next(
