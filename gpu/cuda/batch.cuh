@@ -269,9 +269,14 @@ KV_INLINE void report(const Batch &batch, const Place &at, float error, float en
 
 /* --- kernels ----------------------------------------------------------------------------------------- */
 
+/* Threads of a block; a source may add how many blocks a multiprocessor must hold. */
+#ifndef KV_BOUNDS
+#define KV_BOUNDS KV_THREADS
+#endif
+
 /* Blocks take the parts of heads in turn, however many blocks there are. */
 #define KV_KERNEL(name, parts, work)                                                               \
-    extern "C" __global__ void __launch_bounds__(KV_THREADS) name(const Batch batch) {             \
+    extern "C" __global__ void __launch_bounds__(KV_BOUNDS) name(const Batch batch) {              \
         uint32_t part_count = (uint32_t)(parts);                                                   \
         for (uint32_t i = blockIdx.x; i < places_of(batch, part_count); i += gridDim.x) {          \
             Place at = place_of(batch, i, part_count);                                             \

@@ -1,6 +1,7 @@
 /* hq4 and hq3: a part is a whole head for K, whose channels are centred and equalised first, and a
  * tile for V and for decoding. A warp transforms one token at a time in shared memory. Widths are
  * multiples of 8, up to KV_HQ_WIDTH_MAX (gpu/kernels.py refuses wider ones). */
+#define KV_BOUNDS 256, 2 /* without this the compiler saves registers and spills */
 #include "hadamard.cuh"
 #include "batch.cuh"
 #include "means.cuh"
