@@ -13,6 +13,7 @@ import numpy as np
 
 from kvstore.compression.fixed_rate import squares
 from kvstore.compression.floats import (
+    BF16_INFINITE,
     Halves,
     bf16_bits,
     inverse,
@@ -23,7 +24,7 @@ from kvstore.compression.floats import (
     widen_half,
     without_subnormals,
 )
-from kvstore.compression.hadamard import BF16_INFINITE, channel_spread
+from kvstore.compression.hadamard import channel_spread
 from kvstore.compression.shapes import (
     UNFIT,
     Bytes,

@@ -42,11 +42,13 @@ class FP8(FixedRateCoder):
         codes[:, : shape.sinks] = 0
         fill(layout, blocks, "codes", codes)
         fill(layout, blocks, "exponent", exponents.astype(np.int8).view(np.uint8))
-        return E4M3_VALUES[codes] * powers_of_two(exponents)[:, None, None]
+        return np.take(E4M3_VALUES, codes) * powers_of_two(exponents)[:, None, None]
 
     def values(self, shape: SectionShape, layout: HeadLayout, blocks: Bytes) -> Floats:
         """Return the values of *blocks*."""
         codes = layout.view(blocks, "codes").reshape(shape.heads, shape.tokens, shape.dim)
         exponents = layout.view(blocks, "exponent").view(np.int8)[:, 0].astype(np.int32)
         # A hostile exponent gives any float, but never one that does not exist.
-        return E4M3_VALUES[codes] * powers_of_two(np.maximum(exponents, -126))[:, None, None]
+        return (
+            np.take(E4M3_VALUES, codes) * powers_of_two(np.maximum(exponents, -126))[:, None, None]
+        )

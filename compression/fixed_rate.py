@@ -72,7 +72,8 @@ class FixedRateCoder(ABC):
             for start, stop in head_runs(shape, 0, shape.heads):
                 values = widen(source[start:stop], shape.source)
                 values[:, : shape.sinks] = 0.0
-                if not np.isfinite(values).all():
+                energy_of_run = float(np.vecdot(values.reshape(-1), values.reshape(-1)))
+                if not np.isfinite(energy_of_run) and not np.isfinite(values).all():
                     return UNFIT
                 run = shape.of_heads(stop - start)
                 decoded = self.code(run, values, layout, blocks[start:stop], context)

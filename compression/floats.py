@@ -18,6 +18,7 @@ Halves = NDArray[np.uint16]
 E4M3_MAX: Final = np.float32(448.0)
 HALF_MAX: Final = np.float32(65504.0)
 LEAST_NORMAL_BF16: Final = 0x0080
+BF16_INFINITE: Final = 0x7F80
 
 
 # --- bfloat16 and half ------------------------------------------------------------------
@@ -25,18 +26,24 @@ LEAST_NORMAL_BF16: Final = 0x0080
 
 def widen_bf16(bits: Halves) -> Floats:
     """Return the values of bfloat16 *bits*."""
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
+    wide = bits.astype(np.uint32)
+    wide <<= np.uint32(16)
+    return wide.view(np.float32)
 
 
 def bf16_bits(values: Floats) -> Halves:
     """Return *values* as bfloat16; what is too large becomes infinite, NaN stays NaN."""
     bits = values.view(np.uint32)
-    odd = (bits >> np.uint32(16)) & np.uint32(1)
-    rounded = ((bits + odd + np.uint32(0x7FFF)) >> np.uint32(16)).astype(np.uint16)
+    rounded = bits >> np.uint32(16)
+    rounded &= np.uint32(1)
+    rounded += np.uint32(0x7FFF)
+    rounded += bits
+    rounded >>= np.uint32(16)
+    halves: Halves = rounded.astype(np.uint16)
     missing = np.isnan(values)
     if missing.any():
-        rounded[missing] = 0x7FC0
-    return rounded
+        halves[missing] = 0x7FC0
+    return halves
 
 
 def bf16_up_bits(values: Floats) -> Halves:
@@ -79,8 +86,7 @@ def _round_small(values: Floats, mantissa: int, least_exponent: int, largest: fl
     step = np.float32(2.0 ** (mantissa - least_exponent))
     small = np.rint(size * step).astype(np.uint32)
     is_small = size_bits < np.uint32((least_exponent + 127) << 23)
-    width = 8 if largest > 6.0 else 4
-    sign = (bits >> np.uint32(32 - width)) & np.uint32(1 << (width - 1))
+    sign = (bits >> np.uint32(24)) & np.uint32(0x80)
     codes: Bytes = (np.where(is_small, small, normal) | sign).astype(np.uint8)
     return codes
 
@@ -97,8 +103,17 @@ def e5m2_codes(values: Floats) -> Bytes:
 
 def e2m1_codes(values: Floats) -> Bytes:
     """Return *values* as e2m1 in the low 4 bits; beyond 6 they saturate, -0 gives 0."""
-    codes = _round_small(values, 1, 0, 6.0)
-    return np.where(values < 0, codes | np.uint8(8), codes & np.uint8(7))
+    size = np.abs(values)
+    # Codes are counted up; a value half way between two goes to the even one.
+    codes = (size > 0.25).view(np.uint8)
+    codes += size >= 0.75
+    codes += size > 1.25
+    codes += size >= 1.75
+    codes += size > 2.5
+    codes += size >= 3.5
+    codes += size > 5.0
+    codes |= (values < 0).view(np.uint8) << np.uint8(3)
+    return codes
 
 
 def _values_of_small(width: int, mantissa: int, least_exponent: int) -> Floats:
@@ -142,9 +157,9 @@ def widen(values: Values, source: SourceType) -> Floats:
         case SourceType.FLOAT32:
             return values.view(np.float32).copy()
         case SourceType.FLOAT8_E4M3:
-            return E4M3_VALUES[values]
+            return np.take(E4M3_VALUES, values)
         case SourceType.FLOAT8_E5M2:
-            return E5M2_VALUES[values]
+            return np.take(E5M2_VALUES, values)
         case SourceType.OPAQUE:
             raise AssertionError("opaque bytes have no values")
 
@@ -154,9 +169,9 @@ def narrow(values: Floats, source: SourceType) -> NDArray[Any]:
     match source:
         case SourceType.BFLOAT16:
             bits = bf16_bits(values)
-            beyond = (bits & 0x7FFF) == 0x7F80
-            if beyond.any():
-                bits[beyond] -= 1
+            sizes = bits & np.uint16(0x7FFF)
+            if sizes.max(initial=0) >= BF16_INFINITE:
+                bits[sizes == BF16_INFINITE] -= 1
             return bits
         case SourceType.FLOAT16:
             return half_bits(np.clip(values, -HALF_MAX, HALF_MAX))

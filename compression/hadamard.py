@@ -13,6 +13,7 @@ import numpy as np
 
 from kvstore.compression.fixed_rate import FixedRateCoder, fill
 from kvstore.compression.floats import (
+    BF16_INFINITE,
     Halves,
     bf16_bits,
     half_bits,
@@ -30,7 +31,6 @@ from kvstore.compression.shapes import Bytes, CodecId, Floats, HeadLayout, Kind,
 from kvstore.compression.tables import HQ3, HQ4, Codebook, signs
 
 LEAST_NORM: Final = np.float32(2.0**-60)
-BF16_INFINITE: Final = 0x7F80
 
 
 def rotation_blocks(dim: int) -> list[tuple[int, int]]:
@@ -44,27 +44,35 @@ def rotation_blocks(dim: int) -> list[tuple[int, int]]:
 
 
 def butterflies(values: Floats) -> Floats:
-    """Return *values* with every rotation block of the last axis transformed, not scaled."""
+    """Return *values* `[dim][tokens]` with every rotation block transformed, not scaled.
+
+    Channels come first, so that every step adds and subtracts whole rows.
+    """
+    tokens = values.shape[1]
     result = np.empty_like(values)
-    for start, size in rotation_blocks(values.shape[-1]):
-        block = values[..., start : start + size]
+    for start, size in rotation_blocks(len(values)):
+        block = values[start : start + size]
+        spare = np.empty_like(block)
+        into = result[start : start + size]
+        # Between two arrays, so that the last step ends in the result.
+        places = (into, spare) if size.bit_length() % 2 == 0 else (spare, into)
+        if size == 1:
+            into[...] = block
         reach = 1
         while reach < size:
-            pairs = block.reshape(*block.shape[:-1], size // (2 * reach), 2, reach)
-            turned = np.empty_like(pairs)
-            np.add(pairs[..., 0, :], pairs[..., 1, :], out=turned[..., 0, :])
-            np.subtract(pairs[..., 0, :], pairs[..., 1, :], out=turned[..., 1, :])
-            block = turned.reshape(block.shape)
+            pairs = block.reshape(-1, 2, reach, tokens)
+            block = places[reach.bit_length() % 2 == 0]
+            turned = block.reshape(-1, 2, reach, tokens)
+            np.add(pairs[:, 0], pairs[:, 1], out=turned[:, 0])
+            np.subtract(pairs[:, 0], pairs[:, 1], out=turned[:, 1])
             reach *= 2
-        result[..., start : start + size] = block
     return result
 
 
 def per_channel(dim: int, factor_of_block: dict[int, np.float32]) -> Floats:
-    """Return the factor of the block that every channel lies in."""
-    return np.concatenate(
-        [np.full(size, factor_of_block[size], np.float32) for _, size in rotation_blocks(dim)]
-    )
+    """Return the factor of the block that every channel lies in, `[dim][1]`."""
+    factors = [np.full(size, factor_of_block[size], np.float32) for _, size in rotation_blocks(dim)]
+    return np.concatenate(factors)[:, None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,29 +156,33 @@ class Hadamard(FixedRateCoder):
         return self._decoded(shape, codes, read_halves(layout.view(blocks, "norms")), spread)
 
     def _signs(self, shape: SectionShape) -> Floats:
-        return signs(self._table_id, shape.layer, shape.kind, shape.dim)
+        return signs(self._table_id, shape.layer, shape.kind, shape.dim)[:, None]
 
     def _codes(self, shape: SectionShape, values: Floats) -> tuple[Bytes, Halves]:
         """Return codes and corrected norms of tokens whose channels are alike."""
-        norms = np.sqrt(tree_sum(values * values, axis=2))
+        turned = np.ascontiguousarray(values.reshape(-1, shape.dim).T)
+        norms: Floats = np.sqrt(tree_sum(turned * turned, axis=0))
         is_zero = norms < LEAST_NORM
         factors = np.float32(1.0) / norms
         roots = {
             size: np.sqrt(np.float32(shape.dim) / np.float32(size))
             for _, size in rotation_blocks(shape.dim)
         }
-        turned = butterflies(values * self._signs(shape))
-        turned *= factors[:, :, None] * per_channel(shape.dim, roots)
+        turned *= self._signs(shape)
+        turned = butterflies(turned)
+        turned *= factors * per_channel(shape.dim, roots)
         sizes = np.abs(turned)
-        codes = np.zeros(values.shape, dtype=np.uint8)
+        codes = np.zeros(turned.shape, dtype=np.uint8)
         for threshold in self._thresholds:
             codes += sizes >= threshold
-        codes[turned < 0] |= self._sign
-        codes[is_zero] = 0
-        chosen = self._values[codes]
-        corrected: Floats = np.divide(norms, np.sqrt(tree_sum(chosen * chosen, axis=2)))
+        codes += (turned < 0).view(np.uint8) * self._sign
+        codes[:, is_zero] = 0
+        chosen = np.take(self._values, codes)
+        chosen *= chosen
+        corrected: Floats = np.divide(norms, np.sqrt(tree_sum(chosen, axis=0)))
         corrected[is_zero] = 0.0
-        return codes, half_bits(corrected)
+        form = (shape.heads, shape.tokens, shape.dim)
+        return np.ascontiguousarray(codes.T).reshape(form), half_bits(corrected)
 
     def _decoded(
         self, shape: SectionShape, codes: Bytes, norms: Halves, spread: Spread | None
@@ -179,9 +191,10 @@ class Hadamard(FixedRateCoder):
             size: np.float32(1.0) / np.sqrt(np.float32(size))
             for _, size in rotation_blocks(shape.dim)
         }
-        decoded = butterflies(self._values[codes])
-        decoded *= widen_half(norms)[:, :, None] * per_channel(shape.dim, roots)
-        decoded *= self._signs(shape)
+        turned = butterflies(np.take(self._values, codes.reshape(-1, shape.dim).T))
+        turned *= widen_half(norms).reshape(-1) * per_channel(shape.dim, roots)
+        turned *= self._signs(shape)
+        decoded = np.ascontiguousarray(turned.T).reshape(codes.shape)
         if spread is not None:
             decoded *= widen_bf16(spread.sigmas)[:, None, :]
             decoded += widen_half(spread.means)[:, None, :]

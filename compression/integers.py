@@ -31,6 +31,8 @@ from kvstore.compression.shapes import (
 
 INT8_MAX: Final = np.float32(127.0)
 INT4_MAX: Final = np.float32(15.0)
+MAGIC: Final = np.float32(1.5 * 2**23)
+"""Added to a small float, it rounds it to an integer, ties to even, in the lowest bits."""
 HALF_INFINITE: Final = 0x7C00
 
 
@@ -62,13 +64,16 @@ class Int8KV(FixedRateCoder):
         bits = without_subnormals(bf16_up_bits(self._sizes(shape, values) / INT8_MAX))
         scales = widen_bf16(bits)
         factors = inverse(scales)
-        codes = np.empty(values.shape, dtype=np.int8)
+        codes = np.empty(values.shape, dtype=np.uint8)
         decoded = np.empty_like(values)
         for rows, group in self._groups(shape):
-            steps = np.rint(np.clip(values[:, rows] * factors[:, group], -INT8_MAX, INT8_MAX))
-            codes[:, rows] = steps
-            decoded[:, rows] = steps * scales[:, group]
-        fill(layout, blocks, "codes", codes.view(np.uint8))
+            # Scales are rounded up: no step rounds to more than 127.
+            steps = values[:, rows] * factors[:, group]
+            steps += MAGIC
+            codes[:, rows] = steps.view(np.uint8)[..., ::4]
+            steps -= MAGIC
+            np.multiply(steps, scales[:, group], out=decoded[:, rows])
+        fill(layout, blocks, "codes", codes)
         fill(layout, blocks, "scales", bits.view(np.uint8))
         return decoded
 
@@ -81,7 +86,9 @@ class Int8KV(FixedRateCoder):
         scales = scales.reshape(shape.heads, -1, width)
         decoded = np.empty(form, dtype=np.float32)
         for rows, group in self._groups(shape):
-            np.multiply(codes[:, rows], scales[:, group], out=decoded[:, rows])
+            into = decoded[:, rows]
+            into[...] = codes[:, rows]
+            into *= scales[:, group]
         return decoded
 
     @staticmethod
@@ -90,8 +97,11 @@ class Int8KV(FixedRateCoder):
         if shape.kind is Kind.V:
             most: Floats = np.max(sizes, axis=2, keepdims=True)
             return most
-        starts = np.arange(0, shape.tokens, GROUPS[CodecId.INT8KV])
-        return np.maximum.reduceat(sizes, starts, axis=1)
+        step = GROUPS[CodecId.INT8KV]
+        groups = [
+            np.max(sizes[:, start : start + step], axis=1) for start in range(0, shape.tokens, step)
+        ]
+        return np.stack(groups, axis=1)
 
     @staticmethod
     def _groups(shape: SectionShape) -> list[tuple[slice, slice]]:
@@ -127,9 +137,14 @@ class Int4KV(FixedRateCoder):
             pair = pairs[place]
             if self._measure(shape, group, part, axis, pair):
                 scale, zero = (np.expand_dims(widen_half(pair[..., i]), axis) for i in (0, 1))
-                steps = np.rint(np.clip((group - zero) * inverse(scale), 0, INT4_MAX))
-                codes[part] = steps
-                decoded[part] = steps * scale + zero
+                steps = group - zero
+                steps *= inverse(scale)
+                np.clip(steps, 0, INT4_MAX, out=steps)
+                steps += MAGIC
+                codes[part] = steps.view(np.uint8)[..., ::4]
+                steps -= MAGIC
+                steps *= scale
+                np.add(steps, zero, out=decoded[part])
         if not is_finite_half(pairs):
             return None
         codes[:, : shape.sinks] = 0
@@ -149,7 +164,8 @@ class Int4KV(FixedRateCoder):
         for part, place in self._groups(shape):
             scale, zero = (np.expand_dims(pairs[place][..., i], axis) for i in (0, 1))
             into = decoded[part]
-            np.multiply(codes[part], scale, out=into)
+            into[...] = codes[part]
+            into *= scale
             into += zero
         return decoded
 

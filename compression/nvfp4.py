@@ -96,12 +96,12 @@ class NVFP4Compat(FixedRateCoder):
         wanted = sizes / (E2M1_MAX * tensor) if tensor > 0 else np.zeros_like(sizes)
         wanted[wanted == 0] = 1.0
         scales = e4m3_codes(np.clip(wanted, LEAST_SCALE, E4M3_MAX))
-        units = np.repeat(E4M3_VALUES[scales] * tensor, BLOCK, axis=2)
+        units = np.repeat(np.take(E4M3_VALUES, scales) * tensor, BLOCK, axis=2)
         codes = e2m1_codes(values / units) if tensor > 0 else np.zeros(values.shape, np.uint8)
         fill(layout, blocks, "codes", codes[:, :, ::2] | codes[:, :, 1::2] << np.uint8(4))
         fill(layout, blocks, "scales", scales)
         fill(layout, blocks, "tensor", np.repeat(context, shape.heads).view(np.uint8))
-        decoded: Floats = E2M1_VALUES[codes] * units
+        decoded: Floats = np.take(E2M1_VALUES, codes) * units
         return decoded
 
     def values(self, shape: SectionShape, layout: HeadLayout, blocks: Bytes) -> Floats:
@@ -112,8 +112,8 @@ class NVFP4Compat(FixedRateCoder):
         codes[:, :, 1::2] = packed >> np.uint8(4)
         tensor = read_floats(layout.view(blocks, "tensor"))[:, :, None]
         scales = layout.view(blocks, "scales").reshape(shape.heads, shape.tokens, -1)
-        decoded: Floats = E2M1_VALUES[codes]
-        decoded *= np.repeat(E4M3_VALUES[scales] * tensor, BLOCK, axis=2)
+        decoded: Floats = np.take(E2M1_VALUES, codes)
+        decoded *= np.repeat(np.take(E4M3_VALUES, scales) * tensor, BLOCK, axis=2)
         return decoded
 
 
@@ -182,9 +182,9 @@ class NVFP4(FixedRateCoder):
         axis = 1 if shape.kind is Kind.K else 2
         wanted = np.where(tensor > 0, sizes / np.float32(divisor) / tensor, np.float32(0))
         scales = e4m3_codes(np.clip(wanted, LEAST_SCALE, E4M3_MAX))
-        units = E4M3_VALUES[scales] * tensor
+        units = np.take(E4M3_VALUES, scales) * tensor
         codes = e2m1_codes(values * self._spread(shape, inverse(units), axis))
-        missed = values - E2M1_VALUES[codes] * self._spread(shape, units, axis)
+        missed = values - np.take(E2M1_VALUES, codes) * self._spread(shape, units, axis)
         missed *= missed
         return codes, scales, self._block_sums(shape, missed, axis)
 
@@ -220,8 +220,8 @@ class NVFP4(FixedRateCoder):
         means: Floats | None,
     ) -> Floats:
         axis = 1 if shape.kind is Kind.K else 2
-        decoded: Floats = E2M1_VALUES[codes]
-        decoded *= self._spread(shape, E4M3_VALUES[scales] * tensor, axis)
+        decoded: Floats = np.take(E2M1_VALUES, codes)
+        decoded *= self._spread(shape, np.take(E4M3_VALUES, scales) * tensor, axis)
         if means is not None:
             decoded += means
         return decoded

@@ -22,6 +22,7 @@ HEAD_BYTES: Final = 16 + 4 * LANES
 LOWEST_STATE: Final = np.uint32(1 << 16)
 SLOT_BITS: Final = np.uint32(12)
 WORD_BITS: Final = np.uint32(16)
+PROBABILITIES_WORD: Final = np.uint32(PROBABILITIES)
 
 Words = NDArray[np.uint32]
 Frequencies = NDArray[np.uint16]
@@ -72,13 +73,13 @@ def _encode_group(coding: Coding, symbols: Bytes) -> tuple[NDArray[Any], ...]:
     states = np.full((streams, LANES), LOWEST_STATE, dtype=np.uint32)
     for step in reversed(range(steps)):
         row = symbols[:, step]
-        frequency, start = coding.frequencies[row], coding.starts[row]
+        frequency, start = np.take(coding.frequencies, row), np.take(coding.starts, row)
         gives = (states >> np.uint32(20)) >= frequency
         words[:, step] = states
         given[:, step] = gives
         states = np.where(gives, states >> WORD_BITS, states)
-        whole, rest = np.divmod(states, frequency)
-        states = (whole << SLOT_BITS) + rest + start
+        # x / f * 4096 + x % f + c is x + x / f * (4096 - f) + c.
+        states = states + states // frequency * (PROBABILITIES_WORD - frequency) + start
     return states, given, words
 
 
@@ -149,14 +150,14 @@ def _decode_group(
     symbols = np.empty((len(at), steps, LANES), dtype=np.uint8)
     frequency_of = coding.frequencies[coding.symbols]
     above = np.arange(PROBABILITIES, dtype=np.uint32) - coding.starts[coding.symbols]
-    last = len(words) - 1
     for step in range(steps):
         slot = states & np.uint32(PROBABILITIES - 1)
-        symbols[:, step] = coding.symbols[slot]
-        states = frequency_of[slot] * (states >> SLOT_BITS) + above[slot]
+        np.take(coding.symbols, slot, out=symbols[:, step])
+        states = np.take(frequency_of, slot) * (states >> SLOT_BITS) + np.take(above, slot)
         needs = states < LOWEST_STATE
         ranks = np.cumsum(needs, axis=1)
-        chosen = words[np.minimum(at[:, None] + ranks - 1, last)]
+        # Behind the last word there is a stream that does not decode, which is found out below.
+        chosen = np.take(words, at[:, None] + (ranks - 1), mode="clip")
         states = np.where(needs, states << WORD_BITS | chosen, states)
         at += ranks[:, -1]
     if (at != placed.stop).any() or (states != LOWEST_STATE).any():
