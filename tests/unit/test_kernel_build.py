@@ -14,7 +14,7 @@ from kvstore.gpu.nvrtc import CompileError, Compiler, find_compiler
 
 # Registers: two blocks of 256 threads a multiprocessor need 128 or fewer.
 REGISTERS_MAX = 128
-# int8 keeps 64 values of K a thread, nvfp4 two codings of 16: on
+# On sm_100 the compiler prepares all values of a thread at once: 64 of int8, two codings of nvfp4.
 REGISTERS_MAX_OF = {"int8": 160, "nvfp4": 168}
 SHARED_MAX_BYTES = 48 * 1024
 SPILLED_MAX_BYTES = 16  # a counter outside of the loops
