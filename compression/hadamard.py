@@ -160,7 +160,8 @@ class Hadamard(FixedRateCoder):
 
     def _codes(self, shape: SectionShape, values: Floats) -> tuple[Bytes, Halves]:
         """Return codes and corrected norms of tokens whose channels are alike."""
-        turned = np.ascontiguousarray(values.reshape(-1, shape.dim).T)
+        # A copy in any case: with one token the transposed values are contiguous as they are.
+        turned = values.reshape(-1, shape.dim).T.copy()
         norms: Floats = np.sqrt(tree_sum(turned * turned, axis=0))
         is_zero = norms < LEAST_NORM
         factors = np.float32(1.0) / norms
