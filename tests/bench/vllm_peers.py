@@ -69,7 +69,9 @@ def main() -> None:
         peers = []
         for name, config in stores(stack, arguments, folder):
             engines = [
-                stack.enter_context(Engine(model, dtype=dtype, kv_transfer_config=config))
+                stack.enter_context(
+                    Engine(model, dtype=dtype, kv_transfer_config=config, prepare=tame_llvmlite)
+                )
                 for _ in range(2)
             ]
             peers.append(Peer(name, *engines))
@@ -147,6 +149,25 @@ def lmcache_server(folder: Path, log: Path) -> Iterator[int]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+def tame_llvmlite() -> None:
+    """Have llvmlite's library have no attributes of Python's own.
+
+    LMCache imports it, it claims to have any attribute, and vLLM trips over that at its start
+    when it looks through all modules.
+    """
+    from llvmlite.binding import ffi
+
+    kind = ffi._lib_wrapper
+    find = kind.__getattr__
+
+    def find_functions(library: object, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return find(library, name)
+
+    kind.__getattr__ = find_functions
 
 
 def free_port() -> int:

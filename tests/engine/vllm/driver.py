@@ -11,7 +11,7 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, NamedTuple, Self
@@ -46,7 +46,10 @@ class Planned(NamedTuple):
 
 
 class Engine:
-    """An engine in another process. Leave the `with` block to end it."""
+    """An engine in another process. Leave the `with` block to end it.
+
+    *prepare* is called there before vLLM is imported.
+    """
 
     def __init__(
         self,
@@ -57,6 +60,7 @@ class Engine:
         processes: bool = False,
         extra: dict[str, object] | None = None,
         environment: dict[str, str] | None = None,
+        prepare: Callable[[], None] | None = None,
         **arguments: object,
     ) -> None:
         context = multiprocessing.get_context("spawn")
@@ -64,7 +68,7 @@ class Engine:
         settings = {"socket": str(socket), **(extra or {})} if socket is not None else None
         given = dict(model=str(model), dtype=dtype, **arguments)
         self._process = context.Process(
-            target=_serve, args=(theirs, settings, processes, environment or {}, given)
+            target=_serve, args=(theirs, settings, processes, environment or {}, prepare, given)
         )
         self._process.start()
         theirs.close()
@@ -120,6 +124,7 @@ def _serve(
     settings: dict[str, object] | None,
     processes: bool,
     environment: dict[str, str],
+    prepare: Callable[[], None] | None,
     arguments: dict[str, Any],
 ) -> None:
     os.environ.update(
@@ -129,6 +134,8 @@ def _serve(
     while True:
         try:
             if driver is None:
+                if prepare is not None:
+                    prepare()
                 driver = Driver(settings, arguments)
                 pipe.send(("ok", None))
                 continue
