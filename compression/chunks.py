@@ -253,7 +253,7 @@ def decode_section(container: Container, index: int, target: Values, heads: Head
         coder.decode(shape, section, target, heads)
     else:
         coder.decode(shape, section, target[:, :, : shape.dim], heads)
-    if codec not in LOSSLESS:
+    if codec not in LOSSLESS and shape.sinks + shape.tail > 0:
         for head in range(heads.start, heads.stop):
             sinks, tail = _sides(codec, shape, section, head)
             into = target[head - heads.start]
@@ -388,7 +388,8 @@ class _ChunkWriter:
         if codec not in LOSSLESS:
             if encoded.relative_error > self._policy.bound(codec):
                 return None
-            _put_sides(codec, seen, values, section)
+            if seen.sinks + seen.tail > 0:
+                _put_sides(codec, seen, values, section)
         if is_short:
             room[: encoded.size_bytes] = section[: encoded.size_bytes]
         return encoded
