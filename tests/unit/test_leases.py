@@ -6,8 +6,8 @@ import pytest
 
 from kvstore.errors import LeaseError, LimitError, ReservationError
 from kvstore.limits import LEASES_PER_SESSION_MAX, RESERVATIONS_PER_SESSION_MAX
-from kvstore.store.namespace import Namespace
 from kvstore.store.leases import Leases, Reservation, Reservations
+from kvstore.store.namespace import Namespace
 from kvstore.types import Extent, HeadRange, LeaseId, ReservationId, SessionId
 from tests.support.making import loose_digest, make_manifest
 
