@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Coroutine, Generator, Sequence
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from kvstore.limits import KEYS_PER_REQUEST_MAX, REDIS_REDIRECTS_MAX
 from kvstore.tiers import redis_steps as steps
 from kvstore.tiers.base import Recovered, Shard, TierUsage
 from kvstore.tiers.redis_counters import RedisCounters
-from kvstore.tiers.redis_lanes import Budget
+from kvstore.tiers.redis_lanes import Budget, Errand
 from kvstore.tiers.redis_records import Names
 from kvstore.tiers.redis_routes import Routes, call
 from kvstore.tiers.redis_settings import Pace, RedisSettings, check_settings
@@ -30,6 +30,7 @@ from kvstore.tiers.redis_steps import Asked, Plan, Presence, RefusedError
 from kvstore.tiers.redis_url import Address
 from kvstore.tiers.redis_wire import (
     Fetched,
+    Lane,
     LaneError,
     LaneTimeoutError,
     Reply,
@@ -91,7 +92,7 @@ class RedisTier:
         self._names = Names(settings.prefix)
         self._pace = pace or settings.pace
         self._ttl_ms = round(settings.ttl_seconds * 1000)
-        self._routes = Routes(settings, self.counters)
+        self._routes = Routes(settings, self.counters, width=self._pace.lanes)
         self._manifests: dict[NamespaceId, bytes] = {}
         self._manifests_due: dict[NamespaceId, float] = {}
         self._is_failing = False
@@ -108,7 +109,7 @@ class RedisTier:
         """Return whether the servers answer; log it when they do not."""
         try:
             with self._reported("greeting"):
-                await self._routes.at_home(b"", steps.ping, self._budget(), is_small=True)
+                await self._routes.at_home(b"", steps.ping, self._budget())
         except TierError:
             return False
         return True
@@ -156,7 +157,7 @@ class RedisTier:
         plan = self._plan(shard)
         with self._reported("remove"):
             return await self._routes.at_home(
-                plan.meta, partial(steps.withdraw, plan=plan), self._budget(), is_small=True
+                plan.meta, partial(steps.withdraw, plan=plan), self._budget()
             )
 
     async def introduce(self, namespace: NamespaceId, manifest: bytes) -> None:
@@ -180,14 +181,14 @@ class RedisTier:
     async def probe(self) -> None:
         """Ask the server that would be asked first whether it is there."""
         with self._reported("probe"):
-            await self._routes.at_home(b"", steps.ping, self._budget(), is_small=True)
+            await self._routes.at_home(b"", steps.ping, self._budget())
 
     async def manifest(self, namespace: NamespaceId) -> bytes | None:
         """Return the manifest that some host has introduced, unchecked, if there is one."""
         name = self._names.manifest(namespace)
         with self._reported("manifest"):
             (reply,) = await self._routes.at_home(
-                name, partial(call, commands=[(b"GET", name)]), self._budget(), is_small=True
+                name, partial(call, commands=[(b"GET", name)]), self._budget()
             )
         return reply if isinstance(reply, bytes) else None
 
@@ -203,7 +204,7 @@ class RedisTier:
         lanes = min(self._pace.lanes, len(plan.stripes))
         if lanes == 1:
             job = partial(steps.put, plan=plan, source=source)
-            presence, left = await self._routes.at_home(plan.meta, job, budget)
+            presence, left = await self._routes.at_home(plan.meta, job, budget, Errand.STORE)
             if not left:
                 return presence
         else:
@@ -213,24 +214,33 @@ class RedisTier:
                 return presence
             parts = [plan.stripes[lane::lanes] for lane in range(lanes)]
             jobs = [partial(steps.store, plan=plan, stripes=part, source=source) for part in parts]
-            met = await _together([self._routes.at_home(plan.meta, job, budget) for job in jobs])
+            met = await self._at_once(jobs, plan, budget, Errand.STORE)
             left = [asked for part in met for asked in part]
         for address, stripes in self._routes.elsewhere(left).items():
             job_asking = partial(
                 steps.store, plan=plan, stripes=stripes, source=source, asking=True
             )
-            _refuse_left(await self._routes.lanes.run(address, job_asking, budget))
+            _refuse_left(await self._routes.lanes.run(address, job_asking, budget, Errand.STORE))
         await self._publish(plan, budget)
         return presence
 
+    async def _at_once(
+        self,
+        jobs: Sequence[Callable[[Lane], Result]],
+        plan: Plan,
+        budget: Budget,
+        errand: Errand,
+    ) -> list[Result]:
+        """Run *jobs* at the server of *plan*, each on a lane."""
+        home = self._routes.at_home
+        return await _together([home(plan.meta, job, budget, errand) for job in jobs])
+
     async def _publish(self, plan: Plan, budget: Budget) -> None:
-        elsewhere = await self._routes.at_home(
-            plan.meta, partial(steps.publish, plan=plan), budget, is_small=True
-        )
+        elsewhere = await self._routes.at_home(plan.meta, partial(steps.publish, plan=plan), budget)
         if elsewhere is not None:
             (address,) = self._routes.elsewhere([Asked(plan.stripes[0], elsewhere)])
             job = partial(steps.publish, plan=plan, asking=True)
-            elsewhere = await self._routes.lanes.run(address, job, budget, is_small=True)
+            elsewhere = await self._routes.lanes.run(address, job, budget)
             if elsewhere is not None:
                 raise RefusedError(elsewhere)
 
@@ -240,9 +250,7 @@ class RedisTier:
             self.counters.full += 1
         else:
             self.counters.foreign += 1
-        await self._routes.at_home(
-            plan.meta, partial(steps.withdraw, plan=plan), self._budget(), is_small=True
-        )
+        await self._routes.at_home(plan.meta, partial(steps.withdraw, plan=plan), self._budget())
 
     async def _read(self, plan: Plan, target: memoryview, budget: Budget) -> Fetched:
         """Fetch all stripes; return HERE when all are right, else what is wrong."""
@@ -256,12 +264,12 @@ class RedisTier:
             partial(steps.fetch, plan=plan, stripes=plan.stripes[lane::lanes], target=into)
             for lane in range(lanes)
         ]
-        parts = await _together([self._routes.at_home(plan.meta, job, budget) for job in jobs])
+        parts = await self._at_once(jobs, plan, budget, Errand.LOAD)
         met = [it for fetched, _ in parts for it in fetched]
         asked = [it for _, left in parts for it in left]
         for address, stripes in self._routes.elsewhere(asked).items():
             job = partial(steps.fetch, plan=plan, stripes=stripes, target=into, asking=True)
-            fetched, left = await self._routes.lanes.run(address, job, budget)
+            fetched, left = await self._routes.lanes.run(address, job, budget, Errand.LOAD)
             _refuse_left(left)
             met += fetched
         worst = max(met, key=_GRAVITY.index)
@@ -294,16 +302,14 @@ class RedisTier:
             return
         name, manifest = self._names.manifest(namespace), self._manifests[namespace]
         job = partial(steps.introduce, name=name, manifest=manifest, ttl_ms=self._ttl_ms)
-        found = await self._routes.at_home(name, job, budget, is_small=True)
+        found = await self._routes.at_home(name, job, budget)
         if isinstance(found, bytes) and found != manifest:
             # Its name is the digest of its content: anything else has been altered.
             self.counters.quarantined += 1
             log.warning("redis manifest quarantined", extra={"namespace": namespace})
             expiry = (b"PX", b"%d" % self._ttl_ms) if self._ttl_ms else ()
             command = (b"SET", name, manifest, *expiry)
-            await self._routes.at_home(
-                name, partial(call, commands=[command]), budget, is_small=True
-            )
+            await self._routes.at_home(name, partial(call, commands=[command]), budget)
         elif found != manifest:
             self.counters.foreign += 1
             log.warning("redis manifest not kept", extra={"reason": str(found)})
@@ -352,7 +358,7 @@ class RedisTier:
         job = partial(
             steps.look, names=self._names, namespace=namespace, digests=digests, asking=asking
         )
-        return await self._routes.lanes.run(address, job, budget, is_small=True)
+        return await self._routes.lanes.run(address, job, budget)
 
     async def _sort_out(
         self,
@@ -377,7 +383,7 @@ class RedisTier:
                 log.warning("redis records quarantined", extra={"key": digest})
                 meta = self._names.meta(namespace, digest)
                 job = partial(steps.discard, fields=[(meta, field) for field in found.damaged])
-                await self._routes.at_home(meta, job, budget, is_small=True)
+                await self._routes.at_home(meta, job, budget)
         return shards
 
     def _note_newer(self, digest: Digest) -> None:
@@ -445,6 +451,8 @@ async def _together(calls: Sequence[Coroutine[None, None, Result]]) -> list[Resu
 
     Nothing may touch the caller's memory afterwards.
     """
+    if len(calls) == 1:
+        return [await calls[0]]
     running = [asyncio.ensure_future(each) for each in calls]
     try:
         return await asyncio.gather(*running)

@@ -20,8 +20,8 @@ from kvstore.tiers.redis_wire import Command, LaneError, LaneTimeoutError, Reply
 from kvstore.units import round_size
 
 ACL_COMMANDS: Final = (
-    "+get +set +strlen +hget +hset +hdel +hrandfield +unlink +pexpire +multi +exec +ping +select "
-    "+info"
+    "+get +set +psetex +strlen +hget +hset +hdel +hrandfield +unlink +pexpire +multi +exec +ping "
+    "+select +info"
 )
 """What a user needs; `+cluster|slots +asking` besides in a cluster."""
 
@@ -91,7 +91,7 @@ async def _run(
     routes: Routes, settings: RedisSettings, commands: list[Command], key: bytes = b""
 ) -> list[Reply]:
     budget = Budget(settings.timeout_seconds)
-    return await routes.at_home(key, partial(call, commands=commands), budget, is_small=True)
+    return await routes.at_home(key, partial(call, commands=commands), budget)
 
 
 def _unreachable(settings: RedisSettings, error: LaneError | RefusedError) -> RedisFinding:
@@ -176,7 +176,8 @@ async def _check_rights(routes: Routes, settings: RedisSettings) -> RedisFinding
     base = f"{settings.prefix}:doctor:{{{time.time_ns():x}}}".encode()
     text, table = base + b":text", base
     commands: list[Command] = [
-        (b"SET", text, b"x", b"PX", b"10000"),
+        (b"SET", text, b"x", b"NX"),
+        (b"PSETEX", text, b"10000", b"x"),
         (b"GET", text),
         (b"STRLEN", text),
         (b"HSET", table, b"field", b"x"),

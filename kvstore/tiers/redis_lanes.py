@@ -12,6 +12,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from enum import Enum, auto
 from typing import Final, TypeVar
 
 import redis
@@ -23,7 +24,14 @@ from kvstore.tiers.redis_wire import Lane, LaneError, LaneTimeoutError
 Result = TypeVar("Result")
 
 _SMALL_LANES: Final = 2
-"""Lanes for small commands alone, which never wait behind bytes."""
+
+
+class Errand(Enum):
+    """What a lane is wanted for. None of these ever waits behind another."""
+
+    LOAD = auto()
+    STORE = auto()
+    SMALL = auto()
 
 
 class Budget:
@@ -44,7 +52,7 @@ class Budget:
 
 
 class LanePool:
-    """At most *width* lanes that move bytes, and two for small commands, over all servers.
+    """At most *width* lanes that load, as many that store, and two for small commands.
 
     *dial* makes a lane and blocks; it may take *timeout_seconds*.
     """
@@ -54,10 +62,11 @@ class LanePool:
     ) -> None:
         self._dial = dial
         self._timeout_seconds = timeout_seconds
-        self._gates = {False: asyncio.Semaphore(width), True: asyncio.Semaphore(_SMALL_LANES)}
-        self._threads = ThreadPoolExecutor(width + _SMALL_LANES, "kvstore-redis")
+        widths = {Errand.LOAD: width, Errand.STORE: width, Errand.SMALL: _SMALL_LANES}
+        self._gates = {errand: asyncio.Semaphore(size) for errand, size in widths.items()}
+        self._threads = ThreadPoolExecutor(sum(widths.values()), "kvstore-redis")
         # Apart: name resolution cannot be interrupted, and must not hold up anything else.
-        self._dialers = ThreadPoolExecutor(width + _SMALL_LANES, "kvstore-redis-dial")
+        self._dialers = ThreadPoolExecutor(sum(widths.values()), "kvstore-redis-dial")
         self._idle: defaultdict[Address, list[Lane]] = defaultdict(list)
         self._busy: set[Lane] = set()
         self._stalls: Counter[Address] = Counter()
@@ -69,8 +78,7 @@ class LanePool:
         address: Address,
         work: Callable[[Lane], Result],
         budget: Budget,
-        *,
-        is_small: bool = False,
+        errand: Errand = Errand.SMALL,
     ) -> Result:
         """Return what *work* does with a lane to *address*, in a thread.
 
@@ -79,7 +87,7 @@ class LanePool:
         others fails at once.
         """
         stalls, since = self._stalls[address], time.monotonic()
-        async with self._gates[is_small]:
+        async with self._gates[errand]:
             budget.extend(time.monotonic() - since)
             if self._stalls[address] != stalls:
                 raise LaneTimeoutError(f"{address} did not answer others meanwhile")

@@ -10,7 +10,7 @@ from typing import TypeVar
 from kvstore.limits import REDIS_REDIRECTS_MAX
 from kvstore.tiers.redis_counters import RedisCounters
 from kvstore.tiers.redis_dial import connect
-from kvstore.tiers.redis_lanes import Budget, LanePool
+from kvstore.tiers.redis_lanes import Budget, Errand, LanePool
 from kvstore.tiers.redis_records import Stripe
 from kvstore.tiers.redis_servers import make_servers, target_of
 from kvstore.tiers.redis_settings import RedisSettings
@@ -22,14 +22,17 @@ Result = TypeVar("Result")
 
 
 class Routes:
-    """Runs jobs on the servers of *settings*, and knows which server has which key."""
+    """Runs jobs on the servers of *settings*, and knows which server has which key.
 
-    def __init__(self, settings: RedisSettings, counters: RedisCounters) -> None:
+    Loads have *width* lanes, stores as many.
+    """
+
+    def __init__(self, settings: RedisSettings, counters: RedisCounters, *, width: int = 1) -> None:
         self._settings = settings
         self._counters = counters
-        width, timeout = settings.connections, settings.timeout_seconds
+        timeout = settings.timeout_seconds
         self.lanes = LanePool(self._dial, width=width, timeout_seconds=timeout)
-        self._sentinels = LanePool(self._dial_sentinel, width=width, timeout_seconds=timeout)
+        self._sentinels = LanePool(self._dial_sentinel, width=1, timeout_seconds=timeout)
         self.servers = make_servers(settings.url, self._ask)
 
     def close(self) -> None:
@@ -46,14 +49,13 @@ class Routes:
         key: bytes,
         job: Callable[[Lane], Result],
         budget: Budget,
-        *,
-        is_small: bool = False,
+        errand: Errand = Errand.SMALL,
     ) -> Result:
         """Return what *job* does at the server of *key*, following redirections."""
         address = await self.servers.home(key)
         for attempt in range(REDIS_REDIRECTS_MAX + 1):
             try:
-                return await self.lanes.run(address, job, budget, is_small=is_small)
+                return await self.lanes.run(address, job, budget, errand)
             except RefusedError as refused:
                 word = refused.reply.word
                 is_last = attempt == REDIS_REDIRECTS_MAX
@@ -90,7 +92,6 @@ class Routes:
             address,
             partial(call, commands=[command]),
             Budget(self._settings.timeout_seconds),
-            is_small=True,
         )
         if isinstance(reply, ReplyError):
             raise LaneError(f"{address}: {reply}")

@@ -29,8 +29,9 @@ _PREFIX_CHARS: Final = frozenset(
 class Pace(NamedTuple):
     """How one shard is moved: over how many lanes, and how many bytes unanswered on each.
 
-    One server on this host is fastest with one lane and one full stripe at a time (a short
-    last one goes along); over a network, more of both hide its latency.
+    A server on this host is fastest with one lane that loads and one that stores, and one full
+    stripe at a time on each (a short last one goes along): more only fight for its one thread.
+    Over a network, more of both hide its latency.
     """
 
     lanes: int

@@ -55,7 +55,6 @@ class Plan(NamedTuple):
     names: Names
     meta: bytes
     field: bytes
-    label: bytes
     stripes: list[Stripe]
     ttl_ms: int
     window: int
@@ -69,11 +68,15 @@ class Plan(NamedTuple):
             names,
             names.meta(key.namespace, key.digest),
             field_of(key.heads),
-            pack_label(shard, None),
             names.stripes(shard),
             ttl_ms,
             window,
         )
+
+    @property
+    def label(self) -> bytes:
+        """The meta record, which only writers need."""
+        return pack_label(self.shard, None)
 
 
 class Asked(NamedTuple):

@@ -12,6 +12,7 @@ import pytest
 from kvstore.errors import TierError
 from kvstore.limits import KIB, MIB
 from kvstore.tiers.redis import RedisTier
+from kvstore.tiers.redis_doctor import ACL_COMMANDS
 from kvstore.tiers.redis_records import LABEL_BYTES
 from kvstore.tiers.redis_settings import REMOTE_WINDOW_BYTES, Pace, check_settings
 from tests.support.redis import RedisServer, free_port
@@ -317,29 +318,23 @@ async def test_no_password_is_said(own_server, open_tier):
     assert tier.counters.refusals == 2
 
 
-ACL_RULE = (
-    "+get +set +strlen +hget +hset +hdel +hrandfield +unlink +pexpire +multi +exec +ping "
-    "+select +info"
-)
-
-
 async def test_the_documented_rights_are_enough_and_fewer_are_refused(
     own_server, open_tier, tmp_path
 ):
     file = tmp_path / "password"
     file.write_text("secret")
     rule = ("ACL", "SETUSER", "kv", "reset", "on", ">secret", "~kvstore:*")
-    own_server.do(*rule, *ACL_RULE.split(" "))
+    own_server.do(*rule, *ACL_COMMANDS.split(" "))
     url = own_server.url.replace("//", "//kv@")
     tier = await open_tier(url, password_file=file)
     await tier.introduce(NAMESPACE, b"manifest")
     assert await works(tier)
     assert await found(tier, [1]) == [1]
     assert await tier.remove(shard_of(1), PLACE)
-    own_server.do("ACL", "SETUSER", "kv", "-set")
+    own_server.do("ACL", "SETUSER", "kv", "-psetex")
     with pytest.raises(TierError, match="NOPERM"):
         await write(tier, 1)
-    own_server.do("ACL", "SETUSER", "kv", "+set")
+    own_server.do("ACL", "SETUSER", "kv", "+psetex")
     assert await works(tier)
     elsewhere = await open_tier(url, password_file=file, prefix="other")
     with pytest.raises(TierError, match="NOPERM"):
