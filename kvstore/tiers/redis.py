@@ -204,8 +204,9 @@ class RedisTier:
         lanes = min(self._pace.lanes, len(plan.stripes))
         if lanes == 1:
             job = partial(steps.put, plan=plan, source=source)
-            presence, left = await self._routes.at_home(plan.meta, job, budget, Errand.STORE)
-            if not left:
+            done = await self._routes.at_home(plan.meta, job, budget, Errand.STORE)
+            presence, left, is_published = done
+            if is_published or presence is not Presence.ABSENT:
                 return presence
         else:
             job_check = partial(steps.check, plan=plan)

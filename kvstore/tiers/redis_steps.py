@@ -156,18 +156,26 @@ def publish(lane: Lane, plan: Plan, *, asking: bool = False) -> ReplyError | Non
     return None
 
 
-def put(lane: Lane, plan: Plan, source: memoryview) -> tuple[Presence, list[Asked]]:
+class Put(NamedTuple):
+    """How far `put` has come."""
+
+    presence: Presence
+    """What was there before."""
+
+    left: list[Asked]
+    is_published: bool
+
+
+def put(lane: Lane, plan: Plan, source: memoryview) -> Put:
     """Check, store and publish over one lane, without going back to the event loop.
 
     Nothing is published while stripes are left for other nodes.
     """
     presence = check(lane, plan)
     if presence is not Presence.ABSENT:
-        return presence, []
+        return Put(presence, [], is_published=presence is Presence.PRESENT)
     left = store(lane, plan, plan.stripes, source)
-    if not left and (elsewhere := publish(lane, plan)) is not None:
-        left = [Asked(plan.stripes[0], elsewhere)]
-    return presence, left
+    return Put(presence, left, is_published=not left and publish(lane, plan) is None)
 
 
 def _remove_replaced(lane: Lane, plan: Plan, former: Reply) -> None:

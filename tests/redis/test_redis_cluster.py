@@ -85,6 +85,8 @@ async def test_at_every_step_of_a_migration_shards_are_read_and_written(cluster,
     for key in sorted(source.do("CLUSTER", "GETKEYSINSLOT", slot, 100)):
         assert await read(tier, 1, LARGE_BYTES)
         assert await found(tier, [1], LARGE_BYTES) == [1]
+        # Written in the midst of it, every key stays on the node that has it.
+        assert await write(tier, 1, LARGE_BYTES)
         cluster.migrate(key, source, target)
     assert await read(tier, 1, LARGE_BYTES)
     assert await write(tier, newcomer)
