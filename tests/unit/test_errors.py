@@ -41,5 +41,6 @@ def test_only_what_can_pass_by_itself_is_retryable():
         "InternalError",
         "LimitError",
         "NoSpaceError",
+        "TierError",
         "UnavailableError",
     }
