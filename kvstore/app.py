@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -52,8 +52,8 @@ class OpenTier(NamedTuple):
     admission: str
     eviction: str
     timeout_seconds: float = TIER_TIMEOUT_SECONDS
-    greet: Callable[[], Coroutine[object, object, object]] | None = None
-    """Finds out in the background whether the servers answer, and says so in the log."""
+    is_elsewhere: bool = False
+    """Whether it is reached over a connection, which may not be there at the start."""
 
 
 OpenTiers = Callable[[Config], Awaitable[list[OpenTier]]]
@@ -76,7 +76,12 @@ async def open_tiers(config: Config) -> list[OpenTier]:
         shared = RedisTier(redis_settings(redis))
         opened.append(
             OpenTier(
-                shared, redis.write, redis.admission, "lru", redis.timeout_seconds, shared.greet
+                shared,
+                redis.write,
+                redis.admission,
+                "lru",
+                redis.timeout_seconds,
+                is_elsewhere=True,
             )
         )
     return opened
@@ -118,8 +123,7 @@ async def _serve_over(
         await _take_stock(store, slower)
         loop = asyncio.get_running_loop()
         mover = Mover(store, clock=loop.time, in_thread=asyncio.to_thread)
-        for opened in slower:
-            _connect(mover, opened, loop.time)
+        guards = [_connect(mover, opened, loop.time) for opened in slower]
         # After the others: what differs from a copy in a slower tier is removed there.
         warm = WarmStart(
             store,
@@ -133,7 +137,8 @@ async def _serve_over(
             extra={"socket": str(address.path), "arena_bytes": store.host.arena.size_bytes},
         )
         notify("READY=1")
-        await _live(config, server, warm, [one.greet for one in slower if one.greet])
+        to_greet = [guard for guard, one in zip(guards, slower, strict=True) if one.is_elsewhere]
+        await _live(config, server, warm, to_greet)
     finally:
         store.host.close()
 
@@ -142,7 +147,7 @@ async def _live(
     config: Config,
     server: Server,
     warm: WarmStart,
-    greetings: Sequence[Callable[[], Coroutine[object, object, object]]],
+    to_greet: Sequence[GuardedTier],
 ) -> None:
     """Run the background tasks until a signal comes, then drain."""
     async with asyncio.TaskGroup() as group:
@@ -150,7 +155,7 @@ async def _live(
             group.create_task(keep_house(server.store), name="housekeeping"),
             group.create_task(warm.settle(), name="warm start"),
             group.create_task(server.mover.run(), name="mover"),
-            *(group.create_task(greet(), name="greeting") for greet in greetings),
+            *(group.create_task(tier.greet(), name="greeting") for tier in to_greet),
         ]
         if config.tiers.host.prefault:
             tasks.append(group.create_task(prefault(server.store.host.arena), name="prefault"))
@@ -178,10 +183,11 @@ async def _take_stock(store: Store, slower: Sequence[OpenTier]) -> None:
                 log.info("chunks recovered", extra={"tier": "disk", **stock._asdict()})
 
 
-def _connect(mover: Mover, opened: OpenTier, clock: Callable[[], float]) -> None:
+def _connect(mover: Mover, opened: OpenTier, clock: Callable[[], float]) -> GuardedTier:
     guarded = GuardedTier(opened.tier, clock=clock, timeout_seconds=opened.timeout_seconds)
     capacity = opened.tier.usage().capacity_bytes or _ASSUMED_BYTES
     mover.add(guarded, opened.write, make_admission(opened.admission, capacity))
+    return guarded
 
 
 def _make_store(config: Config, slower: Sequence[OpenTier]) -> Store:

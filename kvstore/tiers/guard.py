@@ -65,6 +65,10 @@ class Breaker:
         self._troubled_since = 0.0
         self._is_on_trial = False
 
+    def begin_on_trial(self) -> None:
+        """Open at the first failure, until a call succeeds: nothing speaks for the tier yet."""
+        self._is_on_trial = True
+
     def succeeded(self) -> None:
         """Note that a call was answered."""
         self._failures = 0
@@ -185,6 +189,17 @@ class GuardedTier:
         self.counters.find_requests += 1
         self.counters.find_chunks += sum(map(bool, found))
         return found
+
+    async def greet(self) -> None:
+        """Find out whether the tier answers, before anybody needs it; if not, it is left alone."""
+        self._breaker.begin_on_trial()
+        began_at = self._clock()
+        try:
+            await self._bounded(self.tier.probe(), self._timeout_seconds, _nothing)
+        except TierError as error:
+            self._failed(began_at, error)
+        else:
+            self._breaker.succeeded()
 
     async def keep_probing(self) -> None:
         """Whenever the breaker is open, probe the tier until it answers; until cancelled."""

@@ -118,6 +118,20 @@ def test_pauses_double_up_to_a_limit_and_begin_anew_after_success():
     assert breaker.pause_seconds == BREAKER_PAUSE_MIN_SECONDS
 
 
+def test_a_tier_that_is_away_when_it_is_greeted_is_left_alone_at_once():
+    async def play() -> None:
+        guarded = Guarded((0, Fault.FAIL))
+        await guarded.guard.greet()
+        assert guarded.changes == [False]
+        here = Guarded((1, Fault.FAIL))
+        await here.guard.greet()
+        with pytest.raises(TierError):
+            await here.write()
+        assert here.guard.is_usable, "one failure of a tier that has answered is no trouble yet"
+
+    run(play())
+
+
 def test_a_second_of_trouble_opens_it_whatever_the_number():
     breaker = Breaker()
     assert not breaker.failed(0.0, 0.5)
