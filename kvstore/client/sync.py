@@ -34,6 +34,7 @@ _TIMEOUT_SECONDS: Final = 5.0
 # one for every few milliseconds of copying (8 MiB a commit cost a tenth of the speed).
 _COMMIT_BYTES: Final = 64 * MIB
 _COMMITS_IN_FLIGHT_MAX: Final = 32
+_ALIVE_WHILE_WRITING_SECONDS: Final = 1.0
 
 
 class StoreReport(NamedTuple):
@@ -336,9 +337,12 @@ class Space:
 
     def _finish_commit(self, commit: Waiter) -> int:
         """Raise what failed; return how many chunks a slower tier was to have and has not."""
-        patience = PATIENCE_SECONDS if self.attached.through else 0.0
+        patience, alive = 0.0, self._timeout_seconds
+        if self.attached.through:
+            # The daemon's disk threads take the processor from it, and nobody waits for a store.
+            patience, alive = PATIENCE_SECONDS, max(alive, _ALIVE_WHILE_WRITING_SECONDS)
         committed = self._connection.finish_slowly(
-            commit, m.Committed, patience + self._timeout_seconds, self._timeout_seconds
+            commit, m.Committed, patience + self._timeout_seconds, alive
         )
         for failure in committed.failures:
             raise from_code(failure.code, failure.message)
