@@ -31,13 +31,16 @@ from kvstore.limits import (
     TENANT_NAME_MAX_CHARS,
 )
 from kvstore.settings import (
+    AddressKind,
     ArenaKind,
     ChoiceKind,
     CountKind,
     DurationKind,
     FlagKind,
+    HostListKind,
     IdListKind,
     Kind,
+    ListenAddress,
     ModeKind,
     PathKind,
     Plain,
@@ -176,6 +179,22 @@ class LeasesConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """How long room of an ended session is kept while its process may still write to it."""
 
 
+class AdminConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The admin API: status, metrics, explanations and the dashboard; off without an address.
+
+    Beyond loopback it needs tokens and TLS, unless *insecure* says that something else guards it.
+    """
+
+    listen: Annotated[ListenAddress | None, AddressKind()] = ListenAddress("127.0.0.1", 7411)
+    token_file: Annotated[str, PathKind()] = ""
+    """Lines of a scope (read, write or admin) and a token."""
+    tls_cert_file: Annotated[str, PathKind()] = ""
+    tls_key_file: Annotated[str, PathKind()] = ""
+    allowed_hosts: Annotated[tuple[str, ...], HostListKind()] = ()
+    """Names by which it may be asked for, besides its own address and localhost."""
+    insecure: Annotated[bool, FlagKind()] = False
+
+
 class LogConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is logged, and how."""
 
@@ -192,6 +211,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     server: ServerConfig = msgspec.field(default_factory=ServerConfig)
     tiers: TiersConfig = TiersConfig()
     leases: LeasesConfig = LeasesConfig()
+    admin: AdminConfig = AdminConfig()
     log: LogConfig = LogConfig()
     tenants: dict[str, TenantConfig] = {}
 

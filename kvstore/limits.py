@@ -132,9 +132,69 @@ REDIS_REDIRECTS_MAX: Final = 5
 REDIS_SHARDS_PER_CHUNK_MAX: Final = 256
 REDIS_REPLY_MAX_BYTES: Final = 16 * MIB
 
+# --- GPU -------------------------------------------------------------------------------
+# Work on a device that takes longer counts as stuck: its transfer is given up.
+DEVICE_PATIENCE_SECONDS: Final = 10.0
+DEVICE_POLL_SECONDS: Final = 50e-6
+# Staging of one direction, on the device; as much pinned memory where the arena is not registered.
+STAGING_SIZE_BYTES: Final = 128 * MIB
+STAGING_SIZE_MAX_BYTES: Final = 8 * GIB
+STAGING_SLOTS: Final = 4
+# The arena is registered in windows: one call for all of it would hold up the engine's own calls.
+REGISTER_STEP_BYTES: Final = 256 * MIB
+# Pages of so many bytes, each in one piece, are moved by the copy engine one by one.
+DIRECT_PAGE_MIN_BYTES: Final = 256 * KIB
+DEVICE_FAILURES_MAX: Final = 8
+STUCK_TRANSFERS_MAX: Final = 64
+
+# --- admin API -------------------------------------------------------------------------
+ADMIN_BODY_MAX_BYTES: Final = 64 * KIB
+# What may hold the token ids of a whole prompt.
+ADMIN_PROMPT_BODY_MAX_BYTES: Final = 2 * MIB
+ADMIN_PROMPT_TOKENS_MAX: Final = 131_072
+ADMIN_DIGESTS_MAX: Final = 256
+ADMIN_PAGE_MAX: Final = 500
+# How many places of the index one page of chunks looks at.
+ADMIN_SCAN_MAX: Final = 4096
+ADMIN_CONNECTIONS_MAX: Final = 64
+ADMIN_CONNECTION_IDLE_SECONDS: Final = 30.0
+ADMIN_FIRST_REQUEST_SECONDS: Final = 10.0
+ADMIN_REQUESTS_PER_SECOND: Final = 100
+ADMIN_REQUESTS_BURST: Final = 200
+# Wrong tokens, from one address.
+ADMIN_FAILURES_PER_SECOND: Final = 1
+ADMIN_FAILURES_BURST: Final = 10
+ADMIN_ADDRESSES_MAX: Final = 1024
+ADMIN_TOKENS_MAX: Final = 16
+ADMIN_TOKEN_MIN_CHARS: Final = 32
+ADMIN_TOKEN_MAX_CHARS: Final = 256
+ADMIN_TOKEN_FILE_MAX_BYTES: Final = 16 * KIB
+ADMIN_SNAPSHOT_SECONDS: Final = 0.2
+ADMIN_STATUS_EVENTS_MAX: Final = 20
+ADMIN_HISTORY_SAMPLES_MAX: Final = 720
+ADMIN_HISTORY_SECONDS: Final = 5.0
+READINESS_SECONDS: Final = 2.0
+READINESS_TIMEOUT_SECONDS: Final = 2.0
+EVENTS_MAX: Final = 2048
+EVENT_FIELDS_MAX: Final = 16
+EVENT_TEXT_MAX_CHARS: Final = 512
+
 # --- leases ----------------------------------------------------------------------------
 LEASE_TTL_MIN_SECONDS: Final = 1.0
 LEASE_TTL_MAX_SECONDS: Final = 3600.0
+
+# --- hand-offs -------------------------------------------------------------------------
+HANDOFF_NAME_MAX_CHARS: Final = 128
+HANDOFF_PAYLOAD_MAX_BYTES: Final = 64 * KIB
+HANDOFF_CHUNKS_MAX: Final = 65_536
+HANDOFF_CONSUMERS_MAX: Final = 64
+HANDOFF_TTL_MIN_SECONDS: Final = 0.1
+HANDOFF_TTL_MAX_SECONDS: Final = 600.0
+# All that a daemon remembers, those that are over included: a name is used once.
+HANDOFFS_MAX: Final = 4096
+HANDOFFS_PER_SESSION_MAX: Final = 1024
+# The share of the host tier that open hand-offs may hold; chunks beyond it can be evicted.
+HANDOFF_HOLD_SHARE: Final = 2
 
 # --- client ----------------------------------------------------------------------------
 # Reserving and committing take the daemon some 10 us a chunk, during which it serves nobody
@@ -143,6 +203,8 @@ CHUNKS_PER_TRANSFER_MAX: Final = 256
 # What loads from slower tiers, and stores that slower tiers are to have first, may take where
 # nobody says what computing costs.
 PATIENCE_SECONDS: Final = 10.0
+# What is encoded before it is known how large it becomes, a thread; one chunk fits at least.
+ENCODE_SCRATCH_BYTES: Final = 32 * MIB
 # A load is asked for in parts of so many bytes, the next while the last is being copied.
 LOAD_PART_BYTES: Final = 64 * MIB
 # Chunks of which a connector has told routers that they are stored; told of more, it takes back

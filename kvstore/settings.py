@@ -10,7 +10,7 @@ import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from kvstore.units import (
     DURATION_FORMS,
@@ -27,7 +27,7 @@ SOCKET_PATH_MAX_BYTES: Final = 107
 _USER_ID_MAX: Final = 2**32 - 2
 _FLAG_WORDS: Final = {"true": True, "false": False}
 
-Plain = str | int | bool | list[int]
+Plain = str | int | bool | list[int] | list[str]
 """A value as TOML and JSON write it."""
 
 Schema = dict[str, object]
@@ -330,6 +330,75 @@ class UrlKind:
     def schema(self) -> Schema:
         """Allow a text."""
         return {"type": "string"}
+
+
+_ADDRESS: Final = re.compile(r"(?:([A-Za-z0-9_.-]+)|\[([0-9A-Fa-f:.]+)\]):(\d{1,5})")
+_PORT_MAX: Final = 65_535
+
+
+class ListenAddress(NamedTuple):
+    """Where connections are taken: a name or a number, and a port (0: any that is free)."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True)
+class AddressKind:
+    """A TCP address to listen at; empty stands for none."""
+
+    allowed: str = 'a text such as "127.0.0.1:7411" or "[::1]:7411", or empty for none'
+
+    def read(self, raw: object) -> ListenAddress | None:
+        """Accept a host, a colon and a port."""
+        if raw == "":
+            return None
+        found = _ADDRESS.fullmatch(raw) if isinstance(raw, str) else None
+        if found is None or int(found[3]) > _PORT_MAX:
+            raise ValueError(f"{raw!r} is not accepted")
+        return ListenAddress(found[1] or found[2], int(found[3]))
+
+    def write(self, value: object) -> Plain:
+        """Return the text."""
+        return "" if value is None else str(value)
+
+    def schema(self) -> Schema:
+        """Allow a text."""
+        return {"type": "string"}
+
+
+_HOST_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,255}|[0-9A-Fa-f:.]{2,45}")
+
+
+@dataclass(frozen=True)
+class HostListKind:
+    """Names of hosts."""
+
+    allowed: str = 'a list of host names or addresses, such as ["kv.example.org"]'
+
+    def read(self, raw: object) -> tuple[str, ...]:
+        """Accept a list, or its elements separated by commas."""
+        items = [part.strip() for part in raw.split(",")] if isinstance(raw, str) else raw
+        if items == [""]:
+            return ()
+        if not isinstance(items, list):
+            raise ValueError(f"{raw!r} is not a list")
+        for item in items:
+            if not isinstance(item, str) or not _HOST_NAME.fullmatch(item):
+                raise ValueError(f"{item!r} is no name of a host")
+        return tuple(item.lower() for item in items)
+
+    def write(self, value: object) -> Plain:
+        """Return a list."""
+        assert isinstance(value, tuple)
+        return list(value)
+
+    def schema(self) -> Schema:
+        """Allow a list of texts."""
+        return {"type": "array", "items": {"type": "string"}}
 
 
 _PREFIX: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}")

@@ -23,6 +23,7 @@ DEFAULTS = {
     "tiers.host.capacity": "16MiB",
     "server.drain_timeout": "2s",
     "log.format": "json",
+    "admin.listen": "",
 }
 NOTHING: Mapping[str, object] = MappingProxyType({})
 
