@@ -39,6 +39,7 @@ from tests.support.waiting import wait_until
 
 SERVER_SECONDS_MAX = 120.0
 CAPACITY_GIB = 3
+NO_HITS: dict[str, object] = {"seconds": {}, "ratios": {}}
 QUIET = {
     "DO_NOT_TRACK": "1",
     "LMCACHE_DISABLE_BANNER": "1",
@@ -80,8 +81,8 @@ def main() -> None:
             "model": arguments.model,
             "prompt_tokens": PREFIX + SUFFIX,
             "reused_tokens": PREFIX,
-            **bench.hits(),
-            "overhead": bench.overhead(),
+            **(bench.hits() if arguments.only != "overhead" else NO_HITS),
+            "overhead": bench.overhead() if arguments.only != "hits" else {},
         }
     print(json.dumps(result, indent=2) if arguments.json else table(result))
 
@@ -92,6 +93,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5, help="prompts for each figure")
     parser.add_argument("--lmcache", type=Path, help="folder that holds LMCache")
     parser.add_argument("--layout", choices=("auto", "canonical", "opaque"), default="auto")
+    parser.add_argument(
+        "--only", choices=("hits", "overhead"), help="half of it: a large model is slow"
+    )
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
@@ -223,6 +227,7 @@ class Bench:
         for peer in self.peers:
             found[f"{peer.name} hit"] = seconds(peer.reader, second)
         found["local hit"] = seconds(self.alone, second)
+        progress(f"round {number + 1} of {self.rounds}", found)
         return found
 
     def overhead(self) -> dict[str, dict[str, float]]:
@@ -232,7 +237,14 @@ class Bench:
             without = seconds(self.alone, prompt)
             for peer in self.peers:
                 longer[peer.name].append(seconds(peer.writer, prompt) / without - 1)
+            progress("longer", {name: found[-1] for name, found in longer.items()})
         return {name: spread(found) for name, found in longer.items()}
+
+
+def progress(what: str, found: dict[str, float]) -> None:
+    """Say what one turn gave: a run that is cut short has not been for nothing."""
+    line = ", ".join(f"{name} {value:.4f}" for name, value in found.items())
+    print(f"{what}: {line}", file=sys.stderr, flush=True)
 
 
 def spread(found: list[float]) -> dict[str, float]:
