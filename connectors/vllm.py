@@ -25,13 +25,14 @@ from kvstore.client.cache import PrefixCache
 from kvstore.client.sync import Client
 from kvstore.connectors.vllm_backends import check_backends
 from kvstore.connectors.vllm_events import events_for
-from kvstore.connectors.vllm_layouts import KVGroup, UnsupportedError, groups_of
+from kvstore.connectors.vllm_layouts import KVGroup, groups_of
 from kvstore.connectors.vllm_manifests import manifests_of
 from kvstore.connectors.vllm_metadata import StepMetadata
 from kvstore.connectors.vllm_scheduler import SchedulerHalf
 from kvstore.connectors.vllm_settings import Settings, read_settings
 from kvstore.connectors.vllm_stats import StoreMetrics, StoreStats, stats_since
 from kvstore.connectors.vllm_worker import Received, WorkerHalf
+from kvstore.connectors.weights import UnsupportedError
 from kvstore.errors import ConfigError, KVStoreError
 from kvstore.protocol.manifest import Manifest
 from kvstore.types import TierKind

@@ -15,14 +15,9 @@ from kvstore.connectors.vllm_backends import ROWS, backend_name
 from kvstore.connectors.vllm_settings import Settings
 from kvstore.connectors.vllm_shards import HeadShard
 from kvstore.connectors.vllm_tilings import Tiling, find_cpu_tiling, rows
-from kvstore.errors import KVStoreError
+from kvstore.connectors.weights import UnsupportedError
 from kvstore.protocol.manifest import Manifest
 from kvstore.types import HeadRange
-
-
-class UnsupportedError(KVStoreError):
-    """This engine's KV cannot be kept. The message says why and, if possible, what to do."""
-
 
 _USE_OPAQUE: Final = 'set layout to "opaque" in kv_connector_extra_config'
 _KEYS_VALUES: Final = ("keys", "values")

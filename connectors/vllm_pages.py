@@ -12,9 +12,10 @@ import torch
 
 from kvstore.client.sync import StoreReport
 from kvstore.connectors.chunks import ChunkCache
-from kvstore.connectors.vllm_layouts import KVGroup, UnsupportedError
+from kvstore.connectors.vllm_layouts import KVGroup
 from kvstore.connectors.vllm_metadata import NOWHERE, Span
 from kvstore.connectors.vllm_movers import Mover, choose_mover, chunk_shape, page_order
+from kvstore.connectors.weights import UnsupportedError
 from kvstore.limits import MIB
 from kvstore.transfer.copies import Runs, gather, scatter
 from kvstore.types import Digest

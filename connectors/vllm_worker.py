@@ -19,10 +19,11 @@ import torch
 
 from kvstore.client.sync import StoreReport
 from kvstore.connectors.chunks import ChunkCache
-from kvstore.connectors.vllm_layouts import KVGroup, UnsupportedError
+from kvstore.connectors.vllm_layouts import KVGroup
 from kvstore.connectors.vllm_metadata import LoadJob, Span, StepMetadata, StoreJob, WorkerReport
 from kvstore.connectors.vllm_pages import GroupPages, self_test
 from kvstore.connectors.vllm_transfers import Transfers, Urgency
+from kvstore.connectors.weights import UnsupportedError
 
 log = logging.getLogger("vllm.kvstore")
 

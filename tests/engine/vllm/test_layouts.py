@@ -14,7 +14,7 @@ from deploy.demo.daemon import running_daemon
 from kvstore.client.cache import PrefixCache
 from kvstore.client.sync import StoreReport
 from kvstore.connectors.vllm_backends import UnknownBackendError, backend_name, check_backends
-from kvstore.connectors.vllm_layouts import KVGroup, UnsupportedError, groups_of
+from kvstore.connectors.vllm_layouts import KVGroup, groups_of
 from kvstore.connectors.vllm_metadata import NOWHERE, LoadJob, Span, StepMetadata, StoreJob
 from kvstore.connectors.vllm_movers import DeviceMover, HostMover
 from kvstore.connectors.vllm_pages import GroupPages, self_test
@@ -22,6 +22,7 @@ from kvstore.connectors.vllm_settings import read_settings
 from kvstore.connectors.vllm_shards import HeadShard
 from kvstore.connectors.vllm_tilings import amx_tiles, rows, transposed_keys
 from kvstore.connectors.vllm_worker import WorkerHalf
+from kvstore.connectors.weights import UnsupportedError
 from kvstore.transfer.copies import Runs, gather, scatter
 from kvstore.types import Digest, HeadRange
 from tests.support.making import make_digests

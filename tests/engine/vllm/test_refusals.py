@@ -15,9 +15,10 @@ import pytest
 from kvstore.client.cache import PrefixCache
 from kvstore.client.sync import Client
 from kvstore.connectors.vllm import _announce
-from kvstore.connectors.vllm_layouts import UnsupportedError, groups_of
+from kvstore.connectors.vllm_layouts import groups_of
 from kvstore.connectors.vllm_manifests import manifests_of
 from kvstore.connectors.vllm_settings import read_settings
+from kvstore.connectors.weights import UnsupportedError
 from kvstore.errors import ConfigError, VersionError
 from kvstore.protocol import messages as m
 from kvstore.protocol.framing import FrameReader, frame
