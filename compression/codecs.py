@@ -33,6 +33,9 @@ class Codec(Protocol):
     def encoded_size_bytes(self, size_bytes: int, sections: int = 1) -> int:
         """Return what *size_bytes* of canonical KV in *sections* take once encoded, at most."""
 
+    def least_size_bytes(self, size_bytes: int, sections: int = 1) -> int:
+        """Return what they take at least: less cannot have been encoded from them."""
+
 
 class Raw:
     """Bytes as the engine has them. The gather is the encoding."""
@@ -41,6 +44,10 @@ class Raw:
     is_lossless: Final = True
 
     def encoded_size_bytes(self, size_bytes: int, sections: int = 1) -> int:
+        """Return *size_bytes*."""
+        return size_bytes
+
+    def least_size_bytes(self, size_bytes: int, sections: int = 1) -> int:
         """Return *size_bytes*."""
         return size_bytes
 
@@ -54,8 +61,12 @@ class Contained:
 
     def encoded_size_bytes(self, size_bytes: int, sections: int = 1) -> int:
         """Return the size of the container when all *sections* have fallen back to raw."""
-        head = padded(HEADER_BYTES + ENTRY_BYTES * sections, SECTION_ALIGNMENT_BYTES)
-        return head + size_bytes + sections * (SECTION_ALIGNMENT_BYTES - 1)
+        most = size_bytes + sections * (SECTION_ALIGNMENT_BYTES - 1)
+        return self.least_size_bytes(size_bytes, sections) + most
+
+    def least_size_bytes(self, size_bytes: int, sections: int = 1) -> int:
+        """Return the size of header and section table."""
+        return padded(HEADER_BYTES + ENTRY_BYTES * sections, SECTION_ALIGNMENT_BYTES)
 
 
 def _codecs() -> dict[str, Codec]:
@@ -67,3 +78,6 @@ def _codecs() -> dict[str, Codec]:
 
 CODECS: Final[dict[str, Codec]] = _codecs()
 """All codecs by name."""
+
+OPAQUE_CODECS: Final = ("raw", "rans", "lz4")
+"""Those that take any bytes."""

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final, Self, TypeVar
 
 from kvstore.client.chunks import AttachedSpace, LoadedChunks, Vacancy, check_digests
 from kvstore.client.connection import checked, deadline_ms
+from kvstore.client.handoff import AsyncHandoffs
 from kvstore.errors import FrameError, KVStoreError, UnavailableError, from_code
 from kvstore.limits import PATIENCE_SECONDS
 from kvstore.protocol import messages as m
@@ -235,6 +236,11 @@ class AsyncSpace:
         self._connection = connection
         self._timeout_seconds = timeout_seconds
 
+    @property
+    def handoffs(self) -> AsyncHandoffs:
+        """The hand-offs of this namespace."""
+        return AsyncHandoffs(self._connection, self.attached.number, self._timeout_seconds)
+
     async def lookup(
         self,
         digests: Sequence[Digest],
@@ -303,15 +309,18 @@ class AsyncSpace:
         *,
         parent: Digest | None = None,
         heads: HeadRange | None = None,
+        sizes: Sequence[int] = (),
     ) -> AsyncIterator[list[Vacancy]]:
         """Reserve room for consecutive chunks; see `kvstore.client.sync.Space.reserve`."""
         wanted = heads or self.manifest.all_heads
-        request = m.Reserve(*self._head(), check_digests(digests), parent or b"", *wanted)
+        request = m.Reserve(
+            *self._head(), check_digests(digests), parent or b"", *wanted, list(sizes)
+        )
         reserved = await self._connection.call(request, m.Reserved, self._timeout_seconds)
-        size = self.manifest.shard_bytes(wanted)
+        lengths = sizes or [self.manifest.shard_bytes(wanted)] * len(digests)
         vacancies = [
             Vacancy(self.attached, digest, slot, size)
-            for digest, slot in zip(digests, reserved.slots, strict=True)
+            for digest, slot, size in zip(digests, reserved.slots, lengths, strict=True)
         ]
         try:
             yield vacancies

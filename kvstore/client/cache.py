@@ -11,9 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple, Self, TypeVar
 
 from kvstore.client.breaker import Breaker
+from kvstore.client.coding import coding_for
+from kvstore.client.handoff import CacheHandoffs
 from kvstore.client.sync import BegunLoad, Client, Space, StoreReport
+from kvstore.compression.guard import CodecCounters
 from kvstore.config import default_socket_path
-from kvstore.errors import ChecksumError, KVStoreError, RequestError, UnavailableError
+from kvstore.errors import (
+    ChecksumError,
+    ContainerError,
+    KVStoreError,
+    RequestError,
+    UnavailableError,
+)
 from kvstore.limits import (
     CHUNKS_PER_TRANSFER_MAX,
     KEYS_PER_REQUEST_MAX,
@@ -25,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from kvstore.client.chunks import LoadedChunks
+    from kvstore.compression.policy import CodecPolicy
     from kvstore.protocol.manifest import Manifest
     from kvstore.transfer.copies import Runs
     from kvstore.types import Digest, HeadRange, HintKind
@@ -78,6 +88,9 @@ class PrefixCache:
     Loads from slower tiers may take longer, for as long as the daemon shows that it lives:
     what computing the same tokens takes, when *recompute_us_per_token* says so, and
     `PATIENCE_SECONDS` at most. With *tenant*, all of it is that tenant's.
+
+    Chunks are encoded as the manifest's codec does, *policy* saying how in detail, and decoded
+    by what was stored. Raises `CodecError` for what the codec cannot do with such chunks.
     """
 
     def __init__(
@@ -90,18 +103,23 @@ class PrefixCache:
         name: str = "",
         tenant: str = "",
         recompute_us_per_token: float = 0.0,
+        policy: CodecPolicy | None = None,
     ) -> None:
         self.manifest = manifest
         self.heads = heads or manifest.all_heads
+        self.damaged_chunks = 0
         if not 0 <= self.heads.start < self.heads.stop <= manifest.kv_heads:
             raise RequestError(f"heads {heads} of a model with {manifest.kv_heads}")
+        self._coding = coding_for(manifest, self.heads, policy)
         self._path = default_socket_path(os.environ) if socket is None else Path(socket)
         self._timeout_seconds = timeout_seconds
         self._name = name
         self._tenant = tenant
-        part_chunks = LOAD_PART_BYTES // max(manifest.shard_bytes(self.heads), 1)
+        chunk_bytes = self._coding.chunk_bytes if self._coding else manifest.shard_bytes(self.heads)
+        part_chunks = LOAD_PART_BYTES // max(chunk_bytes, 1)
         self._chunks_per_part = max(1, min(CHUNKS_PER_TRANSFER_MAX, part_chunks))
         self._recompute_us = round(recompute_us_per_token * manifest.chunk_tokens)
+        self.handoffs = CacheHandoffs(self._ask)
         self._damaged: list[Digest] = []
         self._breaker = Breaker(self._connect, lambda link: link.client.close())
         self._breaker.start()
@@ -116,6 +134,11 @@ class PrefixCache:
     def is_connected(self) -> bool:
         """Whether the daemon is being asked at present."""
         return self._breaker.link is not None
+
+    @property
+    def codec_counters(self) -> CodecCounters:
+        """What encoding has done so far: bytes, errors, fallbacks, chunks that did not fit."""
+        return CodecCounters() if self._coding is None else self._coding.counters
 
     def lookup(self, digests: Sequence[Digest], *, window: int = 0) -> int:
         """Return how many leading chunks are present.
@@ -246,8 +269,9 @@ class PrefixCache:
         for chunk, target in zip(loaded.chunks, targets, strict=False):
             try:
                 loaded.copy_one(chunk, target)
-            except ChecksumError as error:
+            except (ChecksumError, ContainerError) as error:
                 log.error("stored bytes are wrong, recomputing", extra={"reason": str(error)})
+                self.damaged_chunks += 1
                 break
             whole += 1
         trusted = whole if loaded.is_trusted else 0
@@ -265,7 +289,7 @@ class PrefixCache:
     ) -> StoreReport:
         if self._damaged:
             self._delete_damaged((), space)
-        return space.store(digests, sources, parent=parent, heads=self.heads)
+        return space.store(digests, sources, parent=parent, heads=self.heads, coding=self._coding)
 
     def _delete_damaged(self, digests: Sequence[Digest], space: Space) -> None:
         """Delete *digests*, so that whoever computes them next can store them anew.

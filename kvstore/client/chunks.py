@@ -8,22 +8,24 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final, Self
 
-import numpy as np
-
+from kvstore.client.coding import Coding, Scratch, coding_for, sections_at, sections_in
+from kvstore.compression.chunks import chunk_header, decode
 from kvstore.errors import ChecksumError, LeaseError, RequestError, ReservationError
 from kvstore.hashing import Digests64, root_of, table_offset
 from kvstore.limits import KEYS_PER_REQUEST_MAX
-from kvstore.transfer.copies import Runs, digest_blocks, gather, scatter
+from kvstore.transfer.copies import Runs, copy, digest_blocks, gather, scatter
 from kvstore.types import Digest, HeadRange, ReserveOutcome, Root
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from kvstore.compression.shapes import Bytes, Values
     from kvstore.protocol import messages as m
     from kvstore.protocol.manifest import Manifest
     from kvstore.transfer.arena import ArenaMapping
 
 _ROOT_OFF: Final = Root(0)
+_scratch: Final = Scratch()
 
 
 class AttachedSpace:
@@ -37,6 +39,13 @@ class AttachedSpace:
         self.verify_loads = attached.verify_loads
         self.lease_ttl_seconds = attached.lease_ttl_ms / 1000
         self.through = attached.through
+        self._codings: dict[HeadRange, Coding | None] = {}
+
+    def coding(self, heads: HeadRange) -> Coding | None:
+        """Return how *heads* are encoded by default; None where they are stored as they are."""
+        if heads not in self._codings:
+            self._codings[heads] = coding_for(self.manifest, heads)
+        return self._codings[heads]
 
 
 class Vacancy:
@@ -113,6 +122,15 @@ class StoredShard:
         if self._space.checksums:
             self._compare(digest_blocks(self._bytes))
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is the values as the engine had them; else it is a container of them.
+
+        Slower tiers may hold smaller forms than what was stored, so its size says so.
+        """
+        manifest = self._space.manifest
+        return manifest.codec == "raw" and self.size_bytes == manifest.plain_bytes(self.heads)
+
     def copy_to(self, target: Runs, *, verify: bool) -> None:
         """Copy the whole shard to *target*, verifying the same bytes in the same pass.
 
@@ -121,6 +139,12 @@ class StoredShard:
         """
         verify = verify and self._space.checksums
         found = scatter(target, self._bytes, checksums=verify)
+        if found is not None:
+            self._compare(found)
+
+    def take(self, room: Bytes, *, verify: bool) -> None:
+        """Copy what was stored to *room*, where nobody else can change it, and verify that."""
+        found = copy(room, self._bytes, checksums=verify and self._space.checksums)
         if found is not None:
             self._compare(found)
 
@@ -196,7 +220,7 @@ class LoadedChunks:
         return (self.space.verify_loads and self.space.checksums) or self.is_valid
 
     def copy_one(self, chunk: StoredChunk, target: Runs) -> None:
-        """Copy *chunk* to *target*, heads in order; raises `ChecksumError`.
+        """Copy *chunk* to *target*, heads in order, decoded; see `copy_chunk`.
 
         Ask `is_trusted` behind the last copy.
         """
@@ -205,9 +229,9 @@ class LoadedChunks:
     def copy_to(self, targets: Sequence[Runs]) -> None:
         """Copy chunk i to `targets[i]`.
 
-        Raises `ChecksumError` when bytes are not what was committed, and, where the daemon
-        does not ask for verification, `LeaseError` when the lease ended meanwhile. Targets
-        then hold rubbish.
+        Raises `ChecksumError` when bytes are not what was committed, `ContainerError` when they
+        cannot be decoded, and, where the daemon does not ask for verification, `LeaseError` when
+        the lease ended meanwhile. Targets then hold rubbish.
         """
         for chunk, target in zip(self.chunks, targets, strict=True):
             self.copy_one(chunk, target)
@@ -222,34 +246,44 @@ class LoadedChunks:
 
 
 def copy_chunk(space: AttachedSpace, chunk: StoredChunk, target: Runs, *, verify: bool) -> None:
-    """Copy the heads of *chunk* to *target*; raises `ChecksumError`."""
+    """Copy the heads of *chunk* to *target*, decoded by what was stored.
+
+    Raises `ChecksumError`, or `ContainerError` for what cannot have been encoded.
+    """
     shards = chunk.shards
-    if len(shards) == 1 and shards[0].heads == chunk.heads:
+    if len(shards) == 1 and shards[0].heads == chunk.heads and shards[0].is_plain:
         shards[0].copy_to(target, verify=verify)
         return
-    # Shards cut otherwise: each plane (layer, k or v) takes a run of heads from each of them.
-    assembled = memoryview(bytearray(space.manifest.shard_bytes(chunk.heads)))
+    header = chunk_header(space.manifest, chunk.heads)
+    sections, plain = sections_at(target, header) if target.is_writable else None, None
+    if sections is None:
+        plain = _scratch.room("plain", header.raw_bytes)
+        sections = sections_in(plain, header)
     for shard in shards:
-        if verify:
-            shard.verify()
-        _take_heads(space.manifest, shard, chunk.heads, assembled)
-    scatter(target, assembled, checksums=False)
+        _put_heads(space.manifest, shard, chunk.heads, sections, verify=verify)
+    if plain is not None:
+        scatter(target, plain, checksums=False)
 
 
-def _take_heads(
-    manifest: Manifest, shard: StoredShard, wanted: HeadRange, into: memoryview
+def _put_heads(
+    manifest: Manifest,
+    shard: StoredShard,
+    wanted: HeadRange,
+    sections: Sequence[Values],
+    *,
+    verify: bool,
 ) -> None:
-    """Copy what *shard* has of the heads *wanted* to their places in *into*."""
-    size, needed = shard.size_bytes, manifest.shard_bytes(shard.heads)
-    if size != needed:
-        raise RequestError(f"a shard of {size} bytes where heads {shard.heads} have {needed}")
-    start, stop = max(shard.heads.start, wanted.start), min(shard.heads.stop, wanted.stop)
-    planes = manifest.layers * (2 if manifest.values == "k|v" else 1)
-    source = np.frombuffer(shard.view, dtype=np.uint8).reshape(planes, shard.heads.width, -1)
-    target = np.frombuffer(into, dtype=np.uint8).reshape(planes, wanted.width, -1)
-    target[:, start - wanted.start : stop - wanted.start] = source[
-        :, start - shard.heads.start : stop - shard.heads.start
-    ]
+    """Put what *shard* has of the heads *wanted* where they belong in *sections*."""
+    stored = _scratch.room("stored", shard.size_bytes)
+    shard.take(stored, verify=verify)
+    mine = HeadRange(max(shard.heads.start, wanted.start), min(shard.heads.stop, wanted.stop))
+    places = [part[mine.start - wanted.start : mine.stop - wanted.start] for part in sections]
+    if not shard.is_plain:
+        decode(manifest, stored.data, places, mine)
+        return
+    header = chunk_header(manifest, shard.heads)
+    for place, values in zip(places, sections_in(stored, header), strict=True):
+        place[...] = values[mine.start - shard.heads.start : mine.stop - shard.heads.start]
 
 
 def check_digests(digests: Sequence[Digest]) -> list[bytes]:

@@ -15,7 +15,9 @@ from collections import deque
 from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from kvstore.client.chunks import AttachedSpace, LoadedChunks, Vacancy, check_digests, check_sources
+from kvstore.client.coding import Coding, Part, plain_part
 from kvstore.client.connection import Connection, Waiter, deadline_ms
+from kvstore.client.handoff import Handoffs
 from kvstore.errors import UnavailableError, from_code
 from kvstore.limits import CHUNKS_PER_TRANSFER_MAX, MIB, PATIENCE_SECONDS
 from kvstore.protocol import messages as m
@@ -40,8 +42,9 @@ _ALIVE_WHILE_WRITING_SECONDS: Final = 1.0
 class StoreReport(NamedTuple):
     """The truth about a store, in chunks.
 
-    *stored* are new, *present* were here or on their way, *refused* found no room. *volatile*
-    of the stored ones are in the host tier alone, though a slower tier was to have them.
+    *stored* are new, *present* were here or on their way, *refused* found no room or do not fit
+    their codec. *volatile* of the stored ones are in the host tier alone, though a slower tier was
+    to have them.
     """
 
     stored: int
@@ -130,6 +133,11 @@ class Space:
         self.manifest = space.manifest
         self._connection = connection
         self._timeout_seconds = timeout_seconds
+
+    @property
+    def handoffs(self) -> Handoffs:
+        """The hand-offs of this namespace."""
+        return Handoffs(self._connection, self.attached.number, self._timeout_seconds)
 
     def with_timeout(self, timeout_seconds: float) -> Space:
         """Return the same space with another bound for its calls."""
@@ -268,27 +276,44 @@ class Space:
         *,
         parent: Digest | None = None,
         heads: HeadRange | None = None,
+        coding: Coding | None = None,
     ) -> StoreReport:
         """Store chunk i from `sources[i]`; what is stored already costs no copy.
 
-        Chunks are committed in groups, while the next are being copied. Raises the error of
-        the first commit that failed.
+        They are encoded by *coding*, or as the manifest's codec does by default. Chunks are
+        committed in groups, while the next are being copied. Raises the error of the first
+        commit that failed.
         """
         check_sources(digests, sources)
-        vacancies = self._reserve(digests, parent, heads, ())
-        todo = [pair for pair in zip(vacancies, sources, strict=True) if pair[0].is_reserved]
+        wanted = heads or self.manifest.all_heads
+        coding = coding or self.attached.coding(wanted)
+        if coding is None:
+            return self._store_part(plain_part(digests, sources, parent), wanted)
+        report = StoreReport(0, 0, 0, 0)
+        for part in coding.parts(digests, sources, parent):
+            one = self._store_part(part, wanted)
+            report = StoreReport(*(a + b for a, b in zip(report, one, strict=True)))
+        return report._replace(refused=len(digests) - report.stored - report.present)
+
+    def _store_part(self, part: Part, heads: HeadRange) -> StoreReport:
+        vacancies = self._reserve(part.digests, part.parent, heads, part.sizes)
+        todo = [(n, vacancy) for n, vacancy in enumerate(vacancies) if vacancy.is_reserved]
         commits: deque[Waiter] = deque()
         volatile = 0
-        for start, stop in _groups([vacancy.size_bytes for vacancy, _ in todo]):
+        for start, stop in _groups([vacancy.size_bytes for _, vacancy in todo]):
+            filled: list[Vacancy] = []
+            unfit: list[Vacancy] = []
             try:
-                for vacancy, source in todo[start:stop]:
-                    vacancy.fill(source)
+                for number, vacancy in todo[start:stop]:
+                    (filled if part.fill(number, vacancy) else unfit).append(vacancy)
                 if len(commits) == _COMMITS_IN_FLIGHT_MAX:
                     volatile += self._finish_commit(commits.popleft())
             except BaseException:
-                self._abort([vacancy for vacancy, _ in todo[start:]])
+                self._abort([vacancy for _, vacancy in todo[start:]])
                 raise
-            commits.append(self._begin_commit([vacancy for vacancy, _ in todo[start:stop]]))
+            self._abort(unfit)
+            if filled:
+                commits.append(self._begin_commit(filled))
         for commit in commits:
             volatile += self._finish_commit(commit)
         return _report(vacancies, volatile)
@@ -389,7 +414,8 @@ def _groups(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
 
 
 def _report(vacancies: Sequence[Vacancy], volatile: int) -> StoreReport:
-    stored = [vacancy for vacancy in vacancies if vacancy.is_reserved]
-    refused = sum(vacancy.outcome is ReserveOutcome.NO_SPACE for vacancy in vacancies)
-    present = len(vacancies) - len(stored) - refused
+    stored = [vacancy for vacancy in vacancies if vacancy.root is not None]
+    here = {ReserveOutcome.PRESENT, ReserveOutcome.ARRIVING}
+    present = sum(vacancy.outcome in here for vacancy in vacancies)
+    refused = len(vacancies) - len(stored) - present
     return StoreReport(len(stored), present, refused, sum(v.size_bytes for v in stored), volatile)

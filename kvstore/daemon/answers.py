@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, assert_never, cast
 
+from kvstore.daemon.handoffs import HandoffAnswers
 from kvstore.daemon.waits import CommitWait, FindWait, LoadWait, LookupWait, Wait
 from kvstore.errors import DrainingError, KVStoreError, LimitError, ManifestError, RequestError
 from kvstore.limits import (
@@ -44,6 +45,7 @@ class Answers:
         self._session = session
         self._reply = reply
         self._waits: dict[int, Wait] = {}
+        self._handoffs = HandoffAnswers(server, session, self._waits, self._later)
 
     def act_for(self, tenant: int, scope: str) -> None:
         """Count what comes for *tenant*, in the namespaces of *scope* (empty: the public ones)."""
@@ -52,9 +54,9 @@ class Answers:
 
     def end(self) -> None:
         """Stop waiting, and leave all namespaces: the session has ended."""
-        waits, self._waits = self._waits, {}
-        for wait in waits.values():
+        for wait in self._waits.values():
             wait.cancel()
+        self._waits.clear()
         for space in self.spaces:
             self._store.leave(space)
 
@@ -63,6 +65,8 @@ class Answers:
 
         Raises the `KVStoreError` that is the answer. Greetings are the session's own.
         """
+        if isinstance(request, m.AnyHandoff):
+            return self._hand_off(request)
         match request:
             case m.Lookup():
                 return self._lookup(request)
@@ -82,6 +86,12 @@ class Answers:
                 return m.Pong(request.request_id, request.payload)
             case _:
                 raise AssertionError("greetings are answered by the session")
+
+    def _hand_off(self, request: m.AnyHandoff) -> m.AnyReply | None:
+        if isinstance(request, m.HandoffOpen):
+            self._refuse_when_draining()
+        space, seconds = self._space(request.space), self._seconds(request)
+        return self._handoffs.answer(request, space, self.tenant, seconds)
 
     def _let_go(self, request: m.Release | m.Abort) -> m.Done:
         if isinstance(request, m.Release):
@@ -235,12 +245,15 @@ class Answers:
     def _reserve(self, request: m.Reserve) -> m.Reserved:
         self._refuse_when_draining()
         space = self._space(request.space)
+        heads = _heads(request, space)
+        for size_bytes in set(request.sizes):
+            space.manifest.check_stored_bytes(heads, size_bytes)
         granted = self._store.reserve(
             self._session,
             space,
             _digests(request.digests),
             parent=Digest(request.parent) if request.parent else None,
-            heads=_heads(request, space),
+            heads=heads,
             sizes=request.sizes,
             tenant=self.tenant,
         )

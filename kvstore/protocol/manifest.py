@@ -12,8 +12,8 @@ from typing import Final, Literal
 
 import msgspec
 
-from kvstore.compression.codecs import CODECS
-from kvstore.errors import ManifestError
+from kvstore.compression.codecs import CODECS, OPAQUE_CODECS
+from kvstore.errors import ManifestError, RequestError
 from kvstore.limits import (
     CHUNK_SIZE_MAX_BYTES,
     CHUNK_TOKENS_MAX,
@@ -76,6 +76,11 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         _check_range("chunk_tokens", self.chunk_tokens, CHUNK_TOKENS_MAX)
         if self.layout == "opaque":
             _check_range("opaque_bytes", self.opaque_bytes, CHUNK_SIZE_MAX_BYTES)
+            if self.codec not in OPAQUE_CODECS:
+                raise ManifestError(
+                    f"manifest.codec {self.codec!r} needs to know what the bytes are; of an opaque "
+                    f"layout nobody does: {', '.join(OPAQUE_CODECS)} are for those"
+                )
             if self.kv_heads != 1:
                 raise ManifestError(
                     f"manifest.kv_heads is {self.kv_heads}; an opaque layout has no heads, use 1"
@@ -113,7 +118,22 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     def shard_bytes(self, heads: HeadRange) -> int:
         """Bytes of the shard *heads* of one chunk, as it is stored: at most, but for `raw`."""
-        return CODECS[self.codec].encoded_size_bytes(self.head_bytes * heads.width, self.sections)
+        return CODECS[self.codec].encoded_size_bytes(self.plain_bytes(heads), self.sections)
+
+    def plain_bytes(self, heads: HeadRange) -> int:
+        """Bytes of the shard *heads* of one chunk, as the engine has it."""
+        return self.head_bytes * heads.width
+
+    def check_stored_bytes(self, heads: HeadRange, size_bytes: int) -> None:
+        """Raise `RequestError` unless a shard of *heads* can take *size_bytes* once encoded."""
+        most = self.shard_bytes(heads)
+        least = CODECS[self.codec].least_size_bytes(self.plain_bytes(heads), self.sections)
+        if not least <= size_bytes <= most:
+            expected = f"{most}" if least == most else f"{least} to {most}"
+            raise RequestError(
+                f"{size_bytes} bytes for heads [{heads.start}, {heads.stop}) of a chunk of codec "
+                f"{self.codec!r}, which takes {expected}"
+            )
 
     def encode(self) -> bytes:
         """Return the canonical form, the one that is hashed."""
