@@ -11,7 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from kvstore.errors import LimitError
 from kvstore.limits import EXTENT_ALIGNMENT_BYTES, NAMESPACES_MAX
@@ -20,6 +20,9 @@ from kvstore.store.namespace import RUN_SLOTS, Namespace
 from kvstore.store.shards import ShardRecord, covers
 from kvstore.store.tree import PrefixTree
 from kvstore.types import NO_SLOT, Digest, Extent, HeadRange, Place, Root, TierKind
+
+if TYPE_CHECKING:
+    from kvstore.tiers.base import Recovered
 
 _GROWTH_SLOTS: Final = 4096
 _SLOTS_WORTH_A_GETTER: Final = 8
@@ -242,6 +245,38 @@ class Index:
         else:
             space.partial[digest] = slot
         return slot
+
+    def add_run(
+        self, space: Namespace, kind: TierKind, run: Sequence[Recovered], tenant: int = 0
+    ) -> int:
+        """Publish chunks that are whole and in the tier *kind* alone, in slots in a row.
+
+        Returns the first of these. As `add` for each, and several times as fast: a start has
+        a million. Who comes before its parent has none, until it is adopted.
+        """
+        first, count = len(self._digest), len(run)
+        heads = space.manifest.all_heads
+        self._digest.extend(one.shard.key.digest for one in run)
+        self._size.extend(one.shard.size_bytes for one in run)
+        self._root.extend(one.shard.root for one in run)
+        self._place.extend(one.place for one in run)
+        for column, value in (
+            (self._space, space.number),
+            (self._ready_in, space.marks[0]),
+            (self._head_start, heads.start),
+            (self._head_stop, heads.stop),
+            (self._page, 0),
+            (self._leases, 0),
+        ):
+            column.extend(array(column.typecode, [value]) * count)
+        for marks, mark in ((self._pins, 0), (self._tiers, kind), (self._tenant, tenant)):
+            marks.extend(bytes([mark]) * count)
+        self.tree.grow(count)
+        space.ready.update(zip(self._digest[first:], range(first, first + count), strict=True))  # type: ignore[arg-type]  # none of them is None
+        if kind in self._evicting:
+            parents = [NO_SLOT if (p := one.shard.parent) is None else space.find(p) for one in run]
+            self.tree.plant_run(first, parents, kind)
+        return first
 
     def add_shard(self, slot: int, shard: ShardRecord) -> None:
         """Publish one more shard of *slot*; the chunk is ready once its shards cover all heads."""

@@ -10,6 +10,8 @@ from abc import ABC, abstractmethod
 from array import array
 from typing import Final, Protocol
 
+import numpy as np
+
 from kvstore.limits import GHOSTS_MAX
 from kvstore.types import NO_SLOT
 
@@ -24,6 +26,12 @@ class EvictionPolicy(Protocol):
         """Take *slot* in; *fingerprint* (64 bits) recognises the same chunk after it has left.
 
         *after* is the slot, known to this policy, of the chunk that it alone continues.
+        """
+
+    def admit_run(self, first: int, count: int, size_bytes: int) -> None:
+        """Take in *count* slots, *first* and those behind it, oldest first: all newcomers.
+
+        What an earlier daemon has left comes so; nothing is known of its uses.
         """
 
     def touch(self, slot: int) -> None:
@@ -98,6 +106,21 @@ class Queue:
             self._columns.after[self.tail] = slot
         self.tail = slot
         self.count += 1
+
+    def push_run(self, first: int, count: int) -> None:
+        """Put *count* slots, *first* and those behind it, last, one after the other."""
+        last = first + count - 1
+        before = np.frombuffer(self._columns.before, np.int32)
+        after = np.frombuffer(self._columns.after, np.int32)
+        before[first + 1 : last + 1] = np.arange(first, last)
+        after[first:last] = np.arange(first + 1, last + 1)
+        before[first], after[last] = self.tail, NO_SLOT
+        if self.tail == NO_SLOT:
+            self.head = first
+        else:
+            after[self.tail] = first
+        self.tail = last
+        self.count += count
 
     def remove(self, slot: int) -> None:
         """Take *slot* out, wherever it stands."""
@@ -236,6 +259,14 @@ class _Waiting(ABC):
         self._size[slot] = size_bytes
         self._enter(slot, queue, uses=0)
 
+    def _take_in_run(self, first: int, count: int, size_bytes: int, queue: int) -> None:
+        end = first + count
+        self._columns.cover(end - 1)
+        self._size[first:end] = array("I", [size_bytes]) * count
+        self._state[first:end] = bytes([queue << 2]) * count
+        self._queues[queue].push_run(first, count)
+        self._bytes[queue] += size_bytes * count
+
     def _let_go(self, slot: int, *, evicted: bool) -> int:
         """Take *slot* out and return the queue that it was in."""
         queue = self._state[slot] >> 2
@@ -273,6 +304,10 @@ class LRU(_Waiting):
         """Take *slot* in as the most recent."""
         del fingerprint, after
         self._take_in(slot, size_bytes, _MAIN)
+
+    def admit_run(self, first: int, count: int, size_bytes: int) -> None:
+        """Take *count* slots in, the last as the most recent."""
+        self._take_in_run(first, count, size_bytes, _MAIN)
 
     def touch(self, slot: int) -> None:
         """Make *slot* the most recent; one that leaves last stays among those."""
@@ -313,6 +348,10 @@ class S3Fifo(_Waiting):
         """Take *slot* in: a newcomer to the small queue, all others to the main one."""
         is_known = self._came_back(fingerprint) or (after != NO_SLOT and self._is_in_use(after))
         self._take_in(slot, size_bytes, _MAIN if is_known else _SMALL)
+
+    def admit_run(self, first: int, count: int, size_bytes: int) -> None:
+        """Take *count* slots in, all to the small queue."""
+        self._take_in_run(first, count, size_bytes, _SMALL)
 
     def touch(self, slot: int) -> None:
         """Count a use, up to two."""

@@ -42,6 +42,13 @@ class Residents:
         self._counts[tenant] += 1
         self.count += 1
 
+    def admit_run(self, first: int, count: int, size_bytes: int) -> None:
+        """Take in *count* chunks of one tenant, *first* and those behind it, the oldest first."""
+        tenant = self._index.tenant_of(first)
+        self._policy(tenant).admit_run(first, count, size_bytes)
+        self._counts[tenant] += count
+        self.count += count
+
     def touch(self, slot: int) -> None:
         """Note a use of *slot*."""
         self._policies[self._index.tenant_of(slot)].touch(slot)

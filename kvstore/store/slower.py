@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kvstore.limits import CHUNK_SIZE_MAX_BYTES, REMEMBERED_CHUNKS_MAX
@@ -83,18 +83,18 @@ class SlowerTiers:
             return self.learn(space, kind, found, tenant=tenant)
         return slot
 
-    def recover(self, kind: TierKind, found: Iterable[tuple[Namespace, int, Recovered]]) -> int:
-        """Take in what the tier *kind* has kept: (namespace, tenant, shard); return how many."""
+    def recover(
+        self, kind: TierKind, found: Iterable[tuple[Namespace, int, Sequence[Recovered]]]
+    ) -> int:
+        """Take in what the tier *kind* has kept: (namespace, tenant, shards); return how many."""
         early: list[tuple[Namespace, int, Digest]] = []
         count = 0
-        for space, tenant, one in found:
-            slot = self.learn(space, kind, one, tenant=tenant)
-            if slot == NO_SLOT:
-                continue
-            count += 1
-            parent = one.shard.parent
-            if parent is not None and self._index.tree.parent(slot) == NO_SLOT:
-                early.append((space, slot, parent))
+        for space, tenant, run in found:
+            for slot, one in self._recover_run(space, kind, run, tenant):
+                count += 1
+                parent = one.shard.parent
+                if parent is not None and self._index.tree.parent(slot) == NO_SLOT:
+                    early.append((space, slot, parent))
         for space, slot, parent in early:
             above = space.find(parent)
             if above != NO_SLOT:
@@ -120,6 +120,32 @@ class SlowerTiers:
             for slot in here:
                 used[self._index.tenant_of(slot)] += self.bytes_of(slot, kind)
             residents.shares.check(used)
+
+    def _recover_run(
+        self, space: Namespace, kind: TierKind, run: Iterable[Recovered], tenant: int
+    ) -> Iterator[tuple[int, Recovered]]:
+        """Take in *run* and yield what is kept of it with its slots: whole new chunks at once."""
+        whole = space.manifest.all_heads
+        fresh: dict[Digest, Recovered] = {}
+        others: list[Recovered] = []
+        for one in run:
+            (_, digest, heads), _, size_bytes, _ = one.shard
+            is_whole = heads == whole and 0 < size_bytes <= CHUNK_SIZE_MAX_BYTES
+            if is_whole and digest not in fresh and space.find(digest) == NO_SLOT:
+                fresh[digest] = one
+            else:
+                others.append(one)
+        if fresh:
+            plain = list(fresh.values())
+            first = self._index.add_run(space, kind, plain, tenant)
+            residents = self.residents[kind]
+            residents.shares.charge(tenant, sum(one.shard.size_bytes for one in plain))
+            residents.admit_run(first, len(plain), space.chunk_bytes)
+            yield from enumerate(plain, first)
+        for one in others:
+            slot = self.learn(space, kind, one, tenant=tenant)
+            if slot != NO_SLOT:
+                yield slot, one
 
     def _note(self, slot: int, kind: TierKind, known: ShardRecord, place: Place) -> None:
         is_new = not self._index.tiers_of(slot) & kind

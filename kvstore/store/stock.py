@@ -7,7 +7,8 @@ import ctypes
 import gc
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+from itertools import islice
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from kvstore.errors import KVStoreError
 from kvstore.protocol.manifest import decode_namespace
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
     from kvstore.store.store import Store
     from kvstore.tiers.base import DurableTier, Recovered
     from kvstore.types import NamespaceId
+
+_TAKEN_AT_ONCE: Final = 4096
 
 log = logging.getLogger(__name__)
 
@@ -37,14 +40,14 @@ def take_stock(store: Store, tier: DurableTier) -> Stock:
     spaces = _open_spaces(store, tier.manifests())
     unusable = 0
 
-    def usable() -> Iterator[tuple[Namespace, int, Recovered]]:
+    def usable() -> Iterator[tuple[Namespace, int, list[Recovered]]]:
         nonlocal unusable
-        for found in tier.recover():
-            known = spaces.get(found.shard.key.namespace)
+        for namespace, run in _runs(tier.recover()):
+            known = spaces.get(namespace)
             if known is None:
-                unusable += 1
+                unusable += len(run)
             else:
-                yield *known, found
+                yield *known, run
 
     # A million tuples that come and go make no garbage that only a collection would find.
     gc.disable()
@@ -56,6 +59,15 @@ def take_stock(store: Store, tier: DurableTier) -> Stock:
             store.leave(space)
     _give_memory_back()
     return Stock(shards, unusable)
+
+
+def _runs(found: Iterator[Recovered]) -> Iterator[tuple[NamespaceId, list[Recovered]]]:
+    """Yield what was *found*, many of one namespace at a time, in the order of their age."""
+    while batch := list(islice(found, _TAKEN_AT_ONCE)):
+        runs: dict[NamespaceId, list[Recovered]] = {}
+        for one in batch:
+            runs.setdefault(one.shard.key.namespace, []).append(one)
+        yield from runs.items()
 
 
 def _give_memory_back() -> None:

@@ -8,7 +8,10 @@ that are not there.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from kvstore.types import NO_SLOT, TierKind
 
@@ -37,6 +40,21 @@ class Branches:
             self.previous_sibling[following] = slot
         if parent != NO_SLOT:
             self.child[parent] = slot
+
+    def link_run(self, slots: npt.NDArray[np.int32], parents: npt.NDArray[np.int32]) -> None:
+        """Do `link` for each of *slots*, which have no siblings yet, and its one of *parents*."""
+        order = np.argsort(parents, kind="stable")
+        slots, parents = slots[order], parents[order]
+        is_first = np.ones(len(slots), np.bool_)
+        is_first[1:] = parents[1:] != parents[:-1]
+        is_last = np.ones(len(slots), np.bool_)
+        is_last[:-1] = is_first[1:]
+        child = np.frombuffer(self.child, np.int32)
+        following = np.where(is_first, child[parents], np.roll(slots, 1))
+        np.frombuffer(self.next_sibling, np.int32)[slots] = following
+        is_any = following != NO_SLOT
+        np.frombuffer(self.previous_sibling, np.int32)[following[is_any]] = slots[is_any]
+        child[parents[is_last]] = slots[is_last]
 
     def unlink(self, slot: int, parent: int) -> None:
         """Take *slot* out of the children of *parent*."""
@@ -86,6 +104,18 @@ class PrefixTree:
     def plant(self, slot: int, parent: int) -> None:
         """Say what comes before *slot*, which is new and about to enter a tier."""
         self._parent[slot] = parent
+
+    def plant_run(self, first: int, parents: Sequence[int], kind: TierKind) -> None:
+        """Plant new slots, *first* and those behind it, and let them enter the tier *kind*.
+
+        A parent that is none before its child stays unsaid: so nobody comes before itself.
+        """
+        slots = np.arange(first, first + len(parents), dtype=np.int32)
+        above = np.array(parents, np.int32)
+        above[above >= slots] = NO_SLOT
+        np.frombuffer(self._parent, np.int32)[first : first + len(parents)] = above
+        is_child = above != NO_SLOT
+        self._branches[kind].link_run(slots[is_child], above[is_child])
 
     def enter(self, slot: int, kind: TierKind) -> None:
         """Note that *slot* is in the tier *kind* from now on."""
