@@ -70,18 +70,25 @@ class HostKernels:
 
 def build_host_kernels(folder: Path, *flags: str) -> HostKernels:
     """Compile every source for the host; skip the test where there is no g++."""
+    for source in source_names():
+        build_host_library(source, folder, *flags)
+    return HostKernels(folder)
+
+
+def build_host_library(source: str, folder: Path, *flags: str) -> ctypes.CDLL:
+    """Compile one source for the host; skip the test where there is no g++."""
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++: the kernels cannot be built for the host")
-    for source in source_names():
-        command = [
-            *(compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off"),
-            *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags),
-            f'-DKERNEL_SOURCE="{SOURCES / source}.cu"',
-            *("-o", str(folder / f"{source}.so"), str(SUPPORT / "host_launch.cpp")),
-        ]
-        subprocess.run(command, check=True)
-    return HostKernels(folder)
+    library = folder / f"{source}.so"
+    command = [
+        *(compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off"),
+        *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags),
+        f'-DKERNEL_SOURCE="{SOURCES / source}.cu"',
+        *("-o", str(library), str(SUPPORT / "host_launch.cpp")),
+    ]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(library))
 
 
 @dataclass

@@ -1,0 +1,35 @@
+"""What transfers of one engine have done, and every way in which they had to do less."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+
+@dataclass(slots=True)
+class DeviceCounters:
+    """Counts, each of one thing. Written by the threads that transfer; read at any time."""
+
+    chunks_stored: int = 0
+    chunks_loaded: int = 0
+    direct_chunks: int = 0
+    """Moved by the copy engine page by page, without staging."""
+    bounced_chunks: int = 0
+    """Moved through pinned memory, because the arena is not registered there."""
+    decoded_chunks: int = 0
+    """Put together or decoded on the host, because they are not stored as the pages want them."""
+    damaged_chunks: int = 0
+    """Loaded, and not what was stored: deleted and computed anew."""
+    smaller_rings: int = 0
+    """Less staging memory than asked for, because the device had no more."""
+    registrations_failed: int = 0
+    """Windows of the arena that could not be registered; from there on copies bounce."""
+    failed_transfers: int = 0
+    """Given up because a call to the device failed."""
+    stuck_transfers: int = 0
+    """Given up because the device did not get done in time."""
+    lost_devices: int = 0
+    """Contexts that broke for good; nothing is transferred behind that."""
+
+    def values(self) -> dict[str, int]:
+        """Return all of them by name."""
+        return asdict(self)

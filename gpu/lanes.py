@@ -1,0 +1,428 @@
+"""Chunks between an engine's pages and host memory: one lane a direction, ordered by events alone.
+
+A lane has two streams, one for kernels and one for copies, so that the next chunks are gathered
+while the last cross the bus; stores and loads have lanes of their own, so that loads never queue
+behind stores and the bus is used both ways. What must be in order, and the one method that sees
+to it:
+
+| rule | where |
+|---|---|
+| pages are read when the engine has computed them | `_behind_engine` |
+| a copy takes what a gather has written | `StoreLane._behind_gather` |
+| a scatter takes what a copy has brought | `LoadLane._behind_copy` |
+| pages are written when the engine has stopped reading them | `_behind_engine` |
+| the engine goes on behind a load that was given up | `LoadLane._engine_behind` |
+| staging is used again when its transfer has ended | `Transfer.finish` |
+| host memory is used again when no copy touches it | `Transfer.is_over` |
+
+Nothing waits for the device but `Transfer.finish`, which a thread of ours calls, and that has an
+end. Not thread-safe: one thread a lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvstore.gpu.counters import DeviceCounters
+from kvstore.gpu.device import (
+    Copy,
+    Device,
+    DeviceError,
+    DeviceLostError,
+    Event,
+    Fence,
+    Stream,
+    StuckError,
+    Urgency,
+    Wait,
+    host_bytes,
+    wait_for,
+)
+from kvstore.gpu.pages import NOWHERE, PageLayout, digest_batch
+from kvstore.gpu.staging import Ring, Slot
+from kvstore.gpu.windows import HostMemory
+from kvstore.hashing import Digests64
+from kvstore.limits import (
+    DEVICE_FAILURES_MAX,
+    DIRECT_PAGE_MIN_BYTES,
+    STAGING_SIZE_BYTES,
+    STAGING_SLOTS,
+    STUCK_TRANSFERS_MAX,
+)
+
+
+class Moved(NamedTuple):
+    """One chunk to move: its pages, and where in host memory it lies in one piece."""
+
+    pages: Sequence[int]
+    address: int
+
+
+class LaneSettings(NamedTuple):
+    """How a lane works. *direct_page_min_bytes* None: always through staging."""
+
+    staging_bytes: int = STAGING_SIZE_BYTES
+    slots: int = STAGING_SLOTS
+    direct_page_min_bytes: int | None = DIRECT_PAGE_MIN_BYTES
+    wait: Wait = wait_for
+
+
+class Transfer:
+    """Chunks that are on their way. `finish` it once; after `StuckError`, ask `is_over`."""
+
+    def __init__(self, lane: Lane, slot: Slot, chunks: Sequence[Moved], *, checksums: bool) -> None:
+        self.chunks = chunks
+        self.checksums = checksums
+        self.slot = slot
+        self.pages_free: Event | None = None
+        """Of a store: behind it the engine may overwrite the pages. None: when it has ended."""
+        self.bounced: list[int] = []
+        """Chunks that go through pinned memory."""
+        self.fence: Fence | None = None
+        self.done: Event | None = None
+        self.error: DeviceError | None = None
+        self._lane = lane
+        self._has_slot = True
+
+    def finish(self) -> Digests64 | None:
+        """Wait until it has ended; return the digests `[chunk][block]` of what was moved.
+
+        Raises `DeviceError` when it failed. Only if that is a `StuckError` or a
+        `DeviceLostError`, copies may still be under way: the host memory stays as it is until
+        `is_over`, for ever if need be.
+        """
+        try:
+            if self.done is None:
+                # Nothing tells when what was given of it has ended.
+                raise DeviceLostError(f"the device took no event: {self.error}")
+            self._lane.settings.wait(self.done)
+        except DeviceError as error:
+            self._lane.give_up(self, error)
+            raise
+        if self.error is not None:
+            self._end()
+            self._lane.note_failure(self.error)
+            raise self.error
+        self._lane.note_success(self)
+        found = self.slot.read_digests(len(self.chunks)) if self.checksums else None
+        self._end()
+        return found
+
+    def is_over(self) -> bool:
+        """Whether nothing of it is under way any more. Never true when the device is lost."""
+        if self.done is None:
+            return False
+        try:
+            is_done = self.done.is_done()
+        except DeviceError:
+            return False
+        if is_done:
+            self._end()
+        return is_done
+
+    def _end(self) -> None:
+        if self._has_slot:
+            self._has_slot = False
+            self._lane.ring.give_back(self.slot)
+
+
+class Lane:
+    """What both directions have in common."""
+
+    urgency = Urgency.LOW
+
+    def __init__(
+        self,
+        device: Device,
+        layout: PageLayout,
+        host: HostMemory,
+        counters: DeviceCounters,
+        settings: LaneSettings | None = None,
+    ) -> None:
+        """Raise `DeviceError` or `RequestError` when there is no way to move these pages."""
+        self.settings = settings or LaneSettings()
+        self.layout = layout
+        self.host = host
+        self.counters = counters
+        self.ring = Ring(
+            device,
+            layout,
+            size_bytes=self.settings.staging_bytes,
+            slots=self.settings.slots,
+            counters=counters,
+        )
+        self._kernels = device.stream(self.urgency)
+        self._copies = device.stream(self.urgency)
+        self._failures = 0
+        self._stuck: list[Transfer] = []
+        self.off = ""
+        """Why nothing is moved any more; empty while something is."""
+
+    @property
+    def chunks_per_transfer(self) -> int:
+        """How many chunks one transfer can take."""
+        return self.ring.shape.chunks
+
+    @property
+    def can_begin(self) -> bool:
+        """Whether a transfer can begin before another is finished."""
+        return self.ring.free_slots > 0
+
+    def begin(
+        self, chunks: Sequence[Moved], after: Fence | None, *, checksums: bool = True
+    ) -> Transfer:
+        """Give the device what moves *chunks* behind the fence *after*; do not wait for it.
+
+        What fails is told by `finish`. Raises `DeviceLostError` when the lane is off,
+        `LimitError` when no slot is free, and `RequestError` for a wrong number of pages.
+        """
+        if self.off:
+            raise DeviceLostError(self.off)
+        self.layout.check_pages([chunk.pages for chunk in chunks])
+        transfer = Transfer(self, self.ring.take(), chunks, checksums=checksums)
+        transfer.fence = after
+        try:
+            if self._is_direct(chunks):
+                self._give_direct(transfer)
+                self.counters.direct_chunks += len(chunks)
+            else:
+                self._give(transfer)
+        except DeviceError as error:
+            transfer.error = error
+        # Also what was given before a call failed has to end before its memory is used again.
+        try:
+            transfer.done = self._join()
+        except DeviceError as error:
+            transfer.error = transfer.error or error
+        return transfer
+
+    def close(self) -> None:
+        """Free the staging that is not in use."""
+        self.off = self.off or "the lane is closed"
+        self._reap()
+        self.ring.close()
+
+    # --- what the directions do --------------------------------------------------------------
+
+    def _give(self, transfer: Transfer) -> None:
+        raise NotImplementedError
+
+    def _give_direct(self, transfer: Transfer) -> None:
+        raise NotImplementedError
+
+    # --- rules ----------------------------------------------------------------------------------
+
+    def _behind_engine(self, stream: Stream, transfer: Transfer) -> None:
+        """Have *stream* wait until the engine has done what it had to do with the pages."""
+        if transfer.fence is not None:
+            stream.wait(transfer.fence.event)
+
+    def _join(self) -> Event:
+        """Return what stands for the work of both streams."""
+        self._copies.wait(self._kernels.record())
+        return self._copies.record()
+
+    # --- what they are made of ------------------------------------------------------------------
+
+    def _is_direct(self, chunks: Sequence[Moved]) -> bool:
+        least, layout = self.settings.direct_page_min_bytes, self.layout
+        if least is None or layout.piece_bytes < least or layout.token_stride != layout.row_bytes:
+            return False
+        return all(
+            NOWHERE not in chunk.pages and self.host.pinned_runs(chunk.address, layout.chunk_bytes)
+            for chunk in chunks
+        )
+
+    def _tell(self, transfer: Transfer) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Bring what the kernels read to the device; return the arguments of copy and digest."""
+        count, slot, layout = len(transfer.chunks), transfer.slot, self.layout
+        table = np.array([chunk.pages for chunk in transfer.chunks], dtype="<i4")
+        places = np.array([slot.chunk(number) for number in range(count)], dtype="<u8")
+        parts = {"sections": layout.sections(), "pages": table, "chunks": places}
+        where, upload = slot.write(parts)
+        self._kernels.copy([upload])
+        digest = digest_batch(
+            count, layout.chunk_bytes, pieces=1, starts=where["chunks"], digests=slot.digests
+        )
+        return layout.copy_batch(count, **where), digest
+
+    def _tell_pieces(self, transfer: Transfer) -> NDArray[Any]:
+        """Bring places to the device; return the argument that digests chunks where pages lie."""
+        count, slot, layout = len(transfer.chunks), transfer.slot, self.layout
+        pieces = np.stack([layout.pieces(chunk.pages) for chunk in transfer.chunks])
+        where, upload = slot.write({"starts": pieces})
+        self._kernels.copy([upload])
+        return digest_batch(
+            count,
+            layout.chunk_bytes,
+            pieces=layout.pieces_per_chunk,
+            starts=where["starts"],
+            digests=slot.digests,
+        )
+
+    def _digest(self, transfer: Transfer, batch: NDArray[Any]) -> None:
+        self._kernels.launch("xxh3_blocks", batch)
+        self._kernels.copy([transfer.slot.digest_copy(len(transfer.chunks))])
+
+    def _runs(self, transfer: Transfer, number: int) -> list[Copy]:
+        """Return copies from host memory to staging, by way of pinned memory where need be."""
+        size, slot = self.layout.chunk_bytes, transfer.slot
+        address, at = transfer.chunks[number].address, slot.chunk(number)
+        runs = self.host.pinned_runs(address, size)
+        if not runs:
+            transfer.bounced.append(number)
+            return [Copy(at, slot.bounce(number), size)]
+        return [Copy(at + run.address - address, run.address, run.size_bytes) for run in runs]
+
+    def _piece_runs(self, transfer: Transfer) -> list[Copy]:
+        """Return copies from host memory to pages."""
+        copies: list[Copy] = []
+        size = self.layout.piece_bytes
+        for chunk in transfer.chunks:
+            for number, piece in enumerate(self.layout.pieces(chunk.pages).tolist()):
+                start = chunk.address + number * size
+                copies += [
+                    Copy(piece + run.address - start, run.address, run.size_bytes)
+                    for run in self.host.pinned_runs(start, size)
+                ]
+        return copies
+
+    # --- how it went ------------------------------------------------------------------------------
+
+    def note_success(self, transfer: Transfer) -> None:
+        """Count a transfer that has ended."""
+        self._failures = 0
+        self.counters.bounced_chunks += len(transfer.bounced)
+
+    def note_failure(self, error: DeviceError) -> None:
+        """Count one that has not; after too many in a row, the lane is off."""
+        self.counters.failed_transfers += 1
+        self._failures += 1
+        if self._failures >= DEVICE_FAILURES_MAX:
+            self.off = self.off or f"{self._failures} transfers in a row failed: {error}"
+
+    def give_up(self, transfer: Transfer, error: DeviceError) -> None:
+        """Leave a transfer to itself: what it uses comes back when it has ended, if ever."""
+        self._stuck.append(transfer)
+        if isinstance(error, StuckError):
+            self.counters.stuck_transfers += 1
+        elif isinstance(error, DeviceLostError):
+            self.counters.lost_devices += not self.off
+            self.off = self.off or str(error)
+        else:
+            self.note_failure(error)
+        if len(self._stuck) > STUCK_TRANSFERS_MAX:
+            self.off = self.off or f"{len(self._stuck)} transfers are stuck"
+
+    def _reap(self) -> None:
+        self._stuck = [transfer for transfer in self._stuck if not transfer.is_over()]
+
+    @property
+    def stuck(self) -> int:
+        """How many transfers were given up and have not ended."""
+        self._reap()
+        return len(self._stuck)
+
+
+class StoreLane(Lane):
+    """From pages to host memory. Yields to everything else on the device."""
+
+    urgency = Urgency.LOW
+
+    def _give(self, transfer: Transfer) -> None:
+        gather, digest = self._tell(transfer)
+        out = [
+            Copy(source=copy.target, target=copy.source, size_bytes=copy.size_bytes)
+            for number in range(len(transfer.chunks))
+            for copy in self._runs(transfer, number)
+        ]
+        self._behind_engine(self._kernels, transfer)
+        self._kernels.launch("raw_gather", gather)
+        transfer.pages_free = self._kernels.record()
+        self._behind_gather()
+        self._copies.copy(out)
+        if transfer.checksums:
+            self._digest(transfer, digest)
+
+    def _give_direct(self, transfer: Transfer) -> None:
+        self._behind_engine(self._copies, transfer)
+        self._copies.copy(
+            [
+                Copy(source=copy.target, target=copy.source, size_bytes=copy.size_bytes)
+                for copy in self._piece_runs(transfer)
+            ]
+        )
+        if transfer.checksums:
+            batch = self._tell_pieces(transfer)
+            self._behind_engine(self._kernels, transfer)
+            self._digest(transfer, batch)
+
+    def _behind_gather(self) -> None:
+        self._copies.wait(self._kernels.record())
+
+    def note_success(self, transfer: Transfer) -> None:
+        """Bring what went through pinned memory to where it belongs, and count."""
+        super().note_success(transfer)
+        size = self.layout.chunk_bytes
+        for number in transfer.bounced:
+            address = transfer.chunks[number].address
+            host_bytes(address, size)[:] = host_bytes(transfer.slot.bounce(number), size)
+        self.counters.chunks_stored += len(transfer.chunks)
+
+
+class LoadLane(Lane):
+    """From host memory to pages. The engine waits for these."""
+
+    urgency = Urgency.HIGH
+
+    def _give(self, transfer: Transfer) -> None:
+        scatter, digest = self._tell(transfer)
+        copies = [
+            copy for number in range(len(transfer.chunks)) for copy in self._runs(transfer, number)
+        ]
+        size = self.layout.chunk_bytes
+        for number in transfer.bounced:
+            address = transfer.chunks[number].address
+            host_bytes(transfer.slot.bounce(number), size)[:] = host_bytes(address, size)
+        self._copies.copy(copies)
+        self._behind_copy()
+        self._behind_engine(self._kernels, transfer)
+        self._kernels.launch("raw_scatter", scatter)
+        if transfer.checksums:
+            self._digest(transfer, digest)
+
+    def _give_direct(self, transfer: Transfer) -> None:
+        batch = self._tell_pieces(transfer) if transfer.checksums else None
+        self._behind_engine(self._copies, transfer)
+        self._copies.copy(self._piece_runs(transfer))
+        if batch is not None:
+            self._behind_copy()
+            self._digest(transfer, batch)
+
+    def _behind_copy(self) -> None:
+        self._kernels.wait(self._copies.record())
+
+    def _engine_behind(self, transfer: Transfer) -> None:
+        """Have the engine's next work wait for a load that nobody waits for any more.
+
+        It will be told that its pages hold nothing, and write to them: not before we have.
+        """
+        if transfer.fence is not None and transfer.done is not None:
+            transfer.fence.stream.wait(transfer.done)
+
+    def note_success(self, transfer: Transfer) -> None:
+        """Count."""
+        super().note_success(transfer)
+        self.counters.chunks_loaded += len(transfer.chunks)
+
+    def give_up(self, transfer: Transfer, error: DeviceError) -> None:
+        """See `Lane.give_up`; the engine goes on behind it."""
+        super().give_up(transfer, error)
+        try:
+            self._engine_behind(transfer)
+        except DeviceError as lost:
+            self.off = self.off or str(lost)

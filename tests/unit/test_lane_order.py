@@ -1,0 +1,168 @@
+"""The order of transfers: no interleaving that CUDA allows delivers wrong bytes.
+
+Every rule of gpu/lanes.py is also broken on purpose, and some interleaving must show it: so each
+is needed, and the scenes would notice if it were lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kvstore.gpu.device import Event, Fence
+from kvstore.gpu.lanes import Lane, LaneSettings, LoadLane, Moved, StoreLane, Transfer
+from kvstore.gpu.standin import Standin
+from tests.support.device import (
+    World,
+    abandoned_load_scene,
+    abandoned_store_scene,
+    load_scene,
+    settings,
+    store_scene,
+)
+
+SEEDS = range(60)
+WAYS = {
+    "staged": {"direct": False, "registered": True},
+    "bounced": {"direct": False, "registered": False},
+    "direct": {"direct": True, "registered": True},
+}
+
+Scene = Callable[[World, Lane, Standin], bool]
+
+
+def plain(scene: Callable[..., bool], **words: bool) -> Scene:
+    return lambda world, lane, _device: scene(world, lane, **words)
+
+
+STORE, LOAD = plain(store_scene), plain(load_scene)
+
+
+def play(
+    scene: Scene, kind: type[Lane], seed: int, *, way: str = "staged", told: LaneSettings
+) -> bool:
+    device = Standin(np.random.default_rng(seed))
+    world = World(device, seed, registered=WAYS[way]["registered"])
+    lane = world.lane(kind, told)
+    good = scene(world, lane, device)
+    device.drain()
+    assert device.is_idle
+    assert lane.stuck == 0
+    lane.close()
+    world.windows.close()
+    return good
+
+
+# --- all interleavings are right -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(("scene", "kind"), [(STORE, StoreLane), (LOAD, LoadLane)])
+def test_what_arrives_is_what_was_there(scene: Scene, kind: type[Lane], way: str) -> None:
+    told = settings(direct=WAYS[way]["direct"])
+    bad = [seed for seed in SEEDS if not play(scene, kind, seed, way=way, told=told)]
+    assert bad == []
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize(
+    ("scene", "kind"), [(abandoned_store_scene, StoreLane), (abandoned_load_scene, LoadLane)]
+)
+def test_what_was_given_up_harms_nobody(scene: Scene, kind: type[Lane], way: str) -> None:
+    told = settings(direct=WAYS[way]["direct"], patience=8)
+    bad = [seed for seed in SEEDS if not play(scene, kind, seed, way=way, told=told)]
+    assert bad == []
+
+
+# --- and no rule can be spared ------------------------------------------------------------------
+
+
+def nothing(*_: object) -> None:
+    """Leave a rule out."""
+
+
+def broken(kind: type[Lane], **methods: Any) -> type[Lane]:
+    return type(f"Broken{kind.__name__}", (kind,), methods)
+
+
+def begin_and_give_back(
+    lane: Lane, chunks: list[Moved], after: Fence | None, *, checksums: bool = True
+) -> Transfer:
+    transfer = StoreLane.begin(lane, chunks, after, checksums=checksums)
+    transfer._end()
+    return transfer
+
+
+def only_copies(lane: Lane) -> Event:
+    return lane._copies.record()
+
+
+def no_wait(event: Event) -> None:
+    """Take for done what is not."""
+    event.is_done()
+
+
+HASTY = settings()._replace(wait=no_wait)
+PATIENT = settings()
+IMPATIENT = settings(patience=8)
+CARELESS = plain(store_scene, reuse_waits=False)
+
+MUTANTS: dict[str, tuple[Scene, type[Lane], LaneSettings]] = {
+    "a page is read before it is computed": (
+        STORE,
+        broken(StoreLane, _behind_engine=nothing),
+        PATIENT,
+    ),
+    "a copy takes what is not gathered yet": (
+        STORE,
+        broken(StoreLane, _behind_gather=nothing),
+        PATIENT,
+    ),
+    "a block is reused before its save is done": (CARELESS, StoreLane, PATIENT),
+    "a chunk is committed before it has arrived": (STORE, StoreLane, HASTY),
+    "staging is overwritten in flight": (
+        STORE,
+        broken(StoreLane, begin=begin_and_give_back),
+        PATIENT,
+    ),
+    "digests are read before they are made": (STORE, broken(StoreLane, _join=only_copies), PATIENT),
+    "a scatter comes before its load is done": (
+        LOAD,
+        broken(LoadLane, _behind_copy=nothing),
+        PATIENT,
+    ),
+    "a page is written while the engine reads it": (
+        LOAD,
+        broken(LoadLane, _behind_engine=nothing),
+        PATIENT,
+    ),
+    "a chunk is evicted while it is loaded": (LOAD, LoadLane, HASTY),
+    "the engine computes what a load still writes": (
+        abandoned_load_scene,
+        broken(LoadLane, _engine_behind=nothing),
+        IMPATIENT,
+    ),
+}
+
+
+@pytest.mark.parametrize("mutant", MUTANTS)
+def test_a_broken_rule_is_noticed(mutant: str) -> None:
+    scene, kind, told = MUTANTS[mutant]
+    assert any(not _survives(scene, kind, seed, told) for seed in SEEDS)
+
+
+def test_room_that_is_used_again_too_early_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Transfer, "is_over", lambda _: True)
+    assert any(not _survives(abandoned_store_scene, StoreLane, seed, IMPATIENT) for seed in SEEDS)
+
+
+def _survives(scene: Scene, kind: type[Lane], seed: int, told: LaneSettings) -> bool:
+    device = Standin(np.random.default_rng(seed))
+    world = World(device, seed)
+    try:
+        return scene(world, world.lane(kind, told), device)
+    except AssertionError:
+        return False
