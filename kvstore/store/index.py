@@ -177,9 +177,8 @@ class Index:
 
     def shards(self, slot: int) -> list[ShardRecord]:
         """Return all shards of *slot*, in the order of their commits."""
-        several = self._several.get(slot)
-        if several is not None:
-            return list(several)
+        if slot in self._several:
+            return list(self._several[slot])
         if not self._tiers[slot]:
             return []
         return [
@@ -298,8 +297,7 @@ class Index:
     ) -> None:
         """Note that the shard *heads* of *slot* is in the tier *kind*, too, and where."""
         shards = self.shards(slot)
-        at = next(n for n, shard in enumerate(shards) if shard.heads == heads)
-        shard = shards[at]
+        at, shard = next((n, s) for n, s in enumerate(shards) if s.heads == heads)
         shards[at] = shard._replace(
             tiers=shard.tiers | kind,
             extent=shard.extent if extent is None else extent,
@@ -449,6 +447,10 @@ class Index:
         """Return how many leases are on *slot*."""
         return self._leases[slot]
 
+    def is_hard_pinned(self, slot: int) -> bool:
+        """Return whether *slot* may not leave until it is unpinned."""
+        return self._pins[slot] & _HARD_PIN != 0
+
     def is_soft_pinned(self, slot: int) -> bool:
         """Return whether *slot* is to leave last."""
         return self._pins[slot] & (_SOFT_PIN | _KEPT) != 0
@@ -462,9 +464,8 @@ class Index:
         """Make vacant slots, to be used in order: what is stored in order is found by runs."""
         first = len(self._digest)
         self._digest.extend([None] * _GROWTH_SLOTS)
-        for column in (self._space, self._ready_in, self._page, self._size, self._root):
-            column.extend([0] * _GROWTH_SLOTS)
-        for column in (self._place, self._head_start, self._head_stop, self._leases):
+        columns = (self._space, self._ready_in, self._page, self._size, self._root, self._place)
+        for column in (*columns, self._head_start, self._head_stop, self._leases):
             column.extend([0] * _GROWTH_SLOTS)
         for marks in (self._pins, self._tiers, self._tenant):
             marks.extend(bytes(_GROWTH_SLOTS))

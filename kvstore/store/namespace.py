@@ -23,6 +23,7 @@ class Namespace:
     __slots__ = (
         "chunk_bytes",
         "entered",
+        "head_bytes",
         "id",
         "manifest",
         "marks",
@@ -36,6 +37,7 @@ class Namespace:
         self.number = number
         self.manifest = manifest
         self.chunk_bytes = manifest.chunk_bytes
+        self.head_bytes = manifest.head_bytes
         self.tenant = tenant
         self.id: NamespaceId = manifest.namespace_id(tenant)
         self.marks = array("H", [number + 1]) * RUN_SLOTS

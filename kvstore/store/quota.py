@@ -76,6 +76,10 @@ class Shares:
         """Return the most that *tenant* may take up: its quota, or the whole tier."""
         return self._quota[tenant]
 
+    def floor_bytes(self, tenant: int) -> int:
+        """Return what others may not take from *tenant*."""
+        return self._floor[tenant]
+
     def spare_bytes(self, tenant: int) -> int:
         """Return how far *tenant* is above its floor; 0 below it."""
         return max(0, self._used[tenant] - self._floor[tenant])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvstore.store.planner import next_victim
 from kvstore.store.policy import Columns, EvictionPolicy, make_policy
@@ -11,7 +11,21 @@ from kvstore.types import NO_SLOT, Digest, TierKind
 
 if TYPE_CHECKING:
     from kvstore.store.index import Index
+    from kvstore.store.namespace import Namespace
     from kvstore.store.quota import Shares
+    from kvstore.store.shards import ShardRecord
+
+
+class Holdings(NamedTuple):
+    """The bytes of all shards in one tier: as they are kept, and without any codec.
+
+    What has come in since the start, less what has left, is what is there.
+    """
+
+    stored_bytes: int = 0
+    raw_bytes: int = 0
+    entered_bytes: int = 0
+    left_bytes: int = 0
 
 
 class Residents:
@@ -24,6 +38,9 @@ class Residents:
         self.kind = kind
         self.shares = shares
         self.count = 0
+        self._raw_bytes = 0
+        self._entered_bytes = 0
+        self._left_bytes = 0
         self._index = index
         self._eviction = eviction
         self._columns = Columns()
@@ -48,6 +65,39 @@ class Residents:
         self._policy(tenant).admit_run(first, count, size_bytes)
         self._counts[tenant] += count
         self.count += count
+
+    @property
+    def holdings(self) -> Holdings:
+        """The bytes that are here, and those that came and went."""
+        entered, left = self._entered_bytes, self._left_bytes
+        return Holdings(entered - left, self._raw_bytes, entered, left)
+
+    def gained(self, space: Namespace, shard: ShardRecord) -> None:
+        """Count the bytes of *shard*, which has come in."""
+        self._entered_bytes += shard.extent.size_bytes
+        self._raw_bytes += space.head_bytes * shard.heads.width
+
+    def gained_whole(self, space: Namespace, count: int, size_bytes: int) -> None:
+        """Count *count* whole chunks of *space*, of *size_bytes* together, that have come in."""
+        self._entered_bytes += size_bytes
+        self._raw_bytes += space.head_bytes * space.manifest.kv_heads * count
+
+    def gave(self, space: Namespace, shards: Iterable[ShardRecord]) -> None:
+        """Count the bytes of *shards*, which have left."""
+        for shard in shards:
+            self._left_bytes += shard.extent.size_bytes
+            self._raw_bytes -= space.head_bytes * shard.heads.width
+
+    def check_holdings(self, slots: Iterable[int]) -> None:
+        """Raise `AssertionError` unless the bytes are those of *slots*, which are all here."""
+        stored = raw = 0
+        for slot in slots:
+            space = self._index.space_of(slot)
+            here = [shard for shard in self._index.shards(slot) if shard.tiers & self.kind]
+            stored += sum(shard.extent.size_bytes for shard in here)
+            raw += sum(space.head_bytes * shard.heads.width for shard in here)
+        held = self.holdings
+        assert (held.stored_bytes, held.raw_bytes) == (stored, raw), f"bytes in {self.kind.name}"
 
     def touch(self, slot: int) -> None:
         """Note a use of *slot*."""

@@ -80,6 +80,7 @@ class HostRoom:
     def publish(self, slot: int, shard: ShardRecord) -> None:
         """Note that *shard* of *slot* has come into the host tier, as the index says already."""
         assert shard.is_in_host, "the index knows it to be here"
+        self._residents.gained(self._index.space_of(slot), shard)
         here = sum(other.is_in_host for other in self._index.shards(slot))
         if here == 1:
             chunk_bytes = self._index.space_of(slot).chunk_bytes
@@ -113,7 +114,9 @@ class HostRoom:
         """
         tenant = self._index.tenant_of(slot)
         self._residents.forget(slot, evicted=evicted)
+        space = self._index.space_of(slot)
         shards = self._index.lose(slot, _HOST)
+        self._residents.gave(space, shards)
         for shard in shards:
             self.give_back(tenant, shard.extent)
         return shards

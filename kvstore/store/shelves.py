@@ -13,7 +13,7 @@ from kvstore.store.index import Index
 from kvstore.store.leases import Lease, Leases, Reservation, Reservations
 from kvstore.store.namespace import Namespace
 from kvstore.store.quota import DEFAULT_TENANT, Share, Shares
-from kvstore.store.residence import Residents
+from kvstore.store.residence import Holdings, Residents
 from kvstore.store.room import HostRoom
 from kvstore.store.shards import ShardRecord, covers
 from kvstore.store.slower import SlowerTiers
@@ -107,6 +107,11 @@ class Shelves:
     def tenant_number(self, tenant: str) -> int:
         """Return whose chunks those of *tenant* are; of one that is not configured, nobody's."""
         return self.tenants.index(tenant) if tenant in self.tenants else DEFAULT_TENANT
+
+    def holdings(self, kind: TierKind) -> Holdings:
+        """Return the bytes that are in the tier *kind*, and those that came and went."""
+        here = self.residents if kind is _HOST else self.slower.residents.get(kind)
+        return Holdings() if here is None else here.holdings
 
     # --- holding ------------------------------------------------------------------------
 
@@ -228,6 +233,7 @@ class Shelves:
             slot = self.index.add(space, digest, above, shard, tenant)
             shares.charge(tenant, need)
             self.residents.admit(slot, space.manifest.chunk_bytes)
+            self.residents.gained(space, shard)
             return True
         shares.charge(tenant, need)
         slot = self._place(space, digest, parent, shard, tenant)
@@ -266,6 +272,7 @@ class Shelves:
         for extent, tenant in self.promoting.items():
             used[tenant] += self.host.footprint(extent.size_bytes)
         self.residents.shares.check(used)
+        self.residents.check_holdings(in_host)
 
     # --- inside -------------------------------------------------------------------------
 

@@ -46,7 +46,9 @@ class SlowerTiers:
         residents, tenant = self.residents[kind], self._index.tenant_of(slot)
         if heads is None or {shard.heads for shard in there} == {heads}:
             residents.forget(slot, evicted=evicted)
+        space = self._index.space_of(slot)
         lost = self._index.lose(slot, kind, heads)
+        residents.gave(space, lost)
         for shard in lost:
             residents.shares.refund(tenant, shard.size_bytes)
         return lost
@@ -68,7 +70,7 @@ class SlowerTiers:
         if slot == NO_SLOT:
             parent = NO_SLOT if shard.parent is None else space.find(shard.parent)
             slot = self._index.add(space, digest, parent, record, tenant)
-            self._charge(slot, kind, shard.size_bytes, is_new=True)
+            self._charge(slot, kind, record, is_new=True)
             return slot
         known = self._index.shard(slot, heads)
         if known is None:
@@ -120,6 +122,7 @@ class SlowerTiers:
             for slot in here:
                 used[self._index.tenant_of(slot)] += self.bytes_of(slot, kind)
             residents.shares.check(used)
+            residents.check_holdings(here)
 
     def _recover_run(
         self, space: Namespace, kind: TierKind, run: Iterable[Recovered], tenant: int
@@ -139,7 +142,9 @@ class SlowerTiers:
             plain = list(fresh.values())
             first = self._index.add_run(space, kind, plain, tenant)
             residents = self.residents[kind]
-            residents.shares.charge(tenant, sum(one.shard.size_bytes for one in plain))
+            size_bytes = sum(one.shard.size_bytes for one in plain)
+            residents.shares.charge(tenant, size_bytes)
+            residents.gained_whole(space, len(plain), size_bytes)
             residents.admit_run(first, len(plain), space.chunk_bytes)
             yield from enumerate(plain, first)
         for one in others:
@@ -153,15 +158,16 @@ class SlowerTiers:
             self._index.gain(slot, known.heads, kind, place=place)
             return
         self._index.gain(slot, known.heads, kind, place=place)
-        self._charge(slot, kind, known.size_bytes, is_new=is_new)
+        self._charge(slot, kind, known, is_new=is_new)
 
     def _admit(self, slot: int, kind: TierKind, record: ShardRecord) -> None:
         here = sum(1 for shard in self._index.shards(slot) if shard.tiers & kind)
-        self._charge(slot, kind, record.size_bytes, is_new=here == 1)
+        self._charge(slot, kind, record, is_new=here == 1)
 
-    def _charge(self, slot: int, kind: TierKind, size_bytes: int, *, is_new: bool) -> None:
+    def _charge(self, slot: int, kind: TierKind, record: ShardRecord, *, is_new: bool) -> None:
         residents = self.residents[kind]
-        residents.shares.charge(self._index.tenant_of(slot), size_bytes)
+        residents.shares.charge(self._index.tenant_of(slot), record.size_bytes)
+        residents.gained(self._index.space_of(slot), record)
         if is_new:
             residents.admit(slot, self._index.space_of(slot).chunk_bytes)
         if residents.count > REMEMBERED_CHUNKS_MAX and kind is not TierKind.DISK:

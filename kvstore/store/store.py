@@ -25,6 +25,7 @@ from kvstore.types import (
     Extent,
     HeadRange,
     LeaseId,
+    NamespaceId,
     ReservationId,
     ReserveOutcome,
     Root,
@@ -97,6 +98,10 @@ class Store(Shelves):
             space = self.index.open_namespace(manifest, tenant)
             self._spaces = {known.id: known for known in self.index.namespaces}
         return space
+
+    def known(self, namespace: NamespaceId) -> Namespace | None:
+        """Return the namespace with this id, if it is known."""
+        return self._spaces.get(namespace)
 
     def leave(self, space: Namespace) -> None:
         """Count one session less in *space*. Its chunks stay."""
