@@ -10,7 +10,7 @@ import heapq
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Final
 
 from kvstore.limits import (
@@ -75,9 +75,23 @@ class Fetch:
 
 
 class Write:
-    """One shard that is to be copied to a slower tier; *done* are told how that went."""
+    """One shard that is to be copied to a slower tier; *done* are told how that went.
 
-    __slots__ = ("digest", "done", "heads", "is_urgent", "queued_at", "size_bytes", "space")
+    *above* is the chunk before it, where the tier does not have that one yet. *run* is what
+    its lane knows it by.
+    """
+
+    __slots__ = (
+        "above",
+        "digest",
+        "done",
+        "heads",
+        "is_urgent",
+        "queued_at",
+        "run",
+        "size_bytes",
+        "space",
+    )
 
     def __init__(
         self,
@@ -88,6 +102,7 @@ class Write:
         *,
         is_urgent: bool,
         queued_at: float,
+        above: Digest | None = None,
     ) -> None:
         self.space = space
         self.digest = digest
@@ -95,12 +110,19 @@ class Write:
         self.size_bytes = size_bytes
         self.is_urgent = is_urgent
         self.queued_at = queued_at
+        self.above = above
+        self.run = 0
         self.done: list[Callable[[bool], None]] = []
 
     @property
     def key(self) -> WriteKey:
         """What makes two writes the same."""
         return self.space, self.digest, self.heads
+
+    @property
+    def key_above(self) -> WriteKey | None:
+        """The key of the write that has to come first for this one to be of use."""
+        return None if self.above is None else (self.space, self.above, self.heads)
 
     def finish(self, *, kept: bool) -> None:
         """Tell all who wait for it."""
@@ -132,6 +154,8 @@ class Lane:
         # (not a load, deadline, ticket, fetch); only the last ticket of a fetch is good.
         self._fetches: list[tuple[bool, float, int, Fetch]] = []
         self._writes: dict[WriteKey, Write] = {}
+        # The same in runs, the oldest first: in each, everyone continues the one before.
+        self._runs: dict[int, dict[WriteKey, Write]] = {}
         self._under_way: dict[WriteKey, Write] = {}
         self._removals: deque[Removal] = deque()
         self._reading = 0
@@ -168,8 +192,10 @@ class Lane:
         return waiting
 
     def put_write(self, write: Write) -> bool:
-        """Queue *write*, the oldest that nobody waits for giving way; return whether there is room.
+        """Queue *write*; return whether there is room, for which others may have to give way.
 
+        The oldest prefix that nobody waits for gives, from its end, so that what is left of it
+        is of use. One whose chunk before neither is in the tier nor on its way pushes nobody out.
         One for the same shard is joined, under way or not. Urgent ones, whose bytes are held in
         the host tier and have their bound there, are bounded in number alone.
         """
@@ -178,15 +204,13 @@ class Lane:
             waiting.done += write.done
             waiting.is_urgent |= write.is_urgent
             return True
-        for oldest in self._droppable():
-            if self._has_room(write):
-                break
-            self._drop(oldest)
-        if not self._has_room(write):
-            self.dropped_writes += 1
-            return False
-        self._writes[write.key] = write
-        self.write_bytes += write.size_bytes
+        while not self._has_room(write):
+            giver = self._giver(write)
+            if giver is None:
+                self.dropped_writes += 1
+                return False
+            self._drop(giver)
+        self._enter(write)
         return True
 
     def has_write(self, key: WriteKey) -> bool:
@@ -266,9 +290,32 @@ class Lane:
         fits = self.write_bytes + write.size_bytes <= self._writes_max_bytes
         return len(self._writes) < WRITE_QUEUE_CHUNKS_MAX and (fits or write.is_urgent)
 
-    def _droppable(self) -> Iterator[Write]:
-        """Yield the writes that nobody waits for, oldest first."""
-        return (write for write in list(self._writes.values()) if not write.is_urgent)
+    def _giver(self, write: Write) -> Write | None:
+        """Return who gives way to *write*; None when that is *write* itself, or nobody."""
+        above = write.key_above
+        before = None if above is None else self._writes.get(above)
+        if above is not None and not (self.has_write(above) or write.is_urgent):
+            return None
+        for number, run in self._runs.items():
+            if before is not None and before.run == number and not write.is_urgent:
+                return None
+            giver = next((one for one in reversed(run.values()) if not one.is_urgent), None)
+            if giver is not None:
+                return giver
+        return None
+
+    def _enter(self, write: Write) -> None:
+        """Queue *write*, at the end of the run that it continues or in one of its own."""
+        above = write.key_above
+        before = None if above is None else self._writes.get(above)
+        if before is not None and next(reversed(self._runs[before.run])) == above:
+            write.run = before.run
+        else:
+            write.run = next(_tickets)
+            self._runs[write.run] = {}
+        self._runs[write.run][write.key] = write
+        self._writes[write.key] = write
+        self.write_bytes += write.size_bytes
 
     def _drop(self, write: Write) -> None:
         self._take_write(write)
@@ -278,6 +325,10 @@ class Lane:
     def _take_write(self, write: Write) -> None:
         del self._writes[write.key]
         self.write_bytes -= write.size_bytes
+        run = self._runs[write.run]
+        del run[write.key]
+        if not run:
+            del self._runs[write.run]
 
 
 _tickets: Final = itertools.count(1)

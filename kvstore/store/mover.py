@@ -109,13 +109,16 @@ class Mover:
     # --- what the store tells -----------------------------------------------------------
 
     def published(self, slot: int, heads: HeadRange) -> None:
-        """Note new bytes in the host tier: they are written down where that is the policy."""
-        shard = self._store.index.shard(slot, heads)
-        assert shard is not None, "what is published is known"
+        """Note new bytes in the host tier: they are written down where that is the policy.
+
+        However many shards a chunk is written in, that is one use of it.
+        """
+        here = [shard for shard in self._store.index.shards(slot) if shard.is_in_host]
         for route in self.routes.values():
-            self._note_use(route, slot)
+            if len(here) == 1:
+                self._note_use(route, slot)
             if route.policy != "on_evict":
-                self._offer(route, slot, shard)
+                self._offer(route, slot, next(shard for shard in here if shard.heads == heads))
         # Only now: what makes room may be this very chunk.
         self.pressed()
 
@@ -152,11 +155,10 @@ class Mover:
     def removed(self, slot: int, shards: Sequence[ShardRecord]) -> None:
         """Let slower tiers forget *shards* of *slot*, which is about to be forgotten here."""
         for route in self.routes.values():
-            for record in shards:
-                if record.tiers & route.kind:
-                    shard = shard_of(self._store, slot, record)
-                    route.lane.put_removal(Removal(shard, record.place))
-                    self._kick(route)
+            for record in [shard for shard in shards if shard.tiers & route.kind]:
+                shard = shard_of(self._store, slot, record)
+                route.lane.put_removal(Removal(shard, record.place))
+                self._kick(route)
 
     def is_wanted(self, slot: int) -> bool:
         """Return whether a tier that takes what is evicted would take *slot*."""
@@ -325,8 +327,7 @@ class Mover:
 
     def _note_use(self, route: Route, slot: int) -> None:
         index = self._store.index
-        size_bytes = index.space_of(slot).chunk_bytes
-        route.admission.note(fingerprint(index.digest(slot)), size_bytes)
+        route.admission.note(fingerprint(index.digest(slot)), index.space_of(slot).chunk_bytes)
 
     def _offer(self, route: Route, slot: int, record: ShardRecord) -> None:
         """Queue a shard for a tier that has no copy and wants one."""
@@ -348,6 +349,7 @@ class Mover:
             record.size_bytes,
             is_urgent=done is not None or route.policy == "through",
             queued_at=self._clock(),
+            above=route.lacks_above(slot),
         )
         if write.is_urgent and not route.lane.has_write(write.key):
             store.hold(slot)

@@ -12,7 +12,7 @@ from kvstore.store.admission import Admission, AdmitAll
 from kvstore.store.residence import fingerprint
 from kvstore.tiers.base import Shard, ShardKey
 from kvstore.transfer.copies import digest_blocks
-from kvstore.types import NO_SLOT, Extent, NamespaceId, TierKind
+from kvstore.types import NO_SLOT, Digest, Extent, NamespaceId, TierKind
 
 if TYPE_CHECKING:
     from kvstore.store.lane import Fetch, Lane, Write
@@ -64,6 +64,13 @@ class Route:
     def knows_capacity(self) -> bool:
         """Whether it is for us to make room there; a server does so itself."""
         return self.tier.usage().capacity_bytes > 0 and not self.tier.is_shared
+
+    def lacks_above(self, slot: int) -> Digest | None:
+        """Return the chunk before *slot* where the tier does not have it."""
+        index = self._store.index
+        parent = index.tree.parent(slot)
+        is_there = parent == NO_SLOT or index.tiers_of(parent) & self.kind
+        return None if is_there else index.digest(parent)
 
     # --- up -----------------------------------------------------------------------------
 

@@ -41,9 +41,18 @@ def prefetch(lane: Lane, slot: int) -> Fetch:
     return fetch
 
 
-def write(number: int, size_bytes: int = 10, *, is_urgent: bool = False) -> Write:
+def write(
+    number: int, size_bytes: int = 10, *, is_urgent: bool = False, above: int | None = None
+) -> Write:
     digest = loose_digest(number)
-    return Write(SPACE, digest, ALL, size_bytes, is_urgent=is_urgent, queued_at=0.0)
+    before = None if above is None else loose_digest(above)
+    return Write(SPACE, digest, ALL, size_bytes, is_urgent=is_urgent, queued_at=0.0, above=before)
+
+
+def waiting(lane: Lane) -> list[int]:
+    """Return the numbers of the writes that wait, in the order in which they will go."""
+    numbers = {loose_digest(number): number for number in range(100)}
+    return [numbers[write.digest] for write in lane._writes.values()]
 
 
 def removal() -> Removal:
@@ -119,6 +128,53 @@ def test_beyond_its_bytes_the_oldest_write_is_dropped_and_told(lane):
     assert lane.put_write(write(2, 10))
     assert (told, lane.dropped_writes, lane.write_bytes) == ([False], 1, 410)
     assert not lane.put_write(write(3, QUEUE_BYTES + 1))
+
+
+def test_the_oldest_prefix_loses_its_end_and_keeps_its_head(lane):
+    for number in range(5):
+        lane.put_write(write(number, 100, above=number - 1 if number else None))
+    for number in range(10, 15):
+        lane.put_write(write(number, 100, above=number - 1 if number > 10 else None))
+    for number in range(20, 23):
+        assert lane.put_write(write(number, 100, above=number - 1 if number > 20 else None))
+    assert waiting(lane) == [0, 1, *range(10, 15), 20, 21, 22]
+    assert lane.dropped_writes == 3
+
+
+def test_a_prefix_longer_than_the_queue_keeps_its_head(lane):
+    kept = [lane.put_write(write(n, 100, above=n - 1 if n else None)) for n in range(14)]
+    assert kept == [True] * 10 + [False] * 4
+    assert waiting(lane) == list(range(10))
+    # Once there is room again, what comes behind the gap may go, and pushes nobody out.
+    lane.next(0.0)
+    assert lane.put_write(write(14, 100, above=13))
+    assert not lane.put_write(write(15, 100, above=40))
+    assert waiting(lane) == [*range(1, 10), 14]
+
+
+def test_what_continues_a_chunk_that_is_on_its_way_is_a_run_of_its_own(lane):
+    lane.put_write(write(0, 100))
+    under_way = lane.next(0.0)
+    for number in range(1, 11):
+        assert lane.put_write(write(number, 100, above=number - 1))
+    lane.ended(under_way)
+    assert lane.put_write(write(50, 300))
+    assert waiting(lane) == [*range(1, 8), 50]
+
+
+def test_the_oldest_run_gives_its_own_end_before_a_later_branch_of_it(lane):
+    for number, above in ((0, None), (1, 0), (2, 1), (3, 0), (4, 3)):
+        lane.put_write(write(number, 200, above=above))
+    assert lane.put_write(write(9, 400))
+    assert waiting(lane) == [0, 3, 4, 9]
+
+
+def test_urgent_writes_of_the_same_prefix_push_out_what_nobody_waits_for(lane):
+    for number in range(WRITE_QUEUE_CHUNKS_MAX):
+        lane.put_write(write(number, 0, above=number - 1 if number else None))
+    assert lane.put_write(write(-1, 0, above=WRITE_QUEUE_CHUNKS_MAX - 1, is_urgent=True))
+    assert lane.write_chunks == WRITE_QUEUE_CHUNKS_MAX
+    assert len(lane.take_urgent_writes()) == 1
 
 
 def test_what_somebody_waits_for_is_not_dropped(lane):

@@ -296,6 +296,31 @@ async def test_second_touch_writes_what_is_used_again():
         assert tiers.store.slower.residents[REDIS].count == 2
 
 
+async def test_a_chunk_that_several_writers_store_is_used_once():
+    async with running(Tiers([Slower(fake(), "back", SecondTouch(64 * MIB))])) as tiers:
+        engine = tiers.engine(MANIFEST)
+        digests = make_digests(4)
+        for heads in (HeadRange(0, 1), HeadRange(1, 2), HeadRange(2, 4)):
+            engine.put(digests, heads=heads)
+        await tiers.settle()
+        assert tiers.store.slower.residents[REDIS].count == 0
+        await tiers.load(engine, digests[:2])
+        await tiers.settle()
+        assert tiers.store.slower.residents[REDIS].count == 2
+
+
+async def test_the_head_of_a_prefix_too_long_for_the_queue_is_what_a_tier_gets():
+    async with running(Tiers([Slower(fake())], capacity_bytes=2 * MIB)) as tiers:
+        engine = tiers.engine(MANIFEST)
+        digests = make_digests(40)
+        engine.put(digests)
+        await tiers.settle()
+        kept = tiers.store.slower.residents[REDIS].count
+        assert tiers.mover.routes[REDIS].lane.dropped_writes == 40 - kept > 0
+        tiers.evict_all()
+        assert engine.hits(digests) == kept
+
+
 def test_draining_writes_what_waits_and_gives_up_in_time():
     async def main() -> None:
         async with running(Tiers([Slower(SlowTier())])) as tiers:
