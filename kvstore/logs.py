@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from datetime import UTC, datetime
 from typing import Final, Literal, TextIO
 
 KEY_DIGITS: Final = 12
 """How many hex digits of a key tell it apart for a person."""
+
+_PRIORITIES: Final = {logging.DEBUG: 7, logging.INFO: 6, logging.WARNING: 4, logging.ERROR: 3}
 
 # Whatever a bare record has is logging's own; the rest came by `extra=`.
 _OWN_NAMES: Final = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
@@ -29,23 +32,55 @@ def configure(
     for former in root.handlers[:]:
         root.removeHandler(former)
     output = logging.StreamHandler(stream or sys.stderr)
-    output.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
+    output.setFormatter(_formatter(form, is_journal=_is_journal(output.stream)))
     root.addHandler(output)
     root.setLevel(level.upper())
+
+
+def _formatter(form: str, *, is_journal: bool) -> logging.Formatter:
+    own = JsonFormatter() if form == "json" else TextFormatter(timed=not is_journal)
+    return JournalFormatter(own) if is_journal else own
+
+
+def _is_journal(stream: TextIO) -> bool:
+    """Return whether *stream* ends in systemd's journal: JOURNAL_STREAM names its file."""
+    try:
+        found = os.fstat(stream.fileno())
+    except (OSError, ValueError):
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+
+
+class JournalFormatter(logging.Formatter):
+    """What another formatter makes, each line marked with its priority, as sd-daemon(3) says."""
+
+    def __init__(self, own: logging.Formatter) -> None:
+        super().__init__()
+        self._own = own
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the same lines; the journal takes the marks off again."""
+        mark = f"<{_PRIORITIES.get(record.levelno, 6)}>"
+        return mark + self._own.format(record).replace("\n", "\n" + mark)
 
 
 class TextFormatter(logging.Formatter):
     """`2026-01-31T12:00:00.000Z INFO daemon.server session ends client="vllm 0" reason=...`."""
 
+    def __init__(self, *, timed: bool = True) -> None:
+        """Leave the time out unless *timed*: the journal has its own."""
+        super().__init__()
+        self._timed = timed
+
     def format(self, record: logging.LogRecord) -> str:
         """Return one line, and the traceback indented below it when there is one."""
         words = [
-            _timestamp(record),
+            *([_timestamp(record)] if self._timed else []),
             record.levelname,
             record.name.removeprefix("kvstore."),
             _one_line(record.getMessage()),
         ]
-        words += [f"{name}={_text_value(value)}" for name, value in _fields(record).items()]
+        words += [f"{name}={_text_value(value)}" for name, value in event_fields(record).items()]
         line = " ".join(words)
         trace = _traceback(self, record)
         return line if trace is None else line + "\n    " + trace.replace("\n", "\n    ")
@@ -65,10 +100,11 @@ class JsonFormatter(logging.Formatter):
         trace = _traceback(self, record)
         if trace is not None:
             event["traceback"] = trace
-        return json.dumps(_fields(record) | event, default=str, ensure_ascii=False)
+        return json.dumps(event_fields(record) | event, default=str, ensure_ascii=False)
 
 
-def _fields(record: logging.LogRecord) -> dict[str, object]:
+def event_fields(record: logging.LogRecord) -> dict[str, object]:
+    """Return what was given by `extra=`."""
     return {
         name: _shown(value, KEY_DIGITS if record.levelno >= logging.INFO else None)
         for name, value in vars(record).items()

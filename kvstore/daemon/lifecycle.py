@@ -1,4 +1,4 @@
-"""The life of the daemon between start and exit: signals, housekeeping, systemd."""
+"""The life of the daemon between start and exit: signals, housekeeping, the watchdog."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import asyncio
 import logging
 import os
 import signal
-import socket
+from collections.abc import Callable
 
+from kvstore.daemon.systemd import notify, notify_reloading, watchdog_seconds
+from kvstore.errors import ConfigError
 from kvstore.store.store import Store
 from kvstore.transfer.arena import Arena
 
@@ -16,29 +18,62 @@ log = logging.getLogger(__name__)
 _HOUSEKEEPING_SECONDS = 0.5
 
 
-async def until_stopped() -> str:
-    """Wait for SIGTERM or SIGINT and return its name."""
+async def until_stopped(reload: Callable[[], object]) -> str:
+    """Wait for SIGTERM or SIGINT and return its name; at SIGHUP call *reload*.
+
+    SIGHUP ends the daemon when it comes from the loss of the terminal that it was started in.
+    """
     loop = asyncio.get_running_loop()
     stopped: asyncio.Future[str] = loop.create_future()
+    had_terminal = os.isatty(0)
 
     def stop(name: str) -> None:
         if not stopped.done():
             stopped.set_result(name)
 
+    def hang_up() -> None:
+        if had_terminal and not os.isatty(0):
+            stop("SIGHUP")
+        else:
+            _reload(reload)
+
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number.name)
+    loop.add_signal_handler(signal.SIGHUP, hang_up)
     return await stopped
 
 
+def _reload(reload: Callable[[], object]) -> None:
+    notify_reloading()
+    try:
+        reload()
+        notify("READY=1")
+    except ConfigError as error:
+        problems = str(error).splitlines()
+        log.error("configuration not reloaded", extra={"problems": "; ".join(problems)})  # no trace
+        notify("READY=1", f"STATUS=configuration not reloaded: {problems[0]}")
+
+
 async def keep_house(store: Store) -> None:
-    """Expire leases, and tell systemd's watchdog that the loop turns, until cancelled."""
+    """Expire leases until cancelled."""
     loop = asyncio.get_running_loop()
     while True:
         expired = store.expire(loop.time())
         if expired:
             log.warning("leases expired", extra={"count": expired})
-        notify("WATCHDOG=1")
         await asyncio.sleep(_HOUSEKEEPING_SECONDS)
+
+
+async def feed_watchdog() -> None:
+    """Show systemd, if it watches, that the loop turns, until cancelled.
+
+    Twice in the time that it grants: a loop that stands still longer has the daemon killed and
+    started again.
+    """
+    seconds = watchdog_seconds()
+    while seconds is not None:
+        notify("WATCHDOG=1")
+        await asyncio.sleep(seconds / 2)
 
 
 async def prefault(arena: Arena) -> None:
@@ -51,16 +86,3 @@ async def prefault(arena: Arena) -> None:
             "arena not wholly backed by memory",
             extra={"prefaulted_bytes": arena.prefaulted_bytes, "size_bytes": arena.size_bytes},
         )
-
-
-def notify(state: str) -> None:
-    """Tell systemd *state* (the sd_notify protocol); without systemd, nothing."""
-    path = os.environ.get("NOTIFY_SOCKET")
-    if not path:
-        return
-    address = "\0" + path[1:] if path.startswith("@") else path
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as messenger:
-            messenger.sendto(state.encode(), address)
-    except OSError as error:
-        log.warning("systemd not notified", extra={"state": state, "reason": error.strerror})

@@ -210,7 +210,7 @@ def test_an_optimised_interpreter_is_refused() -> None:
 
 
 def test_an_interrupt_gives_130(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(_: object) -> int:
+    def interrupted(*_: object, **__: object) -> int:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(app, "run", interrupted)
@@ -239,7 +239,7 @@ def test_serve_runs_the_daemon_as_configured(
 ) -> None:
     served: list[Config] = []
     logged: list[tuple[str, str]] = []
-    monkeypatch.setattr(app, "run", lambda config: served.append(config) or 5)
+    monkeypatch.setattr(app, "run", lambda config, reread: served.append(config) or 5)
     monkeypatch.setattr("kvstore.logs.configure", lambda *words: logged.append(words))
     monkeypatch.setenv("KVSTORE_LOG__FORMAT", "json")
     file = tmp_path / "kvstore.toml"
