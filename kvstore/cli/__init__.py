@@ -157,6 +157,13 @@ def _connectors_vllm(arguments: argparse.Namespace) -> int:
     return OK
 
 
+def _connectors_sglang(arguments: argparse.Namespace) -> int:
+    from kvstore.connectors.sglang_launch import launch_command, launch_words
+
+    print(launch_words(arguments.socket) if arguments.print else launch_command(arguments.socket))
+    return OK
+
+
 def _version(_: argparse.Namespace) -> int:
     print(f"kvstore {__version__}")
     return OK
@@ -242,6 +249,9 @@ def _add_connector_commands(commands: _Commands[argparse.ArgumentParser]) -> Non
     vllm = _add(engines, "vllm", "how vLLM is started", _connectors_vllm)
     vllm.add_argument("--print", action="store_true", help="only the value of --kv-transfer-config")
     vllm.add_argument("--socket", type=Path, help="the daemon's socket (default: the usual one)")
+    sglang = _add(engines, "sglang", "how SGLang is started", _connectors_sglang)
+    sglang.add_argument("--print", action="store_true", help="only the flags, for a shell")
+    sglang.add_argument("--socket", type=Path, help="the daemon's socket (default: the usual one)")
 
 
 def _add_config_options(parser: argparse.ArgumentParser) -> None:

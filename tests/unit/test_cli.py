@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -456,3 +457,19 @@ def test_connectors_vllm_says_how_to_start_it(capsys):
     command, config = capsys.readouterr().out.strip().rstrip("'").split("'")
     assert command == "vllm serve MODEL --kv-transfer-config "
     assert "kv_connector_extra_config" not in json.loads(config)
+
+
+def test_connectors_sglang_prints_what_sglang_takes(capsys):
+    assert cli.main(["connectors", "sglang", "--print", "--socket", "/run/x.sock"]) == 0
+    *flags, extra = shlex.split(capsys.readouterr().out)
+    assert flags[-1] == "--hicache-storage-backend-extra-config"
+    assert json.loads(extra) == {
+        "backend_name": "kvstore",
+        "module_path": "kvstore.connectors.sglang",
+        "class_name": "KVStoreHiCache",
+        "interface_v1": 1,
+        "hicache_storage_pass_prefix_keys": True,
+        "socket": "/run/x.sock",
+    }
+    assert cli.main(["connectors", "sglang"]) == 0
+    assert "socket" not in json.loads(shlex.split(capsys.readouterr().out)[-1])
