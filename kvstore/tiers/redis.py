@@ -98,7 +98,10 @@ class RedisTier:
         self._is_failing = False
 
     def usage(self) -> TierUsage:
-        """Return zeros: how much room there is, and for whom, is the server's to know."""
+        """Return zeros: how much room there is, and for whom, is the server's to know.
+
+        What this daemon has put or found there is counted by its store.
+        """
         return TierUsage(0, 0, 0)
 
     def close(self) -> None:
@@ -108,8 +111,7 @@ class RedisTier:
     async def greet(self) -> bool:
         """Return whether the servers answer; log it when they do not."""
         try:
-            with self._reported("greeting"):
-                await self._routes.at_home(b"", steps.ping, self._budget())
+            await self.probe()
         except TierError:
             return False
         return True
@@ -170,7 +172,10 @@ class RedisTier:
     async def find(
         self, namespace: NamespaceId, digests: Sequence[Digest]
     ) -> list[list[Recovered]]:
-        """Return the shards of each digest: one round trip to each node for some thousand."""
+        """Return the shards of each digest: one round trip to each node for some thousand.
+
+        What lies on a node that fails is missed; when all that were asked do, the call fails.
+        """
         found: list[list[Recovered]] = []
         with self._reported("find"):
             for start in range(0, len(digests), KEYS_PER_REQUEST_MAX):
@@ -323,6 +328,7 @@ class RedisTier:
     ) -> list[list[Recovered]]:
         budget = self._budget()
         replies: dict[int, Reply] = {}
+        failed: list[LaneError] = []
         pending: dict[tuple[Address, bool], list[int]] = {}
         for position, digest in enumerate(digests):
             home = await self._routes.servers.home(self._names.meta(namespace, digest))
@@ -337,6 +343,9 @@ class RedisTier:
             )
             pending = {}
             for ((address, _), places), answer in zip(groups, answers, strict=True):
+                if isinstance(answer, LaneError):
+                    failed.append(answer)
+                    continue
                 for at, reply in zip(places, answer, strict=True):
                     if isinstance(reply, ReplyError) and reply.word in {"MOVED", "ASK"}:
                         key = self._names.meta(namespace, digests[at])
@@ -346,6 +355,13 @@ class RedisTier:
                         replies[at] = reply
             if not pending:
                 break
+        refusals = [reply for reply in replies.values() if isinstance(reply, ReplyError)]
+        refused = [reply for reply in refusals if reply.word != "WRONGTYPE"]
+        if len(refused) == len(replies):
+            raise failed[0] if failed else RefusedError(refused[0])
+        for error in failed:
+            self._note_lost(error)
+        self.counters.refusals += len(refused)
         return await self._sort_out(namespace, digests, replies, budget)
 
     async def _look(
@@ -355,11 +371,15 @@ class RedisTier:
         digests: Sequence[Digest],
         asking: bool,
         budget: Budget,
-    ) -> list[Reply]:
+    ) -> list[Reply] | LaneError:
+        """Return what one node says of *digests*, or how it fails."""
         job = partial(
             steps.look, names=self._names, namespace=namespace, digests=digests, asking=asking
         )
-        return await self._routes.lanes.run(address, job, budget)
+        try:
+            return await self._routes.lanes.run(address, job, budget)
+        except LaneError as error:
+            return error
 
     async def _sort_out(
         self,
@@ -371,10 +391,7 @@ class RedisTier:
         """Return the good records; count and remove the damaged ones, leave others alone."""
         shards: list[list[Recovered]] = []
         for at, digest in enumerate(digests):
-            reply = replies.get(at)
-            if isinstance(reply, ReplyError) and reply.word != "WRONGTYPE":
-                raise RefusedError(reply)
-            found = steps.shards_in(reply, namespace, digest)
+            found = steps.shards_in(replies.get(at), namespace, digest)
             shards.append([Recovered(shard, _PLACE) for shard in found.shards])
             self.counters.foreign += found.is_foreign
             if found.is_newer:
@@ -405,9 +422,7 @@ class RedisTier:
             self._routes.servers.suspect()
             raise
         except LaneError as error:
-            self.counters.failures += 1
-            self.counters.timeouts += isinstance(error, LaneTimeoutError)
-            self._routes.servers.suspect()
+            self._note_lost(error)
             self._note_failure(str(error))
             raise TierError(f"redis {what}: {error}") from error
         except RefusedError as refused:
@@ -422,6 +437,11 @@ class RedisTier:
                 log.info("redis answers again")
         finally:
             self.counters.connections = self._routes.lanes.dialed
+
+    def _note_lost(self, error: LaneError) -> None:
+        self.counters.failures += 1
+        self.counters.timeouts += isinstance(error, LaneTimeoutError)
+        self._routes.servers.suspect()
 
     def _note_failure(self, reason: str) -> None:
         if not self._is_failing:

@@ -164,7 +164,8 @@ async def test_a_master_that_dies_is_replaced(tmp_path, open_tier):
         victim.do("WAIT", 1, 5000)
         victim.kill()
         assert await attempt(read(tier, 0)) is None
-        # The others serve on.
+        # The others serve on, and what only the dead one could say is missed.
+        assert await found(tier, range(14)) == theirs
         for number in theirs:
             await until(lambda number=number: read(tier, number))
         await until(lambda: write(tier, 0))
