@@ -11,6 +11,7 @@ from typing import Final, NamedTuple
 
 from kvstore.config import Config, WritePolicy
 from kvstore.daemon.address import SocketAddress
+from kvstore.daemon.handoffs import keep_handoffs
 from kvstore.daemon.lifecycle import keep_house, notify, prefault, until_stopped
 from kvstore.daemon.peers import Admission
 from kvstore.daemon.server import Server
@@ -155,6 +156,7 @@ async def _live(
             group.create_task(keep_house(server.store), name="housekeeping"),
             group.create_task(warm.settle(), name="warm start"),
             group.create_task(server.mover.run(), name="mover"),
+            group.create_task(keep_handoffs(server.handoffs), name="hand-offs"),
             *(group.create_task(tier.greet(), name="greeting") for tier in to_greet),
         ]
         if config.tiers.host.prefault:

@@ -135,6 +135,12 @@ class UnfitError(KVStoreError):
     code = 34
 
 
+class HandoffError(KVStoreError):
+    """The hand-off is unknown, another's, or in a state that does not allow this."""
+
+    code = 35
+
+
 class LimitError(KVStoreError):
     """A session asks for more at once than limits.py allows."""
 

@@ -73,6 +73,11 @@ TIER_READS_MAX: Final = 8
 """Reads under way at once, a tier. Writes are half as many, so that a read finds room."""
 TIER_WRITES_MAX: Final = 4
 TIER_FINDS_MAX: Final = 8
+# Chunks that are made smaller for a tier at once; each takes memory for itself as it is, plain
+# and encoded.
+TIER_TRANSCODES_MAX: Final = 2
+# Namespaces whose encoders a tier remembers.
+TRANSCODERS_MAX: Final = 256
 WRITE_QUEUE_CHUNKS_MAX: Final = 4096
 # The share of the host tier whose chunks may wait to be written to one slower tier.
 WRITE_QUEUE_SHARE: Final = 4
@@ -149,6 +154,7 @@ STUCK_TRANSFERS_MAX: Final = 64
 
 # --- admin API -------------------------------------------------------------------------
 ADMIN_BODY_MAX_BYTES: Final = 64 * KIB
+ADMIN_BODY_SECONDS: Final = 10.0
 # What may hold the token ids of a whole prompt.
 ADMIN_PROMPT_BODY_MAX_BYTES: Final = 2 * MIB
 ADMIN_PROMPT_TOKENS_MAX: Final = 131_072
@@ -173,6 +179,15 @@ ADMIN_SNAPSHOT_SECONDS: Final = 0.2
 ADMIN_STATUS_EVENTS_MAX: Final = 20
 ADMIN_HISTORY_SAMPLES_MAX: Final = 720
 ADMIN_HISTORY_SECONDS: Final = 5.0
+# Fates of chunks that have left, 14 bytes each.
+HISTORY_ENTRIES_MIN: Final = 16_384
+HISTORY_ENTRIES_MAX: Final = 524_288
+# Look-ups that are remembered with their digests, and how many of these in all.
+RECENT_LOOKUPS_MAX: Final = 1024
+RECENT_LOOKUP_DIGESTS_MAX: Final = 65_536
+EXPLAINED_CHUNKS_MAX: Final = 256
+EXPLAINED_GEOMETRIES_MAX: Final = 8
+EXPLAINED_ELSEWHERE_MAX: Final = 4
 READINESS_SECONDS: Final = 2.0
 READINESS_TIMEOUT_SECONDS: Final = 2.0
 EVENTS_MAX: Final = 2048

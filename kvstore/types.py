@@ -75,3 +75,15 @@ class ReserveOutcome(IntEnum):
     PRESENT = 1
     ARRIVING = 2
     NO_SPACE = 3
+
+
+@unique
+class HandoffState(IntEnum):
+    """How far a hand-off has come; what leads from one to another is in transfer/handoff.py."""
+
+    ABSENT = 0
+    OPEN = 1
+    CLOSED = 2
+    BROKEN = 3
+    TAKEN = 4
+    EXPIRED = 5

@@ -18,6 +18,7 @@ from kvstore.daemon.stats import daemon_stats
 from kvstore.daemon.tenants import Tenants
 from kvstore.errors import DrainingError, LimitError, RefusedError
 from kvstore.protocol import messages as m
+from kvstore.store.handoffs import Handoffs
 from kvstore.types import SessionId
 
 if TYPE_CHECKING:
@@ -49,6 +50,8 @@ class Server:
         self.mover = mover
         self.tenants = tenants
         self.hints: Hints
+        self.handoffs = Handoffs(store)
+        self.host_name = ""
         self.address = address
         self.verify_loads = verify_loads
         self.prefaults = prefaults
@@ -111,6 +114,7 @@ class Server:
         if self._sessions.pop(session.id, None) is None:
             return
         orphaned = self.store.end_session(session.id)
+        self.handoffs.end_session(session.id, self.loop.time())
         assert session.peer is not None, "an admitted session has a peer"
         if orphaned:
             session.peer.when_gone(

@@ -35,6 +35,8 @@ def daemon_stats(server: Server) -> m.DaemonStats:
         sessions=server.session_count,
         leases=len(store.leases),
         reservations=len(store.reservations),
+        handoffs=server.handoffs.open_count,
+        handoff_chunks=server.handoffs.held_chunks,
         tiers=[_host(store), *(_slower(store, routes[kind]) for kind in sorted(routes))],
         namespaces=_namespaces(store),
         namespaces_count=len(store.index.namespaces),

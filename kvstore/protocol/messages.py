@@ -18,6 +18,12 @@ from kvstore.limits import (
     CLIENT_NAME_SIZE_MAX_BYTES,
     DEADLINE_MAX_MS,
     DIGEST_SIZE_BYTES,
+    HANDOFF_CHUNKS_MAX,
+    HANDOFF_CONSUMERS_MAX,
+    HANDOFF_NAME_MAX_CHARS,
+    HANDOFF_PAYLOAD_MAX_BYTES,
+    HANDOFF_TTL_MAX_SECONDS,
+    HANDOFF_TTL_MIN_SECONDS,
     HINT_SECONDS_MAX,
     HOST_NAME_MAX_CHARS,
     KEYS_PER_REQUEST_MAX,
@@ -29,10 +35,11 @@ from kvstore.limits import (
     REQUEST_ID_MAX,
     TENANT_NAME_MAX_CHARS,
 )
-from kvstore.types import HintKind
+from kvstore.protocol import stats
+from kvstore.types import HandoffState, HintKind
 
-PROTOCOL_VERSION: Final = 2
-VERSIONS_SPOKEN: Final = (1, 2)
+PROTOCOL_VERSION: Final = 3
+VERSIONS_SPOKEN: Final = (1, 2, 3)
 
 RequestId = Annotated[int, Meta(ge=0, le=REQUEST_ID_MAX)]
 DeadlineMs = Annotated[int, Meta(ge=1, le=DEADLINE_MAX_MS)]
@@ -44,6 +51,9 @@ Head = Annotated[int, Meta(ge=0, le=KV_HEADS_MAX)]
 Size = Annotated[int, Meta(ge=1, le=CHUNK_SIZE_MAX_BYTES)]
 U64 = Annotated[int, Meta(ge=0)]
 RecomputeUs = Annotated[int, Meta(ge=0, le=RECOMPUTE_MAX_US)]
+HandoffName = Annotated[str, Meta(min_length=1, max_length=HANDOFF_NAME_MAX_CHARS)]
+ChunkNumber = Annotated[int, Meta(ge=0, le=HANDOFF_CHUNKS_MAX)]
+PeerName = Annotated[str, Meta(max_length=HOST_NAME_MAX_CHARS)]
 
 
 class Message(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -206,6 +216,74 @@ class Hint(Request, tag=15, frozen=True, gc=False):
     host: Annotated[str, Meta(max_length=HOST_NAME_MAX_CHARS)] = ""
 
 
+class HandoffOpen(Request, tag=16, frozen=True, gc=False):
+    """Open a hand-off: chunks of one prompt, from this session to *consumers* others.
+
+    *name* is used once. Without news of either side for *ttl_ms* the hand-off expires.
+    """
+
+    space: Handle
+    name: HandoffName
+    consumers: Annotated[int, Meta(ge=1, le=HANDOFF_CONSUMERS_MAX)] = 1
+    ttl_ms: Annotated[
+        int,
+        Meta(ge=int(HANDOFF_TTL_MIN_SECONDS * 1000), le=int(HANDOFF_TTL_MAX_SECONDS * 1000)),
+    ] = 60_000
+
+
+class HandoffPublish(Request, tag=17, frozen=True, gc=False):
+    """Announce chunks of an open hand-off of this session, number *first* and those behind it.
+
+    Each is ready as soon as all its heads are committed, be that before or after.
+    """
+
+    space: Handle
+    name: HandoffName
+    first: ChunkNumber
+    digests: DigestList
+
+
+class HandoffClose(Request, tag=18, frozen=True, gc=False):
+    """Say that nothing more will be published or stored; *payload* goes to the consumers."""
+
+    space: Handle
+    name: HandoffName
+    payload: Annotated[bytes, Meta(max_length=HANDOFF_PAYLOAD_MAX_BYTES)] = b""
+
+
+class HandoffAbort(Request, tag=19, frozen=True, gc=False):
+    """Give a hand-off of this session up; consumers compute what is not ready."""
+
+    space: Handle
+    name: HandoffName
+
+
+class HandoffAwait(Request, tag=20, frozen=True, gc=False):
+    """Wait until chunks from number *first* on are ready, the hand-off is over, or the deadline.
+
+    *peer* names the daemon where it was opened, empty for this one. With *early*, a name that
+    nobody has opened yet is waited for, too.
+    """
+
+    space: Handle
+    name: HandoffName
+    first: ChunkNumber = 0
+    peer: PeerName = ""
+    early: bool = False
+
+
+class HandoffLeave(Request, tag=21, frozen=True, gc=False):
+    """Say that this consumer needs no more of the hand-off."""
+
+    space: Handle
+    name: HandoffName
+    peer: PeerName = ""
+
+
+AnyHandoff = (
+    HandoffOpen | HandoffPublish | HandoffClose | HandoffAbort | HandoffAwait | HandoffLeave
+)
+
 AnyRequest = (
     Hello
     | Attach
@@ -222,6 +300,12 @@ AnyRequest = (
     | Ping
     | Prefetch
     | Hint
+    | HandoffOpen
+    | HandoffPublish
+    | HandoffClose
+    | HandoffAbort
+    | HandoffAwait
+    | HandoffLeave
 )
 
 
@@ -330,88 +414,37 @@ class Pong(Message, tag=72, frozen=True, gc=False):
     payload: bytes
 
 
-class TierStats(msgspec.Struct, frozen=True, kw_only=True):
-    """What one tier holds, and how it does.
-
-    *state* is "ready", or "failing" while it is not asked. *counters* are those of the tier.
-    """
-
-    tier: str
-    capacity_bytes: int
-    used_bytes: int
-    largest_free_bytes: int
-    chunks: int
-    hit_chunks: int = 0
-    state: str = "ready"
-    write: str = ""
-    queued_chunks: int = 0
-    queued_bytes: int = 0
-    read_bytes_per_second: int = 0
-    write_bytes_per_second: int = 0
-    read_seconds: float = 0.0
-    counters: dict[str, int] = {}
-
-
-class NamespaceStats(msgspec.Struct, frozen=True, kw_only=True):
-    """What one namespace holds."""
-
-    namespace: str
-    model: str
-    revision: str
-    dtype: str
-    group: str
-    chunk_tokens: int
-    chunk_bytes: int
-    chunks: int
-
-
-class TenantStats(msgspec.Struct, frozen=True, kw_only=True):
-    """What one tenant has in one tier, and may have; no quota is the whole tier."""
-
-    tenant: str
-    tier: str
-    chunks: int
-    used_bytes: int
-    quota_bytes: int
-    floor_bytes: int
-
-
-class ArenaStats(msgspec.Struct, frozen=True, kw_only=True):
-    """How the arena is made."""
-
-    kind: str
-    size_bytes: int
-    prefaulted_bytes: int
-    huge_pages: bool
-
-
-class DaemonStats(msgspec.Struct, frozen=True, kw_only=True):
-    """One look at the whole daemon. Counters only grow; their names are in metrics.py.
-
-    *namespaces* lists those with most chunks, *namespaces_count* counts all.
-    """
-
-    version: str
-    pid: int
-    state: str
-    socket: str
-    uptime_seconds: float
-    resident_bytes: int
-    sessions: int
-    leases: int
-    reservations: int
-    tiers: list[TierStats]
-    namespaces: list[NamespaceStats]
-    namespaces_count: int
-    arena: ArenaStats
-    counters: dict[str, int]
-    tenants: list[TenantStats] = []
+ArenaStats = stats.ArenaStats
+DaemonStats = stats.DaemonStats
+NamespaceStats = stats.NamespaceStats
+TenantStats = stats.TenantStats
+TierStats = stats.TierStats
 
 
 class StatsReply(Message, tag=73, frozen=True, gc=False):
     """The answer to stats."""
 
     stats: DaemonStats
+
+
+class HandoffOpened(Message, tag=74, frozen=True, gc=False):
+    """The hand-off is open. *host* is what other daemons call this one; empty: none can ask it."""
+
+    host: str
+
+
+class HandoffReady(Message, tag=75, frozen=True, gc=False):
+    """How a hand-off stands: *digests* are ready, from the number asked for on.
+
+    With *is_last* nothing comes behind them, and *payload* is what a closed one has to say.
+    *published* counts all that was announced so far.
+    """
+
+    state: HandoffState
+    digests: list[DigestField]
+    is_last: bool
+    published: int
+    payload: bytes = b""
 
 
 class Error(Message, tag=127, frozen=True, gc=False):
@@ -423,7 +456,18 @@ class Error(Message, tag=127, frozen=True, gc=False):
 
 
 AnyReply = (
-    Welcome | Attached | Found | Loaded | Reserved | Committed | Done | Pong | StatsReply | Error
+    Welcome
+    | Attached
+    | Found
+    | Loaded
+    | Reserved
+    | Committed
+    | Done
+    | Pong
+    | StatsReply
+    | HandoffOpened
+    | HandoffReady
+    | Error
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -1,4 +1,4 @@
-"""The wire of version 2, to the byte: every message against its golden file, both ways.
+"""The wire of version 3, to the byte: every message against its golden file, both ways.
 
 The oracle is the `msgpack` package, which knows nothing of our structs. To add a message, add
 it to `tests/support/goldens.py`, write its file by hand or from the oracle, and list it in
@@ -16,7 +16,7 @@ import pytest
 from kvstore.errors import FrameError
 from kvstore.protocol import messages as m
 from kvstore.protocol.messages import decode_reply, decode_request, encode
-from tests.support.goldens import ALL, GOLDEN_DIRECTORY, REPLIES, REQUESTS, VERSION_1, golden_bytes
+from tests.support.goldens import ALL, GOLDEN_DIRECTORY, OLDER, REPLIES, REQUESTS, golden_bytes
 
 
 def decode(name: str, body: bytes) -> m.Message:
@@ -31,7 +31,7 @@ def required(message: m.Message) -> int:
 
 def test_every_message_has_a_golden_file_and_every_file_a_message():
     files = {path.stem for path in GOLDEN_DIRECTORY.glob("*.hex")}
-    assert files == set(ALL) | set(VERSION_1)
+    assert files == set(ALL) | set(OLDER)
     assert {type(golden.message) for golden in REQUESTS.values()} == set(get_args(m.AnyRequest))
     assert {type(golden.message) for golden in REPLIES.values()} == set(get_args(m.AnyReply))
 
@@ -46,11 +46,11 @@ def test_the_golden_bytes_decode_to_the_message(name):
     assert decode(name, golden_bytes(name)) == ALL[name].message
 
 
-@pytest.mark.parametrize("name", VERSION_1)
-def test_what_version_1_wrote_still_decodes(name):
+@pytest.mark.parametrize("name", OLDER)
+def test_what_older_versions_wrote_still_decodes(name):
     body = golden_bytes(name)
-    is_request = isinstance(VERSION_1[name], m.Request)
-    assert (decode_request if is_request else decode_reply)(body) == VERSION_1[name]
+    is_request = isinstance(OLDER[name], m.Request)
+    assert (decode_request if is_request else decode_reply)(body) == OLDER[name]
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -109,7 +109,7 @@ OUT_OF_RANGE = {
     "an id beyond 63 bits": [12, 2**63, 50],
     "no deadline": [12, 1, 0],
     "a deadline beyond ten minutes": [12, 1, 600_001],
-    "an unknown tag": [16, 1, 50],
+    "an unknown tag": [22, 1, 50],
     "a tag that is text": ["hello", 1, 50],
     "no tag": [],
     "a map": {"0": 1},
@@ -141,6 +141,13 @@ OUT_OF_RANGE = {
     "a cost below zero": [3, 1, 50, 0, [bytes(32)], 0, False, False, -1],
     "a hint of no known kind": [15, 1, 50, 0, [bytes(32)], 3],
     "a hint for the year after next": [15, 1, 50, 0, [bytes(32)], 0, 86_401],
+    "a hand-off without a name": [16, 1, 50, 0, ""],
+    "a hand-off's name beyond its limit": [16, 1, 50, 0, "x" * 129],
+    "a hand-off for nobody": [16, 1, 50, 0, "x", 0],
+    "a hand-off for ever": [16, 1, 50, 0, "x", 1, 600_001],
+    "a hand-off of too many chunks": [17, 1, 50, 0, "x", 65_537, [bytes(32)]],
+    "a hand-off's payload beyond its limit": [18, 1, 50, 0, "x", bytes(65_537)],
+    "a peer's name beyond its limit": [20, 1, 50, 0, "x", 0, "p" * 256],
     "null for a field": [13, 1, 50, None],
 }
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from kvstore.protocol import messages as m
-from kvstore.types import HintKind
+from kvstore.types import HandoffState, HintKind
 
 GOLDEN_DIRECTORY: Final = Path(__file__).parents[1] / "protocol" / "golden"
 
@@ -76,6 +76,7 @@ _TENANT = {
     "floor_bytes": 0,
 }
 _STATS_2 = _STATS | {"tiers": [_STATS["tiers"][0] | _TIER_2], "tenants": [_TENANT]}
+_STATS_3 = _STATS_2 | {"handoffs": 3, "handoff_chunks": 12}
 
 
 def _stats(plain: dict[str, object]) -> m.DaemonStats:
@@ -122,6 +123,25 @@ REQUESTS: Final = {
         m.Hint(15, 50, 0, [A], HintKind.GOES_TO, 30, "node-7"),
         [15, 15, 50, 0, [A], 1, 30, "node-7"],
     ),
+    "handoff_open": Golden(
+        m.HandoffOpen(16, 50, 0, "request-1", 2, 30_000), [16, 16, 50, 0, "request-1", 2, 30_000]
+    ),
+    "handoff_publish": Golden(
+        m.HandoffPublish(17, 50, 0, "request-1", 4, [A, B]),
+        [17, 17, 50, 0, "request-1", 4, [A, B]],
+    ),
+    "handoff_close": Golden(
+        m.HandoffClose(18, 50, 0, "request-1", b"token 7"),
+        [18, 18, 50, 0, "request-1", b"token 7"],
+    ),
+    "handoff_abort": Golden(m.HandoffAbort(19, 50, 0, "request-1"), [19, 19, 50, 0, "request-1"]),
+    "handoff_await": Golden(
+        m.HandoffAwait(20, 50, 0, "request-1", 5, "node-7", early=True),
+        [20, 20, 50, 0, "request-1", 5, "node-7", True],
+    ),
+    "handoff_leave": Golden(
+        m.HandoffLeave(21, 50, 0, "request-1", "node-7"), [21, 21, 50, 0, "request-1", "node-7"]
+    ),
 }
 
 REPLIES: Final = {
@@ -156,14 +176,19 @@ REPLIES: Final = {
     ),
     "done": Golden(m.Done(7, 2, 1), [71, 7, 2, 1]),
     "pong": Golden(m.Pong(8, b"\x00payload"), [72, 8, b"\x00payload"]),
-    "stats_reply_2": Golden(m.StatsReply(9, _stats(_STATS_2)), [73, 9, _STATS_2]),
+    "stats_reply_3": Golden(m.StatsReply(9, _stats(_STATS_3)), [73, 9, _STATS_3]),
+    "handoff_opened": Golden(m.HandoffOpened(10, "node-7"), [74, 10, "node-7"]),
+    "handoff_ready": Golden(
+        m.HandoffReady(11, HandoffState.CLOSED, [A, B], True, 7, b"token 7"),
+        [75, 11, 2, [A, B], True, 7, b"token 7"],
+    ),
     "error": Golden(m.Error(0, 20, "no space", retryable=True), [127, 0, 20, "no space", True]),
 }
 
 ALL: Final = REQUESTS | REPLIES
 
-# Written by peers of version 1, and read by all: what was appended since has its default.
-VERSION_1: Final = {
+# Written by peers of older versions, and read by all: what was appended since has its default.
+OLDER: Final = {
     "hello": m.Hello(1, 5000, 1, "engine"),
     "lookup": m.Lookup(3, 50, 0, [A, B], 2, wait=True, lease=True),
     "load": m.Load(4, 50, 0, [A], 2, 4),
@@ -173,6 +198,7 @@ VERSION_1: Final = {
     "found": m.Found(3, 5, 1, [(2, 4), (4, 1)], 77),
     "committed": m.Committed(6, [m.Failure(9, 32, "wrong bytes")]),
     "stats_reply": m.StatsReply(9, _stats(_STATS)),
+    "stats_reply_2": m.StatsReply(9, _stats(_STATS_2)),
 }
 
 

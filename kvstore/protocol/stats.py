@@ -1,0 +1,86 @@
+"""What a daemon says of itself: maps, whose fields are only ever added."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class TierStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What one tier holds, and how it does.
+
+    *state* is "ready", or "failing" while it is not asked. *counters* are those of the tier.
+    """
+
+    tier: str
+    capacity_bytes: int
+    used_bytes: int
+    largest_free_bytes: int
+    chunks: int
+    hit_chunks: int = 0
+    state: str = "ready"
+    write: str = ""
+    queued_chunks: int = 0
+    queued_bytes: int = 0
+    read_bytes_per_second: int = 0
+    write_bytes_per_second: int = 0
+    read_seconds: float = 0.0
+    counters: dict[str, int] = {}
+
+
+class NamespaceStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What one namespace holds."""
+
+    namespace: str
+    model: str
+    revision: str
+    dtype: str
+    group: str
+    chunk_tokens: int
+    chunk_bytes: int
+    chunks: int
+
+
+class TenantStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What one tenant has in one tier, and may have; no quota is the whole tier."""
+
+    tenant: str
+    tier: str
+    chunks: int
+    used_bytes: int
+    quota_bytes: int
+    floor_bytes: int
+
+
+class ArenaStats(msgspec.Struct, frozen=True, kw_only=True):
+    """How the arena is made."""
+
+    kind: str
+    size_bytes: int
+    prefaulted_bytes: int
+    huge_pages: bool
+
+
+class DaemonStats(msgspec.Struct, frozen=True, kw_only=True):
+    """One look at the whole daemon. Counters only grow; their names are in metrics.py.
+
+    *namespaces* lists those with most chunks, *namespaces_count* counts all. *handoffs* are
+    those that are not over, *handoff_chunks* what they hold.
+    """
+
+    version: str
+    pid: int
+    state: str
+    socket: str
+    uptime_seconds: float
+    resident_bytes: int
+    sessions: int
+    leases: int
+    reservations: int
+    tiers: list[TierStats]
+    namespaces: list[NamespaceStats]
+    namespaces_count: int
+    arena: ArenaStats
+    counters: dict[str, int]
+    tenants: list[TenantStats] = []
+    handoffs: int = 0
+    handoff_chunks: int = 0
