@@ -62,7 +62,7 @@ def _tiers(stats: DaemonStats) -> list[str]:
             (
                 tier.tier,
                 round_size(tier.capacity_bytes) if known else "-",
-                round_size(tier.used_bytes) if known else "-",
+                round_size(tier.used_bytes),
                 f"{share:.0f}%" if known else "-",
                 round_size(tier.largest_free_bytes) if known else "-",
                 f"{tier.chunks:,}",

@@ -46,9 +46,15 @@ def daemon_stats(server: Server) -> m.DaemonStats:
             prefaulted_bytes=arena.prefaulted_bytes,
             huge_pages=arena.huge_pages,
         ),
-        counters=store.counters.as_dict(),
+        counters=_counters(store),
         tenants=list(_tenants(store)) if len(store.tenants) > 1 else [],
     )
+
+
+def _counters(store: Store) -> dict[str, int]:
+    records = store.host.records
+    store.counters.unrecorded_shards = 0 if records is None else records.unrecorded
+    return store.counters.as_dict()
 
 
 def _host(store: Store) -> m.TierStats:
@@ -65,6 +71,7 @@ def _host(store: Store) -> m.TierStats:
 
 def _slower(store: Store, route: Route) -> m.TierStats:
     usage, tier, lane = route.tier.usage(), route.tier, route.lane
+    residents = store.slower.residents[tier.kind]
     counters = msgspec.structs.asdict(tier.counters) | {"dropped_writes": lane.dropped_writes}
     own = getattr(tier.tier, "counters", None)
     if isinstance(own, msgspec.Struct):
@@ -72,9 +79,10 @@ def _slower(store: Store, route: Route) -> m.TierStats:
     return m.TierStats(
         tier=tier.kind.name.lower(),
         capacity_bytes=usage.capacity_bytes,
-        used_bytes=usage.used_bytes,
+        # How full a server is, is not ours to know: what this daemon put or found there is.
+        used_bytes=usage.used_bytes if usage.capacity_bytes else residents.shares.sum_bytes,
         largest_free_bytes=usage.largest_free_bytes,
-        chunks=store.slower.residents[tier.kind].count,
+        chunks=residents.count,
         hit_chunks=store.hit_chunks[tier.kind],
         state="ready" if tier.is_usable else "failing",
         write=route.policy,

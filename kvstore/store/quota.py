@@ -72,6 +72,11 @@ class Shares:
         """Return the bytes that *tenant* takes up."""
         return self._used[tenant]
 
+    @property
+    def sum_bytes(self) -> int:
+        """The bytes that all tenants together take up."""
+        return sum(self._used)
+
     def quota_bytes(self, tenant: int) -> int:
         """Return the most that *tenant* may take up: its quota, or the whole tier."""
         return self._quota[tenant]

@@ -115,6 +115,7 @@ class Recovery:
         self._set_aside(rows[filling])
         self._rows = rows[~filling]
         self.left = len(self._rows)
+        self._store.counters.recover_shards = self.left
         self.left_bytes = int(self._rows["size_bytes"].sum())
 
     def _open_spaces(self, records: Records, rows: Rows) -> None:
@@ -230,6 +231,7 @@ class Recovery:
     def _count(self, reason: str, number: int) -> None:
         if number:
             self.dropped[reason] += number
+            self._store.counters.recover_shards_dropped += number
 
 
 def _has_table(rows: Rows, host: HostTier) -> Mask:

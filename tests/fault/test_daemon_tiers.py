@@ -107,6 +107,9 @@ def test_what_one_daemon_has_stored_is_a_hit_at_another(tmp_path, redis):
         load_all(second, digests)
         tier = next(tier for tier in second.stats().tiers if tier.tier == "redis")
         assert tier.hit_chunks == len(digests)
+        # Of a server that is not ours, what is known here.
+        assert tier.capacity_bytes == 0
+        assert tier.used_bytes == len(digests) * MANIFEST.chunk_bytes
 
 
 def test_a_redis_that_is_away_at_start_costs_nothing_and_is_found_later(tmp_path, redis):

@@ -279,7 +279,7 @@ def test_status_shows_slower_tiers_and_tenants() -> None:
     slower = TierStats(
         tier="redis",
         capacity_bytes=0,
-        used_bytes=0,
+        used_bytes=3 * 2**20,
         largest_free_bytes=0,
         chunks=7,
         hit_chunks=3,
@@ -297,7 +297,7 @@ def test_status_shows_slower_tiers_and_tenants() -> None:
     )
     shown = render(make_stats(tiers=[slower], tenants=[tenant]))
     lines = [line.split() for line in shown.splitlines()]
-    assert ["redis", "-", "-", "-", "-", "7", "3"] in lines
+    assert ["redis", "-", "3.00", "MiB", "-", "-", "7", "3"] in lines
     assert [
         "redis",
         "failing",

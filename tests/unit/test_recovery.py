@@ -275,6 +275,8 @@ async def test_changed_bytes_are_found_behind_what_is_served(spoiled):
     assert Engine(spoiled, MANIFEST).hits(DIGESTS) == 2
     assert spoiled.counters.checksum_failures == 1
     assert recovery.dropped == {"of other bytes": 1}
+    counters = spoiled.counters
+    assert (counters.recover_shards, counters.recover_shards_dropped) == (6, 1)
 
 
 async def test_changed_bytes_are_never_served_to_who_does_not_verify(spoiled):
