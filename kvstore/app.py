@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import logging
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from kvstore.admin.exposure import Exposure
+from kvstore.admin.subject import Subject
 from kvstore.config import Config, WritePolicy
 from kvstore.daemon.address import SocketAddress
 from kvstore.daemon.handoffs import keep_handoffs
@@ -18,6 +21,7 @@ from kvstore.daemon.server import Server
 from kvstore.daemon.tenants import TenantRule, Tenants
 from kvstore.daemon.warm import WarmStart
 from kvstore.errors import ConfigError, TierError
+from kvstore.events import Events
 from kvstore.limits import (
     EXTENT_ALIGNMENT_BYTES,
     GIB,
@@ -149,13 +153,20 @@ async def _live(
     server: Server,
     warm: WarmStart,
     to_greet: Sequence[GuardedTier],
+    exposure: Exposure,
 ) -> None:
     """Run the background tasks until a signal comes, then drain."""
+
+    def reload() -> Reloaded:
+        exposure.reread()
+        return reloader.reload()
+
     async with asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(keep_house(server.store), name="housekeeping"),
             group.create_task(warm.settle(), name="warm start"),
             group.create_task(server.mover.run(), name="mover"),
+            group.create_task(_serve_admin(server, reloader, reload, exposure), name="admin API"),
             group.create_task(keep_handoffs(server.handoffs), name="hand-offs"),
             *(group.create_task(tier.greet(), name="greeting") for tier in to_greet),
         ]
@@ -170,6 +181,39 @@ async def _live(
             log.warning("chunks not written before the end", extra={"chunks": lost})
         for task in tasks:
             task.cancel()
+
+
+async def _serve_admin(
+    server: Server, reloader: Reloader, reload: Callable[[], Reloaded], exposure: Exposure
+) -> None:
+    """Serve the admin API until cancelled. Whatever becomes of it, engines are served."""
+    config = reloader.config.admin
+    if config.listen is None:
+        return
+    events = Events()
+    logging.getLogger("kvstore").addHandler(events)
+    subject = Subject(
+        store=server.store,
+        mover=server.mover,
+        events=events,
+        latencies=server.latencies,
+        socket=server.address.path,
+        reloadable=frozenset(RELOADABLE),
+        stats=server.stats,
+        config=lambda: reloader.config,
+        reload=reload,
+        prefetch=server.hints.prefetch,
+    )
+    try:
+        # What it stands on takes longer to import than the daemon to start.
+        admin = await asyncio.to_thread(importlib.import_module, "kvstore.admin.server")
+        await admin.Admin(config, exposure, subject).run()
+    except ConfigError as error:
+        log.error("admin API is not served", extra={"reason": str(error)})  # no trace
+    except Exception:
+        log.exception("admin API has ended")
+    finally:
+        logging.getLogger("kvstore").removeHandler(events)
 
 
 async def _take_stock(store: Store, slower: Sequence[OpenTier]) -> None:

@@ -2,7 +2,78 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
+from typing import Final
+
 import msgspec
+
+LATENCY_BOUNDS_SECONDS: Final = (
+    *(25e-6, 50e-6, 100e-6, 250e-6, 500e-6),
+    *(1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3),
+    *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
+)
+
+
+class Histogram:
+    """How often a value fell between two bounds, and the sum of all values."""
+
+    __slots__ = ("bounds", "counts", "total")
+
+    def __init__(self, bounds: Sequence[float] = LATENCY_BOUNDS_SECONDS) -> None:
+        self.bounds = tuple(bounds)
+        self.counts = [0] * (len(self.bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        """Count *value* under the smallest bound that is not below it."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    @property
+    def count(self) -> int:
+        """How many values there were."""
+        return sum(self.counts)
+
+    def copy(self) -> Histogram:
+        """Return what there is now, apart from what comes."""
+        other = Histogram(self.bounds)
+        other.counts, other.total = list(self.counts), self.total
+        return other
+
+    def since(self, earlier: Histogram) -> Histogram:
+        """Return what has come since *earlier*, a copy of this one."""
+        other = Histogram(self.bounds)
+        other.counts = [now - then for now, then in zip(self.counts, earlier.counts, strict=True)]
+        other.total = self.total - earlier.total
+        return other
+
+    def quantile(self, share: float) -> float:
+        """Return the value that *share* of all values do not exceed; 0 when there are none.
+
+        Between two bounds it is taken to lie in proportion; beyond the last, at the last.
+        """
+        wanted = share * self.count
+        below, lower = 0, 0.0
+        for bound, count in zip(self.bounds, self.counts, strict=False):
+            if count and below + count >= wanted:
+                return lower + (bound - lower) * (wanted - below) / count
+            below, lower = below + count, bound
+        return lower if below or self.counts[-1] else 0.0
+
+
+class Latencies:
+    """How long requests took, from their arrival to their answer, by what they asked for."""
+
+    def __init__(self) -> None:
+        self.by_op: dict[str, Histogram] = {}
+
+    def observe(self, op: str, seconds: float) -> None:
+        """Count one answer to *op*, of which there are as many as the protocol has requests."""
+        histogram = self.by_op.get(op)
+        if histogram is None:
+            histogram = self.by_op[op] = Histogram()
+        histogram.observe(seconds)
 
 
 class Counters(msgspec.Struct, kw_only=True):

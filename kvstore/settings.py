@@ -27,7 +27,7 @@ SOCKET_PATH_MAX_BYTES: Final = 107
 _USER_ID_MAX: Final = 2**32 - 2
 _FLAG_WORDS: Final = {"true": True, "false": False}
 
-Plain = str | int | bool | list[int] | list[str]
+Plain = str | int | bool | list[int | str]
 """A value as TOML and JSON write it."""
 
 Schema = dict[str, object]

@@ -17,6 +17,7 @@ from kvstore.daemon.session import Session
 from kvstore.daemon.stats import daemon_stats
 from kvstore.daemon.tenants import Tenants
 from kvstore.errors import DrainingError, LimitError, RefusedError
+from kvstore.metrics import Latencies
 from kvstore.protocol import messages as m
 from kvstore.store.handoffs import Handoffs
 from kvstore.types import SessionId
@@ -56,6 +57,7 @@ class Server:
         self.verify_loads = verify_loads
         self.prefaults = prefaults
         self.draining = False
+        self.latencies = Latencies()
         self.name = f"kvstore {__version__}"
         self.loop: asyncio.AbstractEventLoop
         self._admission = admission

@@ -12,6 +12,7 @@ import os
 import socket
 from collections.abc import Iterator
 from itertools import chain
+from time import perf_counter
 from typing import TYPE_CHECKING, cast
 
 from kvstore.daemon.answers import Answers, error_reply
@@ -55,6 +56,8 @@ class Session(asyncio.Protocol):
         self._is_heard = True
         self._answers = Answers(server, session_id, self._reply)
         self._uid = -1
+        # What is answered later, and since when that is waited for.
+        self._began: dict[int, tuple[str, float]] = {}
         self._arena_sent = False
         self._transport: asyncio.Transport
         self._socket: socket.socket
@@ -122,7 +125,7 @@ class Session(asyncio.Protocol):
     # --- requests -----------------------------------------------------------------------
 
     def _receive(self, request: m.AnyRequest) -> None:
-        counters = self._store.counters
+        counters, began_at = self._store.counters, perf_counter()
         counters.requests += 1
         try:
             self._machine.receive(request)
@@ -144,8 +147,12 @@ class Session(asyncio.Protocol):
             )
             counters.request_errors += 1
             reply = error_reply(request.request_id, InternalError("the daemon's log says why"))
+        op = type(request).__name__.lower()
         if reply is not None:
             self._reply(reply)
+            self._server.latencies.observe(op, perf_counter() - began_at)
+        elif request.request_id in self._machine.in_flight:
+            self._began[request.request_id] = (op, began_at)
         if self._server.draining:
             self._server.settle()
 
@@ -182,8 +189,16 @@ class Session(asyncio.Protocol):
     # --- replies ------------------------------------------------------------------------
 
     def _reply(self, reply: m.AnyReply) -> None:
+        if self._began:
+            self._observe(reply.request_id)
         self._machine.answered(reply.request_id)
         self._send(reply)
+
+    def _observe(self, request_id: int) -> None:
+        """Note how long a request took whose answer came later."""
+        op, began_at = self._began.pop(request_id, ("", 0.0))
+        if op:
+            self._server.latencies.observe(op, perf_counter() - began_at)
 
     def _send(self, reply: m.AnyReply) -> None:
         if not self._closing:

@@ -16,8 +16,8 @@ class Namespace:
     """The chunks of one manifest. *ready* ones have all their heads, *partial* ones do not.
 
     A namespace of a tenant is its own, whoever else has the same manifest. *entered* counts
-    the sessions that are in it. *marks* says on a run of slots, the same on each, that they
-    are ready in this namespace.
+    the sessions that are in it. *stamp* stands for it in 64 bits. *marks* says on a run of slots,
+    the same on each, that they are ready in this namespace.
     """
 
     __slots__ = (
@@ -30,6 +30,7 @@ class Namespace:
         "number",
         "partial",
         "ready",
+        "stamp",
         "tenant",
     )
 
@@ -40,6 +41,7 @@ class Namespace:
         self.head_bytes = manifest.head_bytes
         self.tenant = tenant
         self.id: NamespaceId = manifest.namespace_id(tenant)
+        self.stamp = int.from_bytes(self.id[:8], "little")
         self.marks = array("H", [number + 1]) * RUN_SLOTS
         self.entered = 0
         self.ready: dict[Digest, int] = {}

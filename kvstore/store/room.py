@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from kvstore.protocol.manifest import encode_namespace
+from kvstore.store.history import Fate
 from kvstore.store.planner import cheapest_window
 from kvstore.store.soundness import tenant_mark
 from kvstore.tiers.base import Shard, ShardKey
@@ -16,6 +17,7 @@ from kvstore.types import NO_SLOT, Digest, Extent, TierKind
 
 if TYPE_CHECKING:
     from kvstore.metrics import Counters
+    from kvstore.store.history import History
     from kvstore.store.index import Index
     from kvstore.store.residence import Residents
     from kvstore.store.shards import ShardRecord
@@ -37,6 +39,7 @@ class HostRoom:
         host: HostTier,
         residents: Residents,
         counters: Counters,
+        history: History,
         unpublished: Callable[[], Iterable[Extent]],
     ) -> None:
         self.is_wanted: Callable[[int], bool] | None = None
@@ -44,6 +47,7 @@ class HostRoom:
         self._host = host
         self._residents = residents
         self._counters = counters
+        self._history = history
         self._unpublished = unpublished
 
     def take(self, tenant: int, size_bytes: int) -> Extent | None:
@@ -56,7 +60,7 @@ class HostRoom:
         shares = self._residents.shares
         has_quota = shares.quota_bytes(tenant) < shares.capacity_bytes
         while has_quota and shares.is_over(tenant, need):
-            if not self._evict_for(tenant, need):
+            if not self._evict_for(tenant, need, Fate.EVICTED_FOR_QUOTA):
                 return None
         extent = self._host.allocate(size_bytes)
         freed_bytes = 0
@@ -121,8 +125,9 @@ class HostRoom:
             self.give_back(tenant, shard.extent)
         return shards
 
-    def evict(self, slot: int) -> int:
+    def evict(self, slot: int, fate: Fate = Fate.EVICTED_FOR_ROOM) -> int:
         """Let *slot* leave for others, and return how many bytes that made free."""
+        self._history.note(self._index.space_of(slot), self._index.digest(slot), fate, _HOST)
         if self.is_wanted is not None and self.is_wanted(slot):
             self._counters.demote_chunks_dropped += 1
         shards = self.vacate(slot, evicted=True)
@@ -149,10 +154,10 @@ class HostRoom:
         for extent in self._unpublished():
             yield extent, NO_SLOT
 
-    def _evict_for(self, tenant: int, need_bytes: int) -> int:
+    def _evict_for(self, tenant: int, need_bytes: int, fate: Fate = Fate.EVICTED_FOR_ROOM) -> int:
         """Evict one chunk, what is wanted elsewhere behind what is not; return the bytes freed."""
         victim = self._residents.next_victim(tenant, need_bytes, self.footprint_of, self.is_wanted)
-        return 0 if victim == NO_SLOT else self.evict(victim)
+        return 0 if victim == NO_SLOT else self.evict(victim, fate)
 
     def _clear_window(self, tenant: int, size_bytes: int) -> bool:
         need = self._host.footprint(size_bytes)
@@ -167,7 +172,7 @@ class HostRoom:
         if cleared is None:
             return False
         for slot in {extents[position][1] for position in cleared}:
-            self.evict(slot)
+            self.evict(slot, Fate.EVICTED_FOR_WINDOW)
         return True
 
     def _may_go(self, slot: int, writer: int, need_bytes: int) -> bool:

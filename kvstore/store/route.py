@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeVar
 from kvstore.hashing import Digests64, root_of
 from kvstore.protocol.manifest import encode_namespace
 from kvstore.store.admission import Admission, AdmitAll
+from kvstore.store.history import Fate
 from kvstore.store.residence import fingerprint
 from kvstore.tiers.base import Shard, ShardKey
 from kvstore.transfer.copies import digest_blocks
@@ -100,6 +101,7 @@ class Route:
         if blocks is None or root_of(blocks) != record.root:
             reading.discard()
             store.counters.checksum_failures += blocks is not None
+            self._note_gone(slot, is_damaged=blocks is not None)
             store.slower.left(slot, self.kind, fetch.heads)
             return False
         return self._publish(fetch, extent, blocks)
@@ -112,6 +114,13 @@ class Route:
             store.counters.promote_bytes += extent.size_bytes
         record = store.index.shard(fetch.slot, fetch.heads)
         return record is not None and record.is_in_host
+
+    def _note_gone(self, slot: int, *, is_damaged: bool) -> None:
+        """Remember that the tier has no good copy of *slot*; what servers keep has an end."""
+        gone = Fate.LOST if self.kind is TierKind.DISK else Fate.EXPIRED
+        index = self._store.index
+        fate = Fate.DAMAGED if is_damaged else gone
+        self._store.history.note(index.space_of(slot), index.digest(slot), fate, self.kind)
 
     # --- down ---------------------------------------------------------------------------
 

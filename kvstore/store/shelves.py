@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from kvstore.metrics import Counters
+from kvstore.store.history import History
 from kvstore.store.index import Index
 from kvstore.store.leases import Lease, Leases, Reservation, Reservations
 from kvstore.store.namespace import Namespace
@@ -86,10 +87,14 @@ class Shelves:
         self.hit_chunks: dict[int, int] = dict.fromkeys(TierKind, 0)
         shares = Shares("host", host.usage().capacity_bytes, tenants)
         self.residents = Residents(self.index, _HOST, eviction, shares)
-        self.room = HostRoom(self.index, host, self.residents, counters, self._unpublished)
+        self.history = History()
+        self.room = HostRoom(
+            self.index, host, self.residents, counters, self.history, self._unpublished
+        )
         self.slower = SlowerTiers(
             self.index,
             {tier.kind: Residents(self.index, *tier) for tier in slower},
+            self.history,
         )
         self.promoting: dict[Extent, int] = {}
         self._movement: Movement | None = None
@@ -112,6 +117,12 @@ class Shelves:
         """Return the bytes that are in the tier *kind*, and those that came and went."""
         here = self.residents if kind is _HOST else self.slower.residents.get(kind)
         return Holdings() if here is None else here.holdings
+
+    def expected_seconds(self, tiers: int, chunks: int, chunk_bytes: int) -> float:
+        """Return what it takes to bring chunks from *tiers* up; 0 for those in the host tier."""
+        if tiers & _HOST or self._movement is None:
+            return 0.0
+        return self._movement.expected_seconds(tiers, chunks, chunk_bytes)
 
     # --- holding ------------------------------------------------------------------------
 

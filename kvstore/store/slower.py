@@ -6,10 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kvstore.limits import CHUNK_SIZE_MAX_BYTES, REMEMBERED_CHUNKS_MAX
+from kvstore.store.history import Fate
 from kvstore.store.shards import ShardRecord
 from kvstore.types import NO_SLOT, Digest, Extent, HeadRange, Place, TierKind
 
 if TYPE_CHECKING:
+    from kvstore.store.history import History
     from kvstore.store.index import Index
     from kvstore.store.namespace import Namespace
     from kvstore.store.residence import Residents
@@ -23,8 +25,11 @@ class SlowerTiers:
     itself; what is there is remembered up to a bound, and found again when it is asked for.
     """
 
-    def __init__(self, index: Index, residents: Mapping[TierKind, Residents]) -> None:
+    def __init__(
+        self, index: Index, residents: Mapping[TierKind, Residents], history: History
+    ) -> None:
         self.residents = residents
+        self._history = history
         self._index = index
 
     def entered(self, slot: int, heads: HeadRange, kind: TierKind, place: Place) -> None:
@@ -47,6 +52,8 @@ class SlowerTiers:
         if heads is None or {shard.heads for shard in there} == {heads}:
             residents.forget(slot, evicted=evicted)
         space = self._index.space_of(slot)
+        if evicted:
+            self._history.note(space, self._index.digest(slot), Fate.EVICTED_FOR_ROOM, kind)
         lost = self._index.lose(slot, kind, heads)
         residents.gave(space, lost)
         for shard in lost:
@@ -177,4 +184,6 @@ class SlowerTiers:
         """Forget that a chunk is in the tier *kind*; it is found there again if need be."""
         oldest = self.residents[kind].oldest()
         if oldest not in {NO_SLOT, newest} and not self._index.is_held(oldest):
+            space, digest = self._index.space_of(oldest), self._index.digest(oldest)
+            self._history.note(space, digest, Fate.FORGOTTEN, kind)
             self.left(oldest, kind)

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from kvstore.errors import ChecksumError, RequestError, TooLargeError
 from kvstore.limits import DIGEST_SIZE_BYTES
 from kvstore.protocol.manifest import Manifest
+from kvstore.store.history import Fate
 from kvstore.store.leases import Reservation
 from kvstore.store.namespace import Namespace
 from kvstore.store.quota import DEFAULT_TENANT
@@ -140,6 +141,7 @@ class Store(Shelves):
         self._count_tiers(tiers, hits)
         if hits < present:
             arriving = 0
+            self._note_first(space, digests[hits], Fate.DECLINED)
         granted = self._lease(session, slots, now) if lease and slots else NO_LEASE
         return Hits(hits, arriving, tiers, granted, expected)
 
@@ -236,6 +238,9 @@ class Store(Shelves):
             slots, chunks = loading.slots, loading.chunks
         else:
             slots, chunks = self._arrived(loading, count)
+            if len(slots) < len(loading.slots):
+                digest = self.index.digest(loading.slots[len(slots)])
+                self._note_first(loading.space, digest, Fate.LATE)
             for slot in loading.slots[len(slots) :]:
                 self.index.release(slot)
             if not slots:
@@ -306,7 +311,7 @@ class Store(Shelves):
         record = self.reservations.get(session, reservation)
         if not self.host.verify(record.extent, root):
             self.counters.checksum_failures += 1
-            self._abandon(reservation)
+            self._abandon(reservation, Fate.DAMAGED_AT_COMMIT)
             raise ChecksumError(
                 f"reservation {reservation}: its bytes do not match root {root:#018x}"
             )
@@ -324,7 +329,9 @@ class Store(Shelves):
             self._abandon(reservation)
         return len(wanted)
 
-    def delete(self, space: Namespace, digests: Sequence[Digest]) -> tuple[int, int]:
+    def delete(
+        self, space: Namespace, digests: Sequence[Digest], fate: Fate = Fate.DELETED
+    ) -> tuple[int, int]:
         """Remove chunks; return how many went and how many stay because they are in use.
 
         The last of a prefix goes first, so that a tail never outlives its head.
@@ -337,6 +344,7 @@ class Store(Shelves):
             elif self.index.is_held(slot):
                 busy += 1
             else:
+                self.history.note(space, digest, fate, _HOST)
                 self._remove(slot)
                 gone += 1
         self.counters.delete_chunks += gone
@@ -394,6 +402,7 @@ class Store(Shelves):
             self._orphans[session] = ended
         self.counters.abort_chunks += len(ended)
         for record in ended:
+            self.history.note(record.space, record.digest, Fate.ABORTED, _HOST)
             self.announce(record.space, record.digest)
         return bool(ended)
 
@@ -426,6 +435,7 @@ class Store(Shelves):
             return Granted(ReserveOutcome.ARRIVING)
         extent = self.room.take(wish.tenant, wish.extent.size_bytes)
         if extent is None:
+            self.history.note(space, digest, Fate.NO_ROOM, _HOST)
             counters.reserve_chunks_no_space += 1
             return Granted(ReserveOutcome.NO_SPACE)
         if not self.host.fill(extent, self._writers.get(wish.session, Owner())):
@@ -435,6 +445,13 @@ class Store(Shelves):
         counters.reserve_chunks_reserved += 1
         made = self.reservations.make(wish._replace(extent=extent))
         return Granted(ReserveOutcome.RESERVED, made, extent)
+
+    def _note_first(self, space: Namespace, digest: Digest, fate: Fate) -> None:
+        """Remember why a prefix ended before *digest*, though it is in some tier."""
+        slot = space.find(digest)
+        bits = 0 if slot == NO_SLOT else self.index.tiers_of(slot)
+        if bits:
+            self.history.note(space, digest, fate, TierKind(bits & -bits))
 
     def _publish(self, record: Reservation, root: Root) -> None:
         space, shard = record.space, ShardRecord(record.heads, record.extent, root)
@@ -449,8 +466,9 @@ class Store(Shelves):
         if self._movement is not None:
             self._movement.published(slot, record.heads)
 
-    def _abandon(self, reservation: ReservationId) -> None:
+    def _abandon(self, reservation: ReservationId, fate: Fate = Fate.ABORTED) -> None:
         record = self.reservations.end(reservation)
+        self.history.note(record.space, record.digest, fate, _HOST)
         self.room.give_back(record.tenant, record.extent)
         self.counters.abort_chunks += 1
         self.announce(record.space, record.digest)

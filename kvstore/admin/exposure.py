@@ -1,0 +1,79 @@
+"""Where the admin API is open to whom: judged before anything is served."""
+
+from __future__ import annotations
+
+import ipaddress
+import ssl
+from typing import TYPE_CHECKING
+
+from kvstore.admin.auth import Tokens, read_tokens
+from kvstore.errors import ConfigError
+
+if TYPE_CHECKING:
+    from kvstore.config import AdminConfig
+
+
+class Exposure:
+    """The tokens and the TLS of one admin API, found fit for where it listens.
+
+    Raises `ConfigError` when others could listen in, or need no token, and nobody said so.
+    """
+
+    def __init__(self, config: AdminConfig) -> None:
+        self._config = config
+        self.is_local = config.listen is None or is_loopback(config.listen.host)
+        self.tls = _tls_of(config)
+        self.tokens = self._read()
+
+    @property
+    def reads_are_open(self) -> bool:
+        """Whether reading needs no token."""
+        return self.is_local or (self._config.insecure and not len(self.tokens))
+
+    def reread(self) -> None:
+        """Read the tokens anew; raises `ConfigError`, and then those of before stay."""
+        self.tokens = self._read()
+
+    def _read(self) -> Tokens:
+        tokens = read_tokens(self._config.token_file)
+        if not self.is_local and not self._config.insecure:
+            self._check(tokens)
+        return tokens
+
+    def _check(self, tokens: Tokens) -> None:
+        missing = []
+        if not len(tokens):
+            missing.append("admin.token_file")
+        if self.tls is None:
+            missing.append("admin.tls_cert_file with admin.tls_key_file")
+        if missing:
+            raise ConfigError(
+                f"admin.listen {self._config.listen} can be reached from elsewhere: set "
+                f"{' and '.join(missing)}, or admin.insecure = true if something else guards it"
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether nobody elsewhere can reach *host*."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _tls_of(config: AdminConfig) -> ssl.SSLContext | None:
+    if bool(config.tls_cert_file) != bool(config.tls_key_file):
+        raise ConfigError("admin.tls_cert_file and admin.tls_key_file are set together or not")
+    if not config.tls_cert_file:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(config.tls_cert_file, config.tls_key_file)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(
+            f"admin.tls_cert_file {config.tls_cert_file} and its key cannot be used: {error}"
+        ) from None
+    return context

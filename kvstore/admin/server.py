@@ -1,0 +1,181 @@
+"""The admin API's own server: where it listens, with which guards, and what it does by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import logging
+import socket
+from typing import TYPE_CHECKING, Final
+
+from aiohttp import web
+
+from kvstore.admin.gate import Answering, Gate
+from kvstore.admin.openapi import document, served_path
+from kvstore.admin.routes import JSON, Call, Route, Text
+from kvstore.admin.status import Observer
+from kvstore.admin.views import Views
+from kvstore.errors import ConfigError
+from kvstore.limits import (
+    ADMIN_CONNECTION_IDLE_SECONDS,
+    ADMIN_CONNECTIONS_MAX,
+    ADMIN_FIRST_REQUEST_SECONDS,
+    ADMIN_HISTORY_SECONDS,
+)
+
+if TYPE_CHECKING:
+    from kvstore.admin.exposure import Exposure
+    from kvstore.admin.subject import Subject
+    from kvstore.config import AdminConfig
+    from kvstore.settings import ListenAddress
+
+log = logging.getLogger(__name__)
+
+_RETRY_SECONDS: Final = 5.0
+_HEADER_MAX_BYTES: Final = 8190
+_LOCAL_NAMES: Final = ("localhost", "127.0.0.1", "::1")
+
+
+class Admin:
+    """Serves the admin API of *subject* as *config* says, to whom *exposure* lets in."""
+
+    def __init__(self, config: AdminConfig, exposure: Exposure, subject: Subject) -> None:
+        assert config.listen is not None, "an admin API has an address"
+        self._address: ListenAddress = config.listen
+        self._exposure = exposure
+        hosts = {config.listen.host, *config.allowed_hosts, *_LOCAL_NAMES}
+        if not exposure.is_local:
+            hosts |= {socket.gethostname(), socket.getfqdn()}
+        self._gate = Gate(exposure, hosts)
+        self._observer = Observer(subject)
+        self._routes = [*Views(subject, self._observer).routes()]
+        self._routes.append(self._description())
+        # Connections on which nothing has been asked yet, and when that is too long.
+        self._silent: dict[web.RequestHandler, asyncio.TimerHandle] = {}
+        self.port = 0
+
+    async def run(self) -> None:
+        """Serve until cancelled. An address that is taken is tried again until it is free."""
+        runner = web.AppRunner(
+            self._app(),
+            access_log=None,
+            keepalive_timeout=ADMIN_CONNECTION_IDLE_SECONDS,
+            max_line_size=_HEADER_MAX_BYTES,
+            max_field_size=_HEADER_MAX_BYTES,
+            lingering_time=0.0,
+            shutdown_timeout=1.0,
+        )
+        await runner.setup()
+        try:
+            listening = await self._listen()
+            server = runner.server
+            assert server is not None, "the runner is set up"
+            async with await self._accept(server, listening):
+                while True:
+                    self._observer.sample()
+                    await asyncio.sleep(ADMIN_HISTORY_SECONDS)
+        finally:
+            await runner.cleanup()
+
+    def _app(self) -> web.Application:
+        @web.middleware
+        async def hear(request: web.Request, handler: Answering) -> web.StreamResponse:
+            """Note that a connection has asked something."""
+            timer = self._silent.pop(request.protocol, None)
+            if timer is not None:
+                timer.cancel()
+            return await handler(request)
+
+        app = web.Application(middlewares=[hear, self._gate.middleware()])
+        app.on_response_prepare.append(_hide_server)
+        for route in self._routes:
+            app.router.add_route(route.method, served_path(route.path), self._gate.serve(route))
+        return app
+
+    async def _accept(self, server: web.Server, listening: socket.socket) -> asyncio.Server:
+        """Take connections, as many as there may be; those that stay silent are closed."""
+        loop = asyncio.get_running_loop()
+
+        def connection() -> asyncio.Protocol:
+            if len(server.connections) >= ADMIN_CONNECTIONS_MAX:
+                return _Refused()
+            handler = server()
+            self._silent[handler] = loop.call_later(
+                ADMIN_FIRST_REQUEST_SECONDS, self._close_silent, handler
+            )
+            return handler
+
+        listener = await loop.create_server(connection, sock=listening, ssl=self._exposure.tls)
+        self.port = listening.getsockname()[1]
+        where = str(self._address._replace(port=self.port))
+        tls = self._exposure.tls is not None
+        log.info("admin API is served", extra={"address": where, "tls": tls})
+        return listener
+
+    def _close_silent(self, handler: web.RequestHandler) -> None:
+        del self._silent[handler]
+        if handler.transport is not None:
+            handler.transport.abort()
+
+    async def _listen(self) -> socket.socket:
+        """Return a bound socket; raises `ConfigError` when there can be none."""
+        told = False
+        while True:
+            try:
+                return await asyncio.to_thread(_bind, self._address)
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise ConfigError(
+                        f"admin.listen {self._address}: {error.strerror or error}"
+                    ) from None
+            if not told:
+                log.warning(
+                    "admin API waits for its address, which is taken",
+                    extra={"address": str(self._address)},
+                )
+                told = True
+            await asyncio.sleep(_RETRY_SECONDS)
+
+    def _description(self) -> Route:
+        async def describe(call: Call) -> Text:
+            del call
+            return text
+
+        route = Route(
+            *("GET", "/openapi.json", "openapi", "This description"), describe, "application/json"
+        )
+        body = document([*self._routes, route], needs_token=not self._exposure.reads_are_open)
+        text = Text(json.dumps(body).encode(), JSON)
+        return route
+
+
+async def _hide_server(request: web.BaseRequest, response: web.StreamResponse) -> None:
+    """Leave out which versions of what answer."""
+    del request
+    response.headers.pop("Server", None)
+
+
+class _Refused(asyncio.Protocol):
+    """A connection too many."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Close it."""
+        transport.close()
+
+
+def _bind(address: ListenAddress) -> socket.socket:
+    found = socket.getaddrinfo(
+        address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    family, kind, protocol, _, where = found[0]
+    listening = socket.socket(family, kind, protocol)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(where)
+        listening.listen(ADMIN_CONNECTIONS_MAX)
+        listening.setblocking(False)
+    except OSError:
+        listening.close()
+        raise
+    return listening
