@@ -85,6 +85,8 @@ class Transfer:
         self.fence: Fence | None = None
         self.done: Event | None = None
         self.error: DeviceError | None = None
+        self.digests: Digests64 | None = None
+        """What `finish` has returned."""
         self._lane = lane
         self._has_slot = True
 
@@ -108,9 +110,10 @@ class Transfer:
             self._lane.note_failure(self.error)
             raise self.error
         self._lane.note_success(self)
-        found = self.slot.read_digests(len(self.chunks)) if self.checksums else None
+        if self.checksums:
+            self.digests = self.slot.read_digests(len(self.chunks))
         self._end()
-        return found
+        return self.digests
 
     def is_over(self) -> bool:
         """Whether nothing of it is under way any more. Never true when the device is lost."""

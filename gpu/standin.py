@@ -190,10 +190,8 @@ class Standin:
     def allocate(self, size_bytes: int) -> StandinMemory:
         """Return device memory."""
         self.meet("allocate")
-        with self._lock:
-            used = sum(size for size, is_pinned in self._claims.values() if not is_pinned)
-        if used + size_bytes > self.memory_bytes_max:
-            raise DeviceMemoryError(f"{size_bytes} bytes asked, {used} in use")
+        if self.used_bytes + size_bytes > self.memory_bytes_max:
+            raise DeviceMemoryError(f"{size_bytes} bytes asked, {self.used_bytes} in use")
         return StandinMemory(self, size_bytes, is_pinned=False)
 
     def pin(self, size_bytes: int) -> StandinMemory:
@@ -241,6 +239,12 @@ class Standin:
         """Do all that can be done."""
         while self._step():
             pass
+
+    @property
+    def used_bytes(self) -> int:
+        """How much device memory is taken."""
+        with self._lock:
+            return sum(size for size, is_pinned in self._claims.values() if not is_pinned)
 
     @property
     def is_idle(self) -> bool:

@@ -43,6 +43,10 @@ log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
 
+if TYPE_CHECKING:
+    CopyPart = Callable[[int, Sequence[Digest], LoadedChunks, Space], int]
+    PutBatch = Callable[[int, Sequence[Digest], Digest | None, Space], StoreReport]
+
 # With what it takes to give up, a daemon that hangs costs 50 ms, once.
 _TIMEOUT_SECONDS: Final = 0.04
 # A connection is made in the background, so it may take longer than a call.
@@ -119,7 +123,7 @@ class PrefixCache:
         part_chunks = LOAD_PART_BYTES // max(chunk_bytes, 1)
         self._chunks_per_part = max(1, min(CHUNKS_PER_TRANSFER_MAX, part_chunks))
         self._recompute_us = round(recompute_us_per_token * manifest.chunk_tokens)
-        self.handoffs = CacheHandoffs(self._ask)
+        self.handoffs = CacheHandoffs(self.ask)
         self._damaged: list[Digest] = []
         self._breaker = Breaker(self._connect, lambda link: link.client.close())
         self._breaker.start()
@@ -158,7 +162,7 @@ class PrefixCache:
             return self._find_window(digests, window)
         hits, tiers = 0, list[tuple[int, int]]()
         for start, batch in _batches(digests, KEYS_PER_REQUEST_MAX):
-            found = self._ask(partial(self._find, batch, 0), _NOTHING_FOUND)
+            found = self.ask(partial(self._find, batch, 0), _NOTHING_FOUND)
             hits += found.chunks
             tiers += found.tiers
             if hits < start + len(batch):
@@ -170,14 +174,26 @@ class PrefixCache:
 
         Targets behind those may hold anything.
         """
+
+        def copy(start: int, part: Sequence[Digest], loaded: LoadedChunks, space: Space) -> int:
+            return self._copy(part, loaded, targets[start : start + len(part)], space)
+
+        return self.load_with(digests, copy)
+
+    def load_with(self, digests: Sequence[Digest], copy: CopyPart) -> int:
+        """Load, and have *copy* bring what has come to where it belongs; see `load`.
+
+        *copy* is given consecutive chunks and the number of the first, and returns how many
+        leading ones are whole and right.
+        """
         progress = _Progress()
-        self._ask(partial(self._load_parts, digests, targets, progress), None)
+        self.ask(partial(self._load_parts, digests, copy, progress), None)
         return progress.chunks
 
     def prefetch(self, digests: Sequence[Digest]) -> int:
         """Have chunks brought into the host tier ahead of need; return how many will come."""
         return sum(
-            self._ask(partial(_prefetch, batch), 0)
+            self.ask(partial(_prefetch, batch), 0)
             for _, batch in _batches(digests, KEYS_PER_REQUEST_MAX)
         )
 
@@ -189,7 +205,7 @@ class PrefixCache:
         It comes back in about *seconds*, goes on at *host*, or is finished. Nothing depends on it.
         """
         for _, batch in _batches(digests, KEYS_PER_REQUEST_MAX):
-            self._ask(partial(_hint, batch, kind, seconds, host), 0)
+            self.ask(partial(_hint, batch, kind, seconds, host), 0)
 
     def store(
         self, digests: Sequence[Digest], sources: Sequence[Runs], *, parent: Digest | None = None
@@ -198,10 +214,25 @@ class PrefixCache:
 
         Reports what was kept; nothing, while there is no daemon.
         """
+
+        def put(
+            start: int, batch: Sequence[Digest], parent: Digest | None, space: Space
+        ) -> StoreReport:
+            some = sources[start : start + len(batch)]
+            return space.store(batch, some, parent=parent, heads=self.heads, coding=self._coding)
+
+        return self.store_with(digests, put, parent=parent)
+
+    def store_with(
+        self, digests: Sequence[Digest], put: PutBatch, *, parent: Digest | None = None
+    ) -> StoreReport:
+        """Store, and have *put* fill the room; see `store`.
+
+        *put* is given consecutive chunks, the number of the first, and the digest before it.
+        """
         stored = _NOTHING_STORED
         for start, batch in _batches(digests, CHUNKS_PER_TRANSFER_MAX):
-            some = sources[start : start + len(batch)]
-            report = self._ask(partial(self._store, batch, some, parent), _NOTHING_STORED)
+            report = self.ask(partial(self._store, start, batch, parent, put), _NOTHING_STORED)
             stored = StoreReport(*(a + b for a, b in zip(stored, report, strict=True)))
             parent = batch[-1]
         return stored
@@ -215,7 +246,7 @@ class PrefixCache:
         stop = len(digests)
         while stop > 0:
             start = max(0, stop - KEYS_PER_REQUEST_MAX)
-            found = self._ask(partial(self._find, digests[start:stop], window), _NOTHING_FOUND)
+            found = self.ask(partial(self._find, digests[start:stop], window), _NOTHING_FOUND)
             if found.chunks >= window or start == 0:
                 return Hits(start + found.chunks if found.chunks else 0, found.tiers)
             stop = start + window - 1
@@ -228,7 +259,7 @@ class PrefixCache:
     def _load_parts(
         self,
         digests: Sequence[Digest],
-        targets: Sequence[Runs],
+        copy: CopyPart,
         progress: _Progress,
         space: Space,
     ) -> None:
@@ -247,7 +278,7 @@ class PrefixCache:
                     begun.append((start, part, self._begin(part, ends_at, space)))
                 start, part, load = begun.popleft()
                 with load.finish() as loaded:
-                    whole = self._copy(part, loaded, targets[start : start + len(part)], space)
+                    whole = copy(start, part, loaded, space)
                 progress.chunks += whole
                 if whole < len(part):
                     break
@@ -270,26 +301,32 @@ class PrefixCache:
             try:
                 loaded.copy_one(chunk, target)
             except (ChecksumError, ContainerError) as error:
-                log.error("stored bytes are wrong, recomputing", extra={"reason": str(error)})
-                self.damaged_chunks += 1
-                break
+                trusted = whole if loaded.is_trusted else 0
+                self.drop_damaged(digests[whole], loaded, space, error)
+                return trusted
             whole += 1
-        trusted = whole if loaded.is_trusted else 0
-        if whole < min(len(loaded), len(targets)):
-            loaded.release()
-            self._delete_damaged(digests[whole : whole + 1], space)
-        return trusted
+        return whole if loaded.is_trusted else 0
+
+    def drop_damaged(
+        self, digest: Digest, loaded: LoadedChunks, space: Space, error: KVStoreError
+    ) -> None:
+        """Let go of what was *loaded* and delete *digest*, whose bytes are not what was stored."""
+        log.error("stored bytes are wrong, recomputing", extra={"reason": str(error)})
+        self.damaged_chunks += 1
+        loaded.release()
+        self._delete_damaged([digest], space)
 
     def _store(
         self,
+        start: int,
         digests: Sequence[Digest],
-        sources: Sequence[Runs],
         parent: Digest | None,
+        put: PutBatch,
         space: Space,
     ) -> StoreReport:
         if self._damaged:
             self._delete_damaged((), space)
-        return space.store(digests, sources, parent=parent, heads=self.heads, coding=self._coding)
+        return put(start, digests, parent, space)
 
     def _delete_damaged(self, digests: Sequence[Digest], space: Space) -> None:
         """Delete *digests*, so that whoever computes them next can store them anew.
@@ -297,9 +334,10 @@ class PrefixCache:
         What others are reading is deleted before the next store: with it they come back.
         """
         damaged = [*self._damaged, *digests][-_DAMAGED_MAX:]
-        self._damaged = [digest for digest in damaged if space.delete([digest]).busy]
+        self._damaged = [digest for digest in damaged if space.delete([digest], damaged=True).busy]
 
-    def _ask(self, question: Callable[[Space], Answer], miss: Answer) -> Answer:
+    def ask(self, question: Callable[[Space], Answer], miss: Answer) -> Answer:
+        """Put *question* to the daemon; return *miss* when it is away, or cannot answer."""
         link = self._breaker.link
         if link is None:
             return miss

@@ -6,6 +6,7 @@ Shared by the synchronous and the asynchronous client. Nothing here talks to the
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Final, Self
 
 from kvstore.client.coding import Coding, Scratch, coding_for, sections_at, sections_in
@@ -75,13 +76,14 @@ class Vacancy:
 
     def fill(self, source: Runs) -> None:
         """Copy *source* in and seal it, in one pass over memory."""
-        self._finish(gather(self.view, source, checksums=self._space.checksums))
+        self.seal_with(gather(self.view, source, checksums=self._space.checksums))
 
     def seal(self) -> None:
         """Take the checksum of what was written to `view`."""
-        self._finish(digest_blocks(self.view) if self._space.checksums else None)
+        self.seal_with(digest_blocks(self.view) if self._space.checksums else None)
 
-    def _finish(self, blocks: Digests64 | None) -> None:
+    def seal_with(self, blocks: Digests64 | None) -> None:
+        """Take *blocks* for the digests of what was written; None where there are no checksums."""
         if blocks is None:
             self.root = _ROOT_OFF
             return
@@ -108,6 +110,11 @@ class StoredShard:
         self.heads = HeadRange(shard.head_start, shard.head_stop)
 
     @property
+    def offset(self) -> int:
+        """Where it begins in the arena."""
+        return self._shard.offset
+
+    @property
     def size_bytes(self) -> int:
         """How many bytes were stored."""
         return self._shard.size_bytes
@@ -120,7 +127,7 @@ class StoredShard:
     def verify(self) -> None:
         """Raise `ChecksumError` unless all bytes match the checksum tree."""
         if self._space.checksums:
-            self._compare(digest_blocks(self._bytes))
+            self.check(digest_blocks(self._bytes))
 
     @property
     def is_plain(self) -> bool:
@@ -140,13 +147,13 @@ class StoredShard:
         verify = verify and self._space.checksums
         found = scatter(target, self._bytes, checksums=verify)
         if found is not None:
-            self._compare(found)
+            self.check(found)
 
     def take(self, room: Bytes, *, verify: bool) -> None:
         """Copy what was stored to *room*, where nobody else can change it, and verify that."""
         found = copy(room, self._bytes, checksums=verify and self._space.checksums)
         if found is not None:
-            self._compare(found)
+            self.check(found)
 
     @property
     def _bytes(self) -> memoryview:
@@ -154,7 +161,8 @@ class StoredShard:
         start = self._shard.offset
         return self._space.arena.view[start : start + self._shard.size_bytes]
 
-    def _compare(self, found: Digests64) -> None:
+    def check(self, found: Digests64) -> None:
+        """Raise `ChecksumError` unless *found* are the block digests of what was committed."""
         if root_of(found) != self._shard.root:
             raise ChecksumError(f"shard at {self._shard.offset} is not what was committed")
 
@@ -237,6 +245,11 @@ class LoadedChunks:
             self.copy_one(chunk, target)
         if not self.is_trusted:
             raise LeaseError("the lease ended while its chunks were being copied")
+
+    def hold(self) -> Callable[[], None]:
+        """Keep the chunks beyond `release`, until what is returned is called."""
+        lease, self._lease = self._lease, 0
+        return partial(self._let_go, lease) if lease else lambda: None
 
     def release(self) -> None:
         """Let go of the chunks. Idempotent, and silent when the session is gone."""

@@ -151,6 +151,7 @@ class Space:
         wait: bool = False,
         lease: bool = False,
         recompute_us: int = 0,
+        name: str = "",
         timeout_seconds: float | None = None,
     ) -> m.Found:
         """Count the leading chunks present, or those of a sliding window (see `messages.Lookup`).
@@ -170,6 +171,7 @@ class Space:
             wait,
             lease,
             recompute_us,
+            name[:LOOKUP_NAME_MAX_CHARS],
         )
         return self._connection.call(request, m.Found, timeout_seconds)
 
@@ -316,7 +318,31 @@ class Space:
                 commits.append(self._begin_commit(filled))
         for commit in commits:
             volatile += self._finish_commit(commit)
-        return _report(vacancies, volatile)
+        return report_of(vacancies, volatile)
+
+    def take_room(
+        self,
+        digests: Sequence[Digest],
+        *,
+        parent: Digest | None = None,
+        heads: HeadRange | None = None,
+    ) -> list[Vacancy]:
+        """Reserve room that the caller commits or gives back, each in its own time.
+
+        For memory that others write to, such as a device: see `reserve` for what does both.
+        """
+        return self._reserve(digests, parent, heads, ())
+
+    def commit(self, vacancies: Sequence[Vacancy]) -> int:
+        """Publish what was sealed; return how many a slower tier was to have and has not.
+
+        Raises the error of the first that failed.
+        """
+        return self._finish_commit(self._begin_commit(vacancies))
+
+    def give_back(self, vacancies: Sequence[Vacancy]) -> None:
+        """Return room to which nobody writes any more. Silent when the session is gone."""
+        self._abort(vacancies)
 
     def pin(self, digests: Sequence[Digest], *, hard: bool = False) -> int:
         """Pin the chunks that are present; return their number."""
@@ -328,9 +354,9 @@ class Space:
         request = m.Unpin(*self._head(), check_digests(digests))
         return self._connection.call(request, m.Done, self._timeout_seconds).count
 
-    def delete(self, digests: Sequence[Digest]) -> m.Done:
-        """Remove chunks; those in use are counted as busy and stay."""
-        request = m.Delete(*self._head(), check_digests(digests))
+    def delete(self, digests: Sequence[Digest], *, damaged: bool = False) -> m.Done:
+        """Remove chunks, perhaps as *damaged*; those in use are counted as busy and stay."""
+        request = m.Delete(*self._head(), check_digests(digests), damaged)
         return self._connection.call(request, m.Done, self._timeout_seconds)
 
     def _head(self) -> tuple[int, int, int]:
@@ -413,7 +439,8 @@ def _groups(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
             start, filled_bytes = position, 0
 
 
-def _report(vacancies: Sequence[Vacancy], volatile: int) -> StoreReport:
+def report_of(vacancies: Sequence[Vacancy], volatile: int) -> StoreReport:
+    """Return what became of *vacancies*, of which those that are sealed were committed."""
     stored = [vacancy for vacancy in vacancies if vacancy.root is not None]
     here = {ReserveOutcome.PRESENT, ReserveOutcome.ARRIVING}
     present = sum(vacancy.outcome in here for vacancy in vacancies)
