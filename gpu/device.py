@@ -1,6 +1,6 @@
 """What kvstore asks of a GPU: memory, streams, events, copies and kernels, behind one interface.
 
-Two implementations: `cuda.CudaDevice` on a GPU, and `standin.Standin` in host memory, which runs
+Two implementations: `cupy_device.CupyDevice` on a GPU, `standin.Standin` in host memory, which runs
 what it is given in any order that CUDA allows. That there is no device is a value: None.
 
 Nothing here waits for the device except `wait_for`, which has an end. A stream runs its work in

@@ -1,0 +1,237 @@
+"""A GPU behind the interface of `device`, through CuPy. Importing this needs neither.
+
+`open_device` returns None where there is no GPU, no CuPy, or nothing to run on it: "no GPU" is a
+value. The calling thread's current device stays what it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from numpy.typing import NDArray
+
+from kvstore.errors import RequestError
+from kvstore.gpu.batches import THREADS
+from kvstore.gpu.build import cubin_name, ptx_name
+from kvstore.gpu.device import (
+    Copy,
+    Device,
+    DeviceError,
+    DeviceLostError,
+    DeviceMemoryError,
+    Event,
+    RegistrationError,
+    Urgency,
+)
+from kvstore.gpu.kernels import find_built
+
+SOURCES_OF: Final = {"raw_gather": "raw", "raw_scatter": "raw", "xxh3_blocks": "xxh3"}
+"""The kernels of plain transfers, and the source of each."""
+
+_BLOCKS_PER_MULTIPROCESSOR: Final = {Urgency.HIGH: 8, Urgency.LOW: 2}
+"""Few for stores, which share the device with the engine's own kernels."""
+_PRIORITIES: Final = {Urgency.HIGH: -1, Urgency.LOW: 0}
+
+# Numbers of cudaError and cudaMemcpyKind.
+_OUT_OF_MEMORY: Final = 2
+_NEVER_BETTER: Final = frozenset(
+    [
+        *(3, 4, 46, 100, 101, 214, 220, 226),  # no context any more, no device, broken memory
+        *(700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999),  # what a kernel broke
+    ]
+)
+_ANY_DIRECTION: Final = 4
+_PORTABLE: Final = 1
+
+
+class CupyMemory:
+    """Memory that CUDA gave out."""
+
+    def __init__(self, device: CupyDevice, address: int, size_bytes: int, *, pinned: bool) -> None:
+        self.address = address
+        self.size_bytes = size_bytes
+        self._device = device
+        self._pinned = pinned
+
+    def free(self) -> None:
+        """Give it back."""
+        with self._device.entered() as runtime:
+            (runtime.freeHost if self._pinned else runtime.free)(self.address)
+
+
+class CupyEvent:
+    """A CUDA event, recorded once."""
+
+    def __init__(self, device: CupyDevice, event: Any) -> None:  # noqa: ANN401  # CuPy's
+        self._device = device
+        self.event = event
+
+    def is_done(self) -> bool:
+        """Ask the driver, without blocking."""
+        with self._device.entered():
+            return bool(self.event.done)
+
+
+class CupyStream:
+    """A CUDA stream, ours or an engine's."""
+
+    def __init__(
+        self,
+        device: CupyDevice,
+        stream: Any,  # noqa: ANN401  # CuPy's
+        urgency: Urgency,
+    ) -> None:
+        self._device = device
+        self._stream = stream
+        self._blocks = device.multiprocessors * _BLOCKS_PER_MULTIPROCESSOR[urgency]
+
+    def wait(self, event: Event) -> None:
+        """Hold back what follows until *event*."""
+        if not isinstance(event, CupyEvent):
+            raise RequestError("an event of another device")
+        with self._device.entered():
+            self._stream.wait_event(event.event)
+
+    def record(self) -> CupyEvent:
+        """Return what stands for all that was given until now."""
+        with self._device.entered():
+            return CupyEvent(self._device, self._stream.record(self._device.new_event()))
+
+    def copy(self, copies: Sequence[Copy]) -> None:
+        """Move *copies*, those that lie behind each other at both ends in one go."""
+        with self._device.entered() as runtime:
+            for target, source, size in merged(copies):
+                runtime.memcpyAsync(target, source, size, _ANY_DIRECTION, self._stream.ptr)
+
+    def launch(self, kernel: str, argument: NDArray[Any]) -> None:
+        """Run *kernel*; its argument is copied at the launch."""
+        with self._device.entered():
+            function = self._device.function(kernel)
+            with self._stream:
+                function((self._blocks,), (THREADS,), (argument,))
+
+
+class CupyDevice:
+    """One GPU, its kernels loaded from *folder* when first launched."""
+
+    def __init__(self, cupy: Any, index: int, folder: Path) -> None:  # noqa: ANN401  # the module
+        self._cupy = cupy
+        self._device = cupy.cuda.Device(index)
+        self._folder = folder
+        self._architecture = int(self._device.compute_capability)
+        self._functions: dict[str, Any] = {}
+        self._loading = threading.Lock()
+        self.multiprocessors = int(self._device.attributes["MultiProcessorCount"])
+        self.name = f"cuda:{index} (sm_{self._architecture})"
+
+    def stream(self, urgency: Urgency) -> CupyStream:
+        """Return a new stream, which waits for no other by itself."""
+        with self.entered():
+            make = self._cupy.cuda.Stream
+            try:
+                made = make(non_blocking=True, priority=_PRIORITIES[urgency])
+            except TypeError:  # CuPy before 13 has no priorities
+                made = make(non_blocking=True)
+            return CupyStream(self, made, urgency)
+
+    def engine_stream(self, handle: int) -> CupyStream:
+        """Return the stream that an engine knows by *handle*."""
+        with self.entered():
+            stream = self._cupy.cuda.ExternalStream(handle)
+        return CupyStream(self, stream, Urgency.HIGH)
+
+    def allocate(self, size_bytes: int) -> CupyMemory:
+        """Return device memory, taken from CUDA itself and not from a pool that others share."""
+        with self.entered() as runtime:
+            return CupyMemory(self, runtime.malloc(size_bytes), size_bytes, pinned=False)
+
+    def pin(self, size_bytes: int) -> CupyMemory:
+        """Return pinned memory."""
+        with self.entered() as runtime:
+            address = runtime.hostAlloc(size_bytes, _PORTABLE)
+            return CupyMemory(self, address, size_bytes, pinned=True)
+
+    def register(self, address: int, size_bytes: int) -> None:
+        """Pin memory where it lies."""
+        try:
+            with self.entered() as runtime:
+                runtime.hostRegister(address, size_bytes, _PORTABLE)
+        except DeviceLostError:
+            raise
+        except DeviceError as error:
+            raise RegistrationError(f"{size_bytes} bytes: {error}") from error
+
+    def unregister(self, address: int) -> None:
+        """End a registration."""
+        with self.entered() as runtime:
+            runtime.hostUnregister(address)
+
+    def function(self, kernel: str) -> Any:  # noqa: ANN401  # CuPy's
+        """Return *kernel*, built ahead for this device or compiled from PTX by the driver."""
+        with self._loading:
+            if kernel not in self._functions:
+                source = SOURCES_OF[kernel]
+                path = self._folder / cubin_name(source, self._architecture)
+                if not path.exists():
+                    path = self._folder / ptx_name(source)
+                module = self._cupy.RawModule(path=str(path))
+                self._functions[kernel] = module.get_function(kernel)
+            return self._functions[kernel]
+
+    def new_event(self) -> Any:  # noqa: ANN401  # CuPy's
+        """Return an event that takes no time."""
+        return self._cupy.cuda.Event(disable_timing=True)
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[Any]:
+        """Have this device current, and errors of CUDA raised as ours; gives CUDA's runtime."""
+        cuda = self._cupy.cuda
+        try:
+            with self._device:
+                yield cuda.runtime
+        except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:
+            raise _error_of(int(error.status), str(error)) from error
+
+
+def _error_of(status: int, text: str) -> DeviceError:
+    if status in _NEVER_BETTER:
+        return DeviceLostError(text)
+    return DeviceMemoryError(text) if status == _OUT_OF_MEMORY else DeviceError(text)
+
+
+def merged(copies: Sequence[Copy]) -> Iterator[Copy]:
+    """Join neighbours that lie behind each other at both ends."""
+    last: Copy | None = None
+    for copy in copies:
+        if last is not None and (copy.target - last.target, copy.source - last.source) == (
+            last.size_bytes,
+            last.size_bytes,
+        ):
+            last = Copy(last.target, last.source, last.size_bytes + copy.size_bytes)
+            continue
+        if last is not None:
+            yield last
+        last = copy
+    if last is not None:
+        yield last
+
+
+def open_device(index: int = 0, *, folder: Path | None = None) -> Device | None:
+    """Return GPU number *index*, or None where there is none that could be used."""
+    try:
+        cupy = importlib.import_module("cupy")
+        if index >= cupy.cuda.runtime.getDeviceCount():
+            return None
+    except ImportError:
+        return None
+    except Exception as error:  # CuPy's errors are its own; without a driver it has these
+        if type(error).__name__ not in {"CUDARuntimeError", "CUDADriverError"}:
+            raise
+        return None
+    built = folder or find_built()
+    return None if built is None else CupyDevice(cupy, index, built)

@@ -1,0 +1,250 @@
+"""What is asked of CuPy for every call of the interface, and what becomes of its errors.
+
+CuPy is scripted here; on a GPU, tests/gpu/test_transfers.py asks the real one.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import count
+from types import SimpleNamespace
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+
+from kvstore.errors import RequestError
+from kvstore.gpu import cupy_device
+from kvstore.gpu.batches import BATCH, THREADS
+from kvstore.gpu.cupy_device import CupyDevice, merged, open_device
+from kvstore.gpu.device import (
+    Copy,
+    DeviceError,
+    DeviceLostError,
+    DeviceMemoryError,
+    Fence,
+    RegistrationError,
+    Urgency,
+    fenced,
+)
+from kvstore.gpu.standin import Standin
+
+
+class CUDARuntimeError(RuntimeError):
+    def __init__(self, status: int) -> None:
+        super().__init__(f"cuda error {status}")
+        self.status = status
+
+
+class CUDADriverError(CUDARuntimeError):
+    pass
+
+
+class Scripted:
+    """A cupy module that notes what it is asked, and fails when told to."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.status = 0
+        self.devices = 1
+        self.current: list[int] = []
+        answers = {"malloc": 4096, "hostAlloc": 8192}
+        silent = ("free", "freeHost", "hostRegister", "hostUnregister", "memcpyAsync")
+        calls = {name: self._call(name, answers.get(name)) for name in (*answers, *silent)}
+        stream = stream_of(self)
+        self.cuda = SimpleNamespace(
+            runtime=SimpleNamespace(
+                CUDARuntimeError=CUDARuntimeError, getDeviceCount=lambda: self.devices, **calls
+            ),
+            driver=SimpleNamespace(CUDADriverError=CUDADriverError),
+            Device=device_of(self),
+            Stream=stream,
+            ExternalStream=lambda handle: stream(handle=handle),
+            Event=event_of(self),
+        )
+
+    def RawModule(self, path: str) -> Any:  # noqa: N802  # CuPy's name
+        self.note("module", path.rpartition("/")[2])
+        return SimpleNamespace(get_function=lambda name: self._call(name, None))
+
+    def note(self, *call: Any) -> None:
+        assert self.current == [3], "the device is current during the call"
+        self.calls.append(call)
+        if self.status:
+            raise CUDARuntimeError(self.status)
+
+    def _call(self, name: str, found: Any) -> Any:
+        def run(*words: Any) -> Any:
+            self.note(name, *words)
+            return found
+
+        return run
+
+
+def device_of(cupy: Scripted) -> type:
+    class Device:
+        compute_capability = "90"
+        attributes: ClassVar = {"MultiProcessorCount": 10}
+
+        def __init__(self, index: int) -> None:
+            self.index = index
+
+        def __enter__(self) -> None:
+            cupy.current.append(self.index)
+
+        def __exit__(self, *_: object) -> None:
+            cupy.current.pop()
+
+    return Device
+
+
+def stream_of(cupy: Scripted) -> type:
+    class Stream:
+        ptr = 77
+
+        def __init__(self, **words: Any) -> None:
+            cupy.note("stream", words)
+
+        def wait_event(self, event: Any) -> None:
+            cupy.note("wait", event.number)
+
+        def record(self, event: Any) -> Any:
+            cupy.note("record", event.number)
+            return event
+
+        def __enter__(self) -> None:
+            cupy.note("enter")
+
+        def __exit__(self, *_: object) -> None:
+            cupy.note("exit")
+
+    return Stream
+
+
+def event_of(cupy: Scripted) -> type:
+    numbers = count()
+
+    class Event:
+        def __init__(self, *, disable_timing: bool) -> None:
+            assert disable_timing
+            self.number = next(numbers)
+
+        @property
+        def done(self) -> bool:
+            cupy.note("query", self.number)
+            return True
+
+    return Event
+
+
+@pytest.fixture
+def cupy() -> Scripted:
+    return Scripted()
+
+
+@pytest.fixture
+def device(cupy: Scripted, tmp_path) -> CupyDevice:
+    (tmp_path / "raw.sm_90.cubin").touch()
+    return CupyDevice(cupy, 3, tmp_path)
+
+
+def test_work_is_given_to_the_stream_and_nothing_is_waited_for(device, cupy) -> None:
+    engine, ours = device.engine_stream(5), device.stream(Urgency.LOW)
+    assert cupy.calls == [
+        ("stream", {"handle": 5}),
+        ("stream", {"non_blocking": True, "priority": 0}),
+    ]
+    cupy.calls.clear()
+    with fenced(engine, ours) as fence:
+        assert isinstance(fence, Fence)
+        ours.copy([Copy(0, 1000, 16), Copy(16, 1016, 16), Copy(64, 1064, 16)])
+    names = [call[0] for call in cupy.calls]
+    assert names == ["record", "wait", "memcpyAsync", "memcpyAsync", "record", "wait"]
+    assert cupy.calls[2:4] == [
+        ("memcpyAsync", 0, 1000, 32, 4, 77),
+        ("memcpyAsync", 64, 1064, 16, 4, 77),
+    ]
+    assert fence.event.is_done()
+    with pytest.raises(RequestError, match="another device"):
+        ours.wait(Standin(np.random.default_rng(0)).stream(Urgency.LOW).record())
+
+
+def test_kernels_are_loaded_once_as_built_or_as_ptx(device, cupy) -> None:
+    stream, batch = device.stream(Urgency.HIGH), np.zeros(1, dtype=BATCH)
+    cupy.calls.clear()
+    for kernel in ("raw_gather", "raw_gather", "xxh3_blocks"):
+        stream.launch(kernel, batch)
+    assert [call[0] for call in cupy.calls] == [
+        *("module", "enter", "raw_gather", "exit"),
+        *("enter", "raw_gather", "exit"),
+        *("module", "enter", "xxh3_blocks", "exit"),
+    ]
+    assert cupy.calls[0] == ("module", "raw.sm_90.cubin")
+    assert cupy.calls[7] == ("module", "xxh3.compute_80.ptx")
+    assert cupy.calls[2][1:3] == ((80,), (THREADS,))
+
+
+def test_memory_comes_from_cuda_itself_and_goes_back(device, cupy) -> None:
+    memory, pinned = device.allocate(100), device.pin(200)
+    assert (memory.address, memory.size_bytes, pinned.address) == (4096, 100, 8192)
+    device.register(1 << 20, 4096)
+    device.unregister(1 << 20)
+    memory.free()
+    pinned.free()
+    assert [call[0] for call in cupy.calls] == [
+        *("malloc", "hostAlloc", "hostRegister", "hostUnregister", "free", "freeHost"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(2, DeviceMemoryError), (1, DeviceError), (700, DeviceLostError), (719, DeviceLostError)],
+)
+def test_errors_of_cuda_have_our_names(device, cupy, status: int, kind: type) -> None:
+    stream = device.stream(Urgency.LOW)
+    cupy.status = status
+    for call in (lambda: device.allocate(1), stream.record, lambda: stream.copy([Copy(0, 1, 2)])):
+        with pytest.raises(DeviceError) as raised:
+            call()
+        assert type(raised.value) is kind
+    with pytest.raises(DeviceError) as raised:
+        device.register(0, 4096)
+    assert type(raised.value) is (kind if status >= 700 else RegistrationError)
+
+
+def test_an_older_cupy_has_streams_without_priorities(device, cupy, monkeypatch) -> None:
+    plain = cupy.cuda.Stream
+
+    def without(*, non_blocking: bool) -> Any:
+        return plain(non_blocking=non_blocking)
+
+    monkeypatch.setattr(cupy.cuda, "Stream", without)
+    device.stream(Urgency.HIGH)
+    assert cupy.calls == [("stream", {"non_blocking": True})]
+
+
+def test_copies_that_lie_behind_each_other_are_one() -> None:
+    assert list(merged([])) == []
+    assert list(merged([Copy(0, 8, 8), Copy(8, 16, 8), Copy(16, 32, 8)])) == [
+        Copy(0, 8, 16),
+        Copy(16, 32, 8),
+    ]
+
+
+def test_no_gpu_is_a_value(cupy, monkeypatch, tmp_path) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    assert open_device() is None
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    cupy.devices = 0
+    assert open_device(folder=tmp_path) is None
+    cupy.devices = 2
+    assert open_device(2, folder=tmp_path) is None
+    assert open_device(1, folder=tmp_path).name == "cuda:1 (sm_90)"
+    monkeypatch.setattr(cupy_device, "find_built", lambda: None)
+    assert open_device() is None
+
+    def no_driver() -> int:
+        raise CUDARuntimeError(35)
+
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", no_driver)
+    assert open_device() is None
