@@ -70,6 +70,17 @@ class CodecCounters:
             histogram = self.errors.setdefault(name, [0] * (len(ERROR_EDGES) + 1))
             histogram[bisect_left(ERROR_EDGES, section.relative_error)] += 1
 
+    def add(self, other: CodecCounters) -> None:
+        """Count all that *other* has counted."""
+        self.raw_bytes += other.raw_bytes
+        self.stored_bytes += other.stored_bytes
+        self.refused += other.refused
+        self.sections.update(other.sections)
+        self.fallbacks.update(other.fallbacks)
+        for name, histogram in other.errors.items():
+            mine = self.errors.get(name, [0] * len(histogram))
+            self.errors[name] = [a + b for a, b in zip(mine, histogram, strict=True)]
+
     @property
     def ratio(self) -> float:
         """Raw bytes by stored bytes; 1 before anything was stored."""

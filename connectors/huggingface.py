@@ -24,7 +24,9 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from kvstore.client.cache import PrefixCache
+from kvstore.compression.guard import CodecCounters
 from kvstore.connectors.chunks import ChunkCache, Group, StoreCounts, joint_hit, window_chunks
+from kvstore.connectors.codecs import CodecChoice, counted, read_codec
 from kvstore.connectors.huggingface_groups import ModelGroup, Planes
 from kvstore.connectors.huggingface_layers import HEADROOM_TOKENS, SlidingLayer, own_layer
 from kvstore.connectors.huggingface_model import Geometry, fingerprint, manifest_of, observe
@@ -65,9 +67,12 @@ class PrefixReuse:
     """Keeps the prefixes of one model in the daemon, and begins new prompts from them.
 
     *revision* names the weights (`"org/name@commit"`); without it all weights are hashed once.
-    Make a new one when the weights change. *open_cache* is for tests and other stores.
+    Make a new one when the weights change. Chunks are stored with *codec*: a name, or a table as
+    in `read_codec`; prefixes of other codecs are not found. *open_cache* is for tests and other
+    stores.
 
-    Raises `RequestError` when the model's state cannot be cut into chunks of tokens.
+    Raises `RequestError` when the model's state cannot be cut into chunks of tokens, and
+    `ConfigError` for a codec that is unknown.
     """
 
     def __init__(
@@ -78,15 +83,23 @@ class PrefixReuse:
         socket: Path | str | None = None,
         revision: str | None = None,
         timeout_seconds: float = 0.04,
+        codec: CodecChoice = "raw",
         open_cache: OpenCache | None = None,
     ) -> None:
+        policy = read_codec(codec)
+
         def connect(manifest: Manifest) -> ChunkCache:
             return PrefixCache(
-                manifest, socket=socket, timeout_seconds=timeout_seconds, name="huggingface"
+                manifest,
+                socket=socket,
+                timeout_seconds=timeout_seconds,
+                name="huggingface",
+                policy=policy,
             )
 
         self._model = model
         self._chunk_tokens = chunk_tokens
+        self._codec = policy.codec
         self._open_cache = open_cache or connect
         self._revision = fingerprint(model, weights=revision)
         self._groups = [self._group(geometry) for geometry in observe(model)]
@@ -117,6 +130,11 @@ class PrefixReuse:
             past.adopt(planes, hit)
         return past
 
+    @property
+    def codec_counters(self) -> CodecCounters:
+        """What encoding has done so far: bytes, errors, fallbacks, chunks that did not fit."""
+        return counted(group.group.cache for group in self._groups)
+
     def close(self) -> None:
         """End the connections to the daemon."""
         for group in self._groups:
@@ -130,7 +148,11 @@ class PrefixReuse:
 
     def _group(self, geometry: Geometry) -> ModelGroup:
         manifest = manifest_of(
-            self._model, geometry, revision=self._revision, chunk_tokens=self._chunk_tokens
+            self._model,
+            geometry,
+            revision=self._revision,
+            chunk_tokens=self._chunk_tokens,
+            codec=self._codec,
         )
         window = geometry.window_tokens and window_chunks(
             geometry.window_tokens, self._chunk_tokens

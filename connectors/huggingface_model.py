@@ -92,7 +92,12 @@ def observe(model: PreTrainedModel) -> list[Geometry]:
 
 
 def manifest_of(
-    model: PreTrainedModel, geometry: Geometry, *, revision: str, chunk_tokens: int
+    model: PreTrainedModel,
+    geometry: Geometry,
+    *,
+    revision: str,
+    chunk_tokens: int,
+    codec: str = "raw",
 ) -> Manifest:
     """Return the manifest of one group of *model*."""
     config = model.config.get_text_config(decoder=True)
@@ -104,6 +109,7 @@ def manifest_of(
         kv_heads=geometry.heads,
         head_dim=geometry.head_dim,
         chunk_tokens=chunk_tokens,
+        codec=codec,
         rope=canonical_json(getattr(config, "rope_parameters", None) or {}),
         group=group_name(geometry.window_tokens, geometry.sides, geometry.layers),
         values="k|v" if len(geometry.sides) == 2 else "k",

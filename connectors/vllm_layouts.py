@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
 
+from kvstore.compression.codecs import OPAQUE_CODECS
 from kvstore.connectors.chunks import window_chunks
 from kvstore.connectors.identity import group_name
 from kvstore.connectors.vllm_backends import ROWS, backend_name
@@ -16,6 +18,7 @@ from kvstore.connectors.vllm_settings import Settings
 from kvstore.connectors.vllm_shards import HeadShard
 from kvstore.connectors.vllm_tilings import Tiling, find_cpu_tiling, rows
 from kvstore.connectors.weights import UnsupportedError
+from kvstore.errors import ConfigError
 from kvstore.protocol.manifest import Manifest
 from kvstore.types import HeadRange
 
@@ -76,7 +79,12 @@ class KVGroup:
         """Return the same group as another rank has it."""
         return replace(self, shard=self.shard._replace(rank=rank))
 
-    def manifest(self, *, model: str, revision: str, rope: str) -> Manifest:
+    @property
+    def is_latent(self) -> bool:
+        """Whether tokens have one latent vector in place of keys and values."""
+        return self.sides == _LATENT
+
+    def manifest(self, *, model: str, revision: str, rope: str, codec: str = "raw") -> Manifest:
         """Return what another engine's group must equal to share its KV."""
         name = group_name(self.window_tokens, self.sides, self.layers)
         dtype = str(self.dtype).removeprefix("torch.")
@@ -89,9 +97,10 @@ class KVGroup:
                 kv_heads=self.shard.total,
                 head_dim=self.head_dim,
                 chunk_tokens=self.chunk_tokens,
+                codec=codec,
                 rope=rope,
                 group=name,
-                values="k" if self.sides == _LATENT else "k|v",
+                values="k" if self.is_latent else "k|v",
             )
         return Manifest(
             model=model,
@@ -102,6 +111,7 @@ class KVGroup:
             head_dim=self.head_dim,
             chunk_tokens=self.chunk_tokens,
             layout="opaque",
+            codec=codec,
             rope=rope,
             group=f"{name}; {self.kernel}; {self._heads}; blocks of {self.block_tokens}",
             opaque_bytes=self.page_bytes * len(self.layers) * self.blocks_per_chunk,
@@ -133,7 +143,19 @@ def groups_of(
         shard = _shard(group.kv_cache_spec, vllm_config, rank)
         kernel = _kernel(vllm_config, group.kv_cache_spec)
         groups.append(_group(group, shard, chunk_tokens, settings, kernel, layout))
+    if settings.needs_values:
+        _refuse_opaque(groups, settings.policy.codec)
     return groups
+
+
+def _refuse_opaque(groups: Sequence[KVGroup], codec: str) -> None:
+    for group in groups:
+        if group.tiling is None:
+            raise ConfigError(
+                f"kv_connector_extra_config.codec is {codec!r}, which must know what the bytes of"
+                f" pages are; those of {group.kernel} are not understood:"
+                f" {', '.join(OPAQUE_CODECS)} are for those"
+            )
 
 
 def _refuse_unsupported(vllm_config: Any) -> None:
@@ -237,7 +259,7 @@ def _tiling(spec: Any, settings: Settings, kernel: str) -> Tiling | None:
     """Return how pages are converted, or None when they are kept as they are.
 
     Converting costs a transposition on CPUs, so their pages of 16-bit elements, which the
-    engines that share KV seldom have in common, are converted on request only.
+    engines that share KV seldom have in common, are converted on request only, or for a codec.
     """
     wanted = settings.layout == "canonical"
     if settings.layout == "opaque":
@@ -253,7 +275,7 @@ def _tiling(spec: Any, settings: Settings, kernel: str) -> Tiling | None:
         if wanted:
             raise UnsupportedError(f"the pages of {kernel} are not understood; {_USE_OPAQUE}")
         return None
-    if not wanted and spec.dtype != torch.float32:
+    if not wanted and not settings.needs_values and spec.dtype != torch.float32:
         return None
     isa = kernel.removeprefix("cpu ")
     # Heads do not matter to a tiling: one is as good as all.

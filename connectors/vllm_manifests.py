@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kvstore.compression.policy import CodecPolicy
+from kvstore.connectors.codecs import with_tail
 from kvstore.connectors.identity import (
     LENGTH_DEPENDENT_ROPE,
     canonical_json,
@@ -30,7 +32,22 @@ def manifests_of(vllm_config: Any, groups: Sequence[KVGroup], settings: Settings
         revision += f" quantization {model.quantization}"
     rope = _rope(model)
     (architecture, *_) = model.architectures
-    return [group.manifest(model=architecture, revision=revision, rope=rope) for group in groups]
+    codec = settings.policy.codec
+    return [
+        group.manifest(model=architecture, revision=revision, rope=rope, codec=codec)
+        for group in groups
+    ]
+
+
+def policies_of(
+    vllm_config: Any, groups: Sequence[KVGroup], settings: Settings
+) -> list[CodecPolicy]:
+    """Return how chunks of every group are encoded: the RoPE part of a latent stays as it is."""
+    rope_dim = getattr(vllm_config.model_config.hf_text_config, "qk_rope_head_dim", None) or 0
+    return [
+        with_tail(settings.policy, rope_dim) if group.is_latent else settings.policy
+        for group in groups
+    ]
 
 
 def _rope(model: Any) -> str:

@@ -9,7 +9,10 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from kvstore.compression.codecs import OPAQUE_CODECS
+from kvstore.compression.policy import CodecPolicy
 from kvstore.config import default_socket_path
+from kvstore.connectors.codecs import read_codec
 from kvstore.errors import ConfigError
 from kvstore.limits import CHUNK_TOKENS_MAX
 
@@ -22,13 +25,15 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     *chunk_tokens* 0 stands for 256, or the next multiple of the engine's block size.
     *revision* names the weights; without it they are read once and hashed. *layout* "canonical"
     shares KV between engines and is refused where it is not known; "opaque" is the engine's own
-    bytes; "auto" takes the canonical one where it is known.
+    bytes; "auto" takes the canonical one where it is known. *codec* is a name, or a table as in
+    `read_codec`.
     """
 
     socket: str = ""
     chunk_tokens: int = 0
     revision: str = ""
     layout: Literal["auto", "canonical", "opaque"] = "auto"
+    codec: str | dict[str, Any] = "raw"
     store_decoded: bool = False
     lookup_timeout_seconds: float = 0.25
     transfer_timeout_seconds: float = 1.0
@@ -39,6 +44,21 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         for name in ("lookup_timeout_seconds", "transfer_timeout_seconds"):
             if not 0 < getattr(self, name) <= 60:
                 raise ValueError(f"{name} must lie in (0, 60]")
+        if self.layout == "opaque" and self.needs_values:
+            raise ValueError(
+                f"codec {self.policy.codec!r} must know what the bytes of pages are, so layout"
+                f" cannot be 'opaque'; use 'canonical', or one of {', '.join(OPAQUE_CODECS)}"
+            )
+
+    @property
+    def policy(self) -> CodecPolicy:
+        """How chunks are encoded; raises `ConfigError`."""
+        return read_codec(self.codec)
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether the codec must know what the bytes of pages are."""
+        return self.policy.codec not in OPAQUE_CODECS
 
     @property
     def socket_path(self) -> Path:

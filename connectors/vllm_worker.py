@@ -19,9 +19,11 @@ import torch
 
 from kvstore.client.sync import StoreReport
 from kvstore.connectors.chunks import ChunkCache
+from kvstore.connectors.codecs import counted
 from kvstore.connectors.vllm_layouts import KVGroup
 from kvstore.connectors.vllm_metadata import LoadJob, Span, StepMetadata, StoreJob, WorkerReport
 from kvstore.connectors.vllm_pages import GroupPages, self_test
+from kvstore.connectors.vllm_stats import codec_figures
 from kvstore.connectors.vllm_transfers import Transfers, Urgency
 from kvstore.connectors.weights import UnsupportedError
 
@@ -54,7 +56,13 @@ class TransferCounts:
 class WorkerHalf:
     """Moves. Until pages are registered, and when they fail their test, every load fails."""
 
-    def __init__(self, groups: Sequence[KVGroup], caches: Sequence[ChunkCache]) -> None:
+    def __init__(
+        self,
+        groups: Sequence[KVGroup],
+        caches: Sequence[ChunkCache],
+        handoffs: Sequence[HandoffCalls] = (),
+    ) -> None:
+        """Take the namespace of every group and, where there are any, its hand-offs."""
         self.counts = TransferCounts()
         self._groups = groups
         self._caches = caches
@@ -145,6 +153,14 @@ class WorkerHalf:
         except Exception:
             log.exception("kvstore: a load failed, its request is computed")
             failed = set().union(*(span.real_blocks for span in job.spans))
+        self._receive(job, failed, loaded, started)
+
+    def _arrived(self, job: LoadJob, loaded: int, started: float) -> None:
+        """Report a load that was fed by a hand-off."""
+        (span,) = job.spans
+        self._receive(job, _blocks_behind(span, loaded), loaded, started)
+
+    def _receive(self, job: LoadJob, failed: set[int], loaded: int, started: float) -> None:
         with self._lock:
             self._received.requests.add(job.request_id)
             if failed:
@@ -153,6 +169,7 @@ class WorkerHalf:
             self.counts.chunks_loaded += loaded
             self.counts.chunks_failed += sum(len(span.digests) for span in job.spans) - loaded
             self.counts.load_seconds += time.perf_counter() - started
+        self._note_codecs()
 
     def _load_span(self, span: Span, fences: Sequence[Any]) -> int:
         if not self._pages:
@@ -179,6 +196,7 @@ class WorkerHalf:
                         self._incomplete.add(job.job_id)
                 self.counts.chunks_stored += stored
                 self.counts.store_seconds += time.perf_counter() - started
+            self._note_codecs()
             done.set()
 
     def _store_span(self, span: Span, fences: Sequence[Any]) -> StoreReport:

@@ -20,7 +20,7 @@ from kvstore.daemon.peers import Admission
 from kvstore.daemon.server import Server
 from kvstore.daemon.tenants import TenantRule, Tenants
 from kvstore.daemon.warm import WarmStart
-from kvstore.errors import ConfigError, TierError
+from kvstore.errors import CodecError, ConfigError, TierError
 from kvstore.events import Events
 from kvstore.limits import (
     EXTENT_ALIGNMENT_BYTES,
@@ -34,6 +34,7 @@ from kvstore.store.quota import Share, Shares
 from kvstore.store.shelves import NO_TENANT, SlowTier
 from kvstore.store.stock import take_stock
 from kvstore.store.store import Store
+from kvstore.store.transcode import Transcoder
 from kvstore.tiers.base import DurableTier, RemoteTier
 from kvstore.tiers.disk_open import open_disk_tier
 from kvstore.tiers.guard import GuardedTier
@@ -59,6 +60,8 @@ class OpenTier(NamedTuple):
     timeout_seconds: float = TIER_TIMEOUT_SECONDS
     is_elsewhere: bool = False
     """Whether it is reached over a connection, which may not be there at the start."""
+    transcoder: Transcoder | None = None
+    """What makes chunks smaller on their way there."""
 
 
 OpenTiers = Callable[[Config], Awaitable[list[OpenTier]]]
@@ -70,13 +73,15 @@ async def open_tiers(config: Config) -> list[OpenTier]:
     A server that cannot be reached is no error: its tier fails until it can be.
     """
     opened: list[OpenTier] = []
-    disk = config.tiers.disk
+    disk, redis = config.tiers.disk, config.tiers.redis
+    for_disk, for_redis = _transcoder("disk", disk.codec), _transcoder("redis", redis.codec)
     if disk.path:
         tier = await open_disk_tier(
             Path(disk.path), capacity_bytes=disk.capacity_bytes, direct=disk.direct == "auto"
         )
-        opened.append(OpenTier(tier, disk.write, disk.admission, disk.eviction))
-    redis = config.tiers.redis
+        opened.append(
+            OpenTier(tier, disk.write, disk.admission, disk.eviction, transcoder=for_disk)
+        )
     if redis.url:
         shared = RedisTier(redis_settings(redis))
         opened.append(
@@ -87,9 +92,17 @@ async def open_tiers(config: Config) -> list[OpenTier]:
                 "lru",
                 redis.timeout_seconds,
                 is_elsewhere=True,
+                transcoder=for_redis,
             )
         )
     return opened
+
+
+def _transcoder(tier: str, codec: str) -> Transcoder | None:
+    try:
+        return Transcoder(codec) if codec else None
+    except CodecError as error:
+        raise ConfigError(f"tiers.{tier}.codec: {error}") from error
 
 
 def run(config: Config, open_slower: OpenTiers = open_tiers) -> int:
@@ -232,7 +245,8 @@ async def _take_stock(store: Store, slower: Sequence[OpenTier]) -> None:
 def _connect(mover: Mover, opened: OpenTier, clock: Callable[[], float]) -> GuardedTier:
     guarded = GuardedTier(opened.tier, clock=clock, timeout_seconds=opened.timeout_seconds)
     capacity = opened.tier.usage().capacity_bytes or _ASSUMED_BYTES
-    mover.add(guarded, opened.write, make_admission(opened.admission, capacity))
+    admission = make_admission(opened.admission, capacity)
+    mover.add(guarded, opened.write, admission, opened.transcoder)
     return guarded
 
 

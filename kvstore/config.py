@@ -34,6 +34,7 @@ from kvstore.settings import (
     AddressKind,
     ArenaKind,
     ChoiceKind,
+    CodecKind,
     CountKind,
     DurationKind,
     FlagKind,
@@ -115,6 +116,8 @@ class DiskTierConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     )
     write: Annotated[WritePolicy, _WRITE] = "back"
     admission: Annotated[AdmissionName, _ADMISSION] = "all"
+    codec: Annotated[str, CodecKind()] = ""
+    """What chunks are made smaller with on their way down; empty: they stay as they were stored."""
     eviction: Annotated[Literal["s3fifo", "lru"], ChoiceKind(("s3fifo", "lru"))] = "s3fifo"
     direct: Annotated[Literal["auto", "off"], ChoiceKind(("auto", "off"))] = "auto"
 
@@ -133,6 +136,8 @@ class RedisTierConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     connections: Annotated[int, CountKind(1, 64)] = 4
     write: Annotated[WritePolicy, _WRITE] = "back"
     admission: Annotated[AdmissionName, _ADMISSION] = "all"
+    codec: Annotated[str, CodecKind()] = ""
+    """As that of the disk tier."""
     timeout_seconds: Annotated[float, DurationKind(0.05, 60.0)] = msgspec.field(
         default=1.0, name="timeout"
     )

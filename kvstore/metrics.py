@@ -82,6 +82,9 @@ class Counters(msgspec.Struct, kw_only=True):
     For look-ups, ready + arriving + declined + unavailable + miss is the number of keys asked:
     *declined* ones would take longer to load than to compute, *unavailable* ones are only in
     tiers that do not answer at present. The hits of all tiers together are the ready ones.
+
+    Of chunks on their way to a tier with a codec of its own, *kept* ones go as they are because
+    they are as small already, or have lost enough; *failed* ones because they cannot be encoded.
     """
 
     lookup_chunks_ready: int = 0
@@ -101,6 +104,11 @@ class Counters(msgspec.Struct, kw_only=True):
     prefetch_chunks: int = 0
     demote_chunks: int = 0
     demote_chunks_dropped: int = 0
+    transcode_chunks: int = 0
+    transcode_bytes_before: int = 0
+    transcode_bytes_after: int = 0
+    transcode_chunks_kept: int = 0
+    transcode_chunks_failed: int = 0
     hints: int = 0
     reserve_chunks_reserved: int = 0
     reserve_chunks_present: int = 0

@@ -425,6 +425,30 @@ class PrefixKind:
         return {"type": "string", "pattern": "^[A-Za-z0-9_.:-]{1,64}$"}
 
 
+_CODEC: Final = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")
+
+
+@dataclass(frozen=True)
+class CodecKind:
+    """The name of a codec; which ones there are is found out when the daemon starts."""
+
+    allowed: str = "the name of a codec, such as int4kv or ecsq-mid, or empty for none"
+
+    def read(self, raw: object) -> str:
+        """Accept a text that could be a name."""
+        if raw != "" and not (isinstance(raw, str) and _CODEC.fullmatch(raw)):
+            raise ValueError(f"{raw!r} is not accepted")
+        return str(raw)
+
+    def write(self, value: object) -> Plain:
+        """Return the text."""
+        return str(value)
+
+    def schema(self) -> Schema:
+        """Allow the characters."""
+        return {"type": "string", "pattern": f"^({_CODEC.pattern})?$"}
+
+
 def _whole(raw: object) -> int:
     if isinstance(raw, str) and raw.strip().isascii() and raw.strip().isdigit():
         return int(raw)

@@ -1,9 +1,9 @@
 """What is kept, and in which tiers: every chunk of every namespace.
 
 A chunk is a *slot*, a small number; its fields are columns (arrays), so that a chunk costs
-less than 300 bytes, and to find one is at most one dict access whatever their number. The
-shards of a chunk that has several, which only tensor-parallel writers make, lie in a side
-table. A slot whose chunk is lost while it is held stays, *hollow*, until nobody holds it.
+less than 300 bytes, and to find one is at most one dict access whatever their number. Where a
+chunk has several shards (of tensor-parallel writers), or forms of one, they lie in a side table.
+A slot whose chunk is lost while it is held stays, *hollow*, until nobody holds it.
 """
 
 from __future__ import annotations
@@ -191,9 +191,10 @@ class Index:
             )
         ]
 
-    def shard(self, slot: int, heads: HeadRange) -> ShardRecord | None:
-        """Return the shard of *slot* that has exactly *heads*."""
-        return next((shard for shard in self.shards(slot) if shard.heads == heads), None)
+    def shard(self, slot: int, heads: HeadRange, tiers: int = _ALL_TIERS) -> ShardRecord | None:
+        """Return what *tiers* have of exactly *heads* of *slot*, the host tier's form first."""
+        forms = [s for s in self.shards(slot) if s.heads == heads and s.tiers & tiers]
+        return max(forms, key=lambda form: form.is_in_host, default=None)
 
     def tiers_of(self, slot: int) -> int:
         """Return the bits of the tiers that hold a shard of *slot*."""
@@ -286,30 +287,11 @@ class Index:
         if self.tree.parent(slot) == NO_SLOT and self._tiers[slot] & self._evicting_bits:
             self.tree.adopt(slot, parent, self._tiers[slot])
 
-    def gain(
-        self,
-        slot: int,
-        heads: HeadRange,
-        kind: TierKind,
-        *,
-        extent: Extent | None = None,
-        place: Place | None = None,
-    ) -> None:
-        """Note that the shard *heads* of *slot* is in the tier *kind*, too, and where."""
+    def replace(self, slot: int, shard: ShardRecord, by: ShardRecord) -> None:
+        """Put *by*, the same bytes in other tiers or places, where *slot* has *shard*."""
         shards = self.shards(slot)
-        at, shard = next((n, s) for n, s in enumerate(shards) if s.heads == heads)
-        shards[at] = shard._replace(
-            tiers=shard.tiers | kind,
-            extent=shard.extent if extent is None else extent,
-            place=shard.place if place is None else place,
-        )
+        shards[shards.index(shard)] = by
         self._put_shards(slot, shards)
-
-    def set_root(self, slot: int, heads: HeadRange, root: Root) -> ShardRecord:
-        """Note the root of a shard whose writer took no checksums; return the shard."""
-        shards = [s._replace(root=root) if s.heads == heads else s for s in self.shards(slot)]
-        self._put_shards(slot, shards)
-        return next(shard for shard in shards if shard.heads == heads)
 
     def lose(self, slot: int, kind: TierKind, heads: HeadRange | None = None) -> list[ShardRecord]:
         """Note that *slot*, or its shard *heads* alone, is in the tier *kind* no more.

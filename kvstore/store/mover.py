@@ -26,8 +26,8 @@ from kvstore.store.admission import Admission
 from kvstore.store.lane import Fetch, FetchKey, Job, Lane, Removal, Write
 from kvstore.store.promotion import PendingLoad
 from kvstore.store.quota import DEFAULT_TENANT
-from kvstore.store.residence import fingerprint
 from kvstore.store.route import Route, Threads, WritePolicy, shard_of
+from kvstore.store.shards import tiers_with
 from kvstore.tiers.guard import GuardedTier
 from kvstore.types import NO_SLOT, Digest, HeadRange, TierKind
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from kvstore.store.namespace import Namespace
     from kvstore.store.shards import ShardRecord
     from kvstore.store.store import Loading, Store
+    from kvstore.store.transcode import Transcoder
 
 log = logging.getLogger(__name__)
 
@@ -62,12 +63,17 @@ class Mover:
         store.attach_movement(self)
 
     def add(
-        self, tier: GuardedTier, policy: WritePolicy, admission: Admission | None = None
+        self,
+        tier: GuardedTier,
+        policy: WritePolicy,
+        admission: Admission | None = None,
+        transcoder: Transcoder | None = None,
     ) -> Route:
-        """Move to and from *tier*, too, which the store knows."""
+        """Move to and from *tier*, too, which the store knows; *transcoder* makes its forms."""
         assert tier.kind in self._store.slower.residents, "the store knows its tiers"
         lane = Lane(self._store.host.usage().capacity_bytes // WRITE_QUEUE_SHARE)
-        route = Route(self._store, tier, lane, policy, admission, self._in_thread)
+        route = Route(self._store, tier, lane, policy, admission, self._in_thread, transcoder)
+        self._store.slower.forming |= tier.kind if transcoder else 0
         self.routes[tier.kind] = route
         tier.on_change = partial(self._changed, route)
         return route
@@ -116,7 +122,7 @@ class Mover:
         here = [shard for shard in self._store.index.shards(slot) if shard.is_in_host]
         for route in self.routes.values():
             if len(here) == 1:
-                self._note_use(route, slot)
+                route.note_use(slot)
             if route.policy != "on_evict":
                 self._offer(route, slot, next(shard for shard in here if shard.heads == heads))
         # Only now: what makes room may be this very chunk.
@@ -128,7 +134,7 @@ class Mover:
         for route in self.routes.values():
             if route.is_selective:
                 for slot in slots:
-                    self._note_use(route, slot)
+                    route.note_use(slot)
             if route.policy != "on_evict":
                 for slot in [slot for slot in slots if not index.tiers_of(slot) & route.kind]:
                     for shard in index.shards(slot):
@@ -167,7 +173,7 @@ class Mover:
             route.policy == "on_evict"
             and not tiers & route.kind
             and route.tier.is_usable
-            and self._admits(route, slot)
+            and route.admits(slot)
             for route in self.routes.values()
         )
 
@@ -235,10 +241,10 @@ class Mover:
             if route.policy != "through" or slot == NO_SLOT:
                 continue
             record = self._store.index.shard(slot, heads)
-            if record is None or record.tiers & route.kind:
+            if record is None or self._store.index.shard(slot, heads, route.kind) is not None:
                 continue
             waits += 1
-            if self._admits(route, slot):
+            if route.admits(slot):
                 self._put_write(route, slot, record, done)
             else:
                 done(False)
@@ -249,7 +255,7 @@ class Mover:
         for slot in self._store.index.leading(space, digests):
             for route in self.routes.values():
                 for record in self._store.index.shards(slot) if route.tier.is_shared else ():
-                    if record.is_in_host and not record.tiers & route.kind:
+                    if route.lacks(slot, record):
                         self._put_write(route, slot, record, None)
 
     def find(self, space: Namespace, digests: Sequence[Digest], done: Callable[[], None]) -> bool:
@@ -287,11 +293,11 @@ class Mover:
 
     def _route(self, fetch: Fetch) -> None:
         """Queue *fetch* where it is had fastest, or end it."""
-        record = self._store.index.shard(fetch.slot, fetch.heads)
-        if record is not None and record.is_in_host:
+        here = tiers_with(self._store.index.shards(fetch.slot), fetch.heads)
+        if here & _HOST:
             self._finish(fetch, is_here=True)
             return
-        tiers = 0 if record is None else record.tiers & self._store.index.usable & ~fetch.tried
+        tiers = here & self._store.index.usable & ~fetch.tried
         route = self._fastest(tiers)
         if route is None or not fetch.is_needed:
             self._finish(fetch, is_here=False)
@@ -325,17 +331,10 @@ class Mover:
 
     # --- writes -------------------------------------------------------------------------
 
-    def _note_use(self, route: Route, slot: int) -> None:
-        index = self._store.index
-        route.admission.note(fingerprint(index.digest(slot)), index.space_of(slot).chunk_bytes)
-
     def _offer(self, route: Route, slot: int, record: ShardRecord) -> None:
         """Queue a shard for a tier that has no copy and wants one."""
-        if record.is_in_host and not record.tiers & route.kind and self._admits(route, slot):
+        if route.lacks(slot, record) and route.admits(slot):
             self._put_write(route, slot, record, None)
-
-    def _admits(self, route: Route, slot: int) -> bool:
-        return route.admission.admits(fingerprint(self._store.index.digest(slot)))
 
     def _put_write(
         self, route: Route, slot: int, record: ShardRecord, done: Callable[[bool], None] | None
@@ -394,7 +393,7 @@ class Mover:
             for route in self.routes.values()
             if route.policy == "on_evict" and route.tier.is_usable
             for record in store.index.shards(slot)
-            if record.is_in_host and not record.tiers & route.kind
+            if route.lacks(slot, record)
         ]
         assert wanting, "what is wanted is in the host tier and not yet there"
         left += [0] * len(wanting)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from kvstore.protocol.manifest import encode_namespace
 from kvstore.store.history import Fate
 from kvstore.store.planner import cheapest_window
+from kvstore.store.shards import whole_bytes
 from kvstore.store.soundness import tenant_mark
 from kvstore.tiers.base import Shard, ShardKey
 from kvstore.types import NO_SLOT, Digest, Extent, TierKind
@@ -87,8 +88,8 @@ class HostRoom:
         self._residents.gained(self._index.space_of(slot), shard)
         here = sum(other.is_in_host for other in self._index.shards(slot))
         if here == 1:
-            chunk_bytes = self._index.space_of(slot).chunk_bytes
-            self._residents.admit(slot, chunk_bytes)
+            heads = self._index.space_of(slot).manifest.kv_heads
+            self._residents.admit(slot, whole_bytes(shard, heads))
 
     def record(self, slot: int, shard: ShardRecord, parent: Digest | None) -> None:
         """Note for a restart what the extent of *shard*, of *slot*, holds from now on.

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeVar
 
+from kvstore.errors import ChecksumError
 from kvstore.hashing import Digests64, root_of
+from kvstore.limits import TIER_TRANSCODES_MAX
 from kvstore.protocol.manifest import encode_namespace
 from kvstore.store.admission import Admission, AdmitAll
 from kvstore.store.history import Fate
 from kvstore.store.residence import fingerprint
+from kvstore.store.shards import tiers_with
+from kvstore.store.transcode import Stored, Transcoder, count, form_of
 from kvstore.tiers.base import Shard, ShardKey
 from kvstore.transfer.copies import digest_blocks
 from kvstore.types import NO_SLOT, Digest, Extent, NamespaceId, TierKind
@@ -47,6 +52,7 @@ class Route:
         policy: WritePolicy,
         admission: Admission | None,
         in_thread: Threads,
+        transcoder: Transcoder | None = None,
     ) -> None:
         self.tier = tier
         self.kind: Final = tier.kind
@@ -58,6 +64,8 @@ class Route:
         self._store = store
         self._in_thread = in_thread
         self._introduced: set[NamespaceId] = set()
+        self._transcoder = transcoder
+        self._transcoding = asyncio.Semaphore(TIER_TRANSCODES_MAX)
         self._making_room = asyncio.Lock()
         self._taking_bytes = 0
 
@@ -65,6 +73,25 @@ class Route:
     def knows_capacity(self) -> bool:
         """Whether it is for us to make room there; a server does so itself."""
         return self.tier.usage().capacity_bytes > 0 and not self.tier.is_shared
+
+    @property
+    def codec(self) -> str:
+        """The codec of the forms that the tier keeps; empty where it keeps what was stored."""
+        return self._transcoder.codec if self._transcoder else ""
+
+    def admits(self, slot: int) -> bool:
+        """Return whether the tier takes *slot* in, as far as its admission has a say."""
+        return self.admission.admits(fingerprint(self._store.index.digest(slot)))
+
+    def note_use(self, slot: int) -> None:
+        """Tell the admission of a use of *slot*."""
+        index = self._store.index
+        self.admission.note(fingerprint(index.digest(slot)), index.space_of(slot).chunk_bytes)
+
+    def lacks(self, slot: int, record: ShardRecord) -> bool:
+        """Return whether *record* is in the host tier, and no form of it here."""
+        forms = self._store.index.shards(slot)
+        return record.is_in_host and not tiers_with(forms, record.heads) & self.kind
 
     def lacks_above(self, slot: int) -> Digest | None:
         """Return the chunk before *slot* where the tier does not have it."""
@@ -81,10 +108,10 @@ class Route:
         Raises `TierError` when the tier could not say.
         """
         store, slot = self._store, fetch.slot
-        record = store.index.shard(slot, fetch.heads)
-        if record is None or record.is_in_host:
-            return record is not None
-        if not record.tiers & self.kind:
+        if store.index.shard(slot, fetch.heads, _HOST) is not None:
+            return True
+        record = store.index.shard(slot, fetch.heads, self.kind)
+        if record is None:
             return False
         extent = store.take_room(slot, record.size_bytes)
         if extent is None:
@@ -104,16 +131,17 @@ class Route:
             self._note_gone(slot, is_damaged=blocks is not None)
             store.slower.left(slot, self.kind, fetch.heads)
             return False
-        return self._publish(fetch, extent, blocks)
+        return self._publish(fetch, record, extent, blocks)
 
-    def _publish(self, fetch: Fetch, extent: Extent, blocks: Digests64) -> bool:
+    def _publish(
+        self, fetch: Fetch, record: ShardRecord, extent: Extent, blocks: Digests64
+    ) -> bool:
         store = self._store
         store.host.seal(extent, blocks)
-        if store.promoted(fetch.slot, fetch.heads, extent, fetch.parent):
+        if store.promoted(fetch.slot, record, extent, fetch.parent):
             store.counters.promote_chunks += 1
             store.counters.promote_bytes += extent.size_bytes
-        record = store.index.shard(fetch.slot, fetch.heads)
-        return record is not None and record.is_in_host
+        return store.index.shard(fetch.slot, fetch.heads, _HOST) is not None
 
     def _note_gone(self, slot: int, *, is_damaged: bool) -> None:
         """Remember that the tier has no good copy of *slot*; what servers keep has an end."""
@@ -134,13 +162,17 @@ class Route:
         record = None if slot == NO_SLOT else store.index.shard(slot, write.heads)
         if record is None:
             return False
-        if record.tiers & self.kind:
+        if store.index.shard(slot, write.heads, self.kind) is not None:
             return True
         if not record.is_in_host:
             return False
         store.hold(slot)
         try:
             return await self._copy_down(slot, record)
+        except ChecksumError:
+            # Whoever loads it will see the same, and delete it.
+            store.counters.checksum_failures += 1
+            return False
         finally:
             store.let_go(slot)
 
@@ -150,7 +182,11 @@ class Route:
         source = store.host.view(record.extent)
         if not store.host.checksums:
             root = root_of(await self._in_thread(lambda: digest_blocks(source)))
-            record = store.index.set_root(slot, record.heads, root)
+            plain = store.index.shard(slot, record.heads, _HOST)
+            assert plain is not None, "what is held stays"
+            record = plain._replace(root=root)
+            store.index.replace(slot, plain, record)
+        record, source = await self._smaller(slot, record, source)
         for _ in range(_WRITE_TRIES_MAX):
             if not await self._make_room(slot, record.size_bytes):
                 return False
@@ -162,11 +198,32 @@ class Route:
             finally:
                 self._taking_bytes -= record.size_bytes
             if place is not None:
-                store.slower.entered(slot, record.heads, self.kind, place)
+                store.slower.entered(slot, record, self.kind, place)
                 return True
             if not self.knows_capacity or not await self._evict_for(slot, record.size_bytes):
                 return False
         return False
+
+    async def _smaller(
+        self, slot: int, record: ShardRecord, source: memoryview
+    ) -> tuple[ShardRecord, memoryview]:
+        """Return the form of a shard that the tier is to have, and its bytes.
+
+        Raises `ChecksumError` when the bytes in the host tier are damaged.
+        """
+        if self._transcoder is None:
+            return record, source
+        index = self._store.index
+        is_first = index.parent_digest(slot) is None
+        manifest = index.space_of(slot).manifest
+        stored = Stored(manifest, record.heads, is_first, source, record.root)
+        async with self._transcoding:
+            made = await self._in_thread(partial(form_of, self._transcoder, stored))
+        count(self._store.counters, stored, made)
+        if isinstance(made, str):
+            return record, source
+        form = record._replace(extent=Extent(0, len(made.payload)), root=made.root)
+        return form, made.payload
 
     async def _introduce(self, slot: int) -> None:
         space = self._store.index.space_of(slot)

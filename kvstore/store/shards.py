@@ -1,4 +1,8 @@
-"""Shards: the parts of a chunk, cut along its heads, and which of them together make it up."""
+"""Shards: the parts of a chunk, cut along its heads, and which of them together make it up.
+
+A shard may have several *forms*: what was stored, and what tiers have made of it with codecs of
+their own. They are records of the same heads with other bytes, no two of them in one tier.
+"""
 
 from __future__ import annotations
 
@@ -34,6 +38,26 @@ class ShardRecord(NamedTuple):
         return self.tiers & TierKind.HOST != 0
 
 
+def whole_bytes(shard: ShardRecord, kv_heads: int) -> int:
+    """Return what a chunk takes whose other heads are like those of *shard*."""
+    return shard.size_bytes * kv_heads // shard.heads.width
+
+
+def tiers_with(shards: Iterable[ShardRecord], heads: HeadRange) -> int:
+    """Return the bits of the tiers that hold exactly *heads*, in whatever form."""
+    tiers = 0
+    for shard in shards:
+        if shard.heads == heads:
+            tiers |= shard.tiers
+    return tiers
+
+
+def find_form(shards: Iterable[ShardRecord], wanted: ShardRecord) -> ShardRecord | None:
+    """Return the one of *shards* that has the very bytes of *wanted*."""
+    key = (wanted.heads, wanted.root, wanted.size_bytes)
+    return next((s for s in shards if (s.heads, s.root, s.size_bytes) == key), None)
+
+
 def covers(shards: Iterable[HeadRange], wanted: HeadRange) -> bool:
     """Return whether *shards* together hold every head of *wanted*."""
     reached = wanted.start
@@ -50,7 +74,7 @@ def choose_cover(
     """Return the fewest shards that hold every head of *wanted*, in head order.
 
     *shards* must cover *wanted* with those in *usable* tiers. Where shards in the host tier
-    are enough, no others are chosen.
+    are enough, no others are chosen; of several forms one is.
     """
     if len(shards) == 1:
         return list(shards)
@@ -66,7 +90,7 @@ def choose_cover(
                 for shard in shards
                 if shard.tiers & usable and shard.heads.start <= reached < shard.heads.stop
             ),
-            key=lambda shard: shard.heads.stop,
+            key=lambda shard: (shard.heads.stop, shard.is_in_host),
         )
         chosen.append(best)
         reached = best.heads.stop

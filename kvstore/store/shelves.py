@@ -16,7 +16,7 @@ from kvstore.store.namespace import Namespace
 from kvstore.store.quota import DEFAULT_TENANT, Share, Shares
 from kvstore.store.residence import Holdings, Residents
 from kvstore.store.room import HostRoom
-from kvstore.store.shards import ShardRecord, covers
+from kvstore.store.shards import ShardRecord, covers, find_form, whole_bytes
 from kvstore.store.slower import SlowerTiers
 from kvstore.tiers.host import HostTier
 from kvstore.tiers.record_layout import Owner
@@ -201,22 +201,22 @@ class Shelves:
         """Take back what `take_room` gave, or `hold_room` held."""
         self.room.give_back(self.promoting.pop(extent), extent)
 
-    def promoted(self, slot: int, heads: HeadRange, extent: Extent, parent: Digest | None) -> bool:
-        """Publish the shard *heads* of *slot*, which was read into *extent* and is right.
+    def promoted(self, slot: int, read: ShardRecord, extent: Extent, parent: Digest | None) -> bool:
+        """Publish the shard *read* of *slot*, which was read into *extent* and is right.
 
         Returns False, and frees the extent, when it is not needed any more.
         """
-        shard = self.index.shard(slot, heads)
-        if shard is None or shard.is_in_host:
+        shard = find_form(self.index.shards(slot), read)
+        if shard is None or self.index.shard(slot, read.heads, _HOST) is not None:
             self.give_up_room(extent)
             return False
         del self.promoting[extent]
-        self.index.gain(slot, heads, _HOST, extent=extent)
+        here = shard._replace(extent=extent, tiers=shard.tiers | _HOST)
+        self.index.replace(slot, shard, here)
         space = self.index.space_of(slot)
         above = NO_SLOT if parent is None else space.find(parent)
         if above != NO_SLOT:
             self.index.adopt(slot, above)
-        here = shard._replace(extent=extent, tiers=shard.tiers | _HOST)
         self.room.publish(slot, here)
         self.room.record(slot, here, parent)
         return True
@@ -243,7 +243,7 @@ class Shelves:
             above = NO_SLOT if parent is None else space.find(parent)
             slot = self.index.add(space, digest, above, shard, tenant)
             shares.charge(tenant, need)
-            self.residents.admit(slot, space.manifest.chunk_bytes)
+            self.residents.admit(slot, whole_bytes(shard, space.manifest.kv_heads))
             self.residents.gained(space, shard)
             return True
         shares.charge(tenant, need)
@@ -332,15 +332,17 @@ class Shelves:
             # All of a chunk is one tenant's: that of its first shard.
             self.residents.shares.refund(tenant, need)
             self.residents.shares.charge(owner, need)
-        known = self.index.shard(slot, shard.heads)
-        if known is None:
-            self.index.add_shard(slot, shard)
-        elif (known.root, known.size_bytes) == (shard.root, shard.size_bytes):
-            self.index.gain(slot, shard.heads, _HOST, extent=shard.extent)
-        else:
-            # Computed anew, with other bytes: copies of the old ones are of no use any more.
-            self.index.add_shard(slot, shard)
-            self._forget_slower(slot, [known])
+        forms = [known for known in self.index.shards(slot) if known.heads == shard.heads]
+        known = find_form(forms, shard)
+        if known is not None:
+            here = known._replace(extent=shard.extent, tiers=known.tiers | _HOST)
+            self.index.replace(slot, known, here)
+            return
+        # Computed anew, with other bytes: copies of the old ones are of no use any more. What a
+        # tier has made itself is as good as what it would make of these.
+        self.index.add_shard(slot, shard)
+        stale = [form._replace(tiers=form.tiers & ~self.slower.forming) for form in forms]
+        self._forget_slower(slot, [form for form in stale if form.tiers])
 
     def _forget_slower(self, slot: int, shards: Sequence[ShardRecord]) -> None:
         """Let all slower tiers forget *shards* of *slot*."""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from kvstore.limits import CHUNK_SIZE_MAX_BYTES, REMEMBERED_CHUNKS_MAX
 from kvstore.store.history import Fate
-from kvstore.store.shards import ShardRecord
+from kvstore.store.shards import ShardRecord, find_form, whole_bytes
 from kvstore.types import NO_SLOT, Digest, Extent, HeadRange, Place, TierKind
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ class SlowerTiers:
 
     *residents* has the tiers there are. One whose capacity is not known here forgets by
     itself; what is there is remembered up to a bound, and found again when it is asked for.
+    *forming* are the bits of those that make forms of their own.
     """
 
     def __init__(
@@ -30,13 +31,15 @@ class SlowerTiers:
     ) -> None:
         self.residents = residents
         self._history = history
+        self.forming = 0
         self._index = index
 
-    def entered(self, slot: int, heads: HeadRange, kind: TierKind, place: Place) -> None:
-        """Note that the shard *heads* of *slot* lies in the tier *kind*, at *place*."""
-        known = self._index.shard(slot, heads)
-        assert known is not None, f"slot {slot} has a shard {heads}"
-        self._note(slot, kind, known, place)
+    def entered(self, slot: int, written: ShardRecord, kind: TierKind, place: Place) -> None:
+        """Note that *written*, a shard of *slot* or a form of one, lies in *kind*, at *place*."""
+        former = self._index.shard(slot, written.heads, kind)
+        if former is not None and former.root != written.root:
+            self.left(slot, kind, written.heads)
+        self._enter(slot, kind, written._replace(tiers=kind, place=place))
 
     def left(
         self, slot: int, kind: TierKind, heads: HeadRange | None = None, *, evicted: bool = False
@@ -64,7 +67,8 @@ class SlowerTiers:
         """Note a shard that a tier says it has; return its slot, or `NO_SLOT` when it is refused.
 
         A tier may hold what no daemon of ours wrote: what does not fit the manifest is refused.
-        Bytes that differ from those known here, of the same key, are left alone.
+        Bytes that differ from those known here, of the same key, are left alone, unless the tier
+        makes forms of its own.
         """
         shard, place = found
         heads, digest = shard.key.heads, shard.key.digest
@@ -79,14 +83,12 @@ class SlowerTiers:
             slot = self._index.add(space, digest, parent, record, tenant)
             self._charge(slot, kind, record, is_new=True)
             return slot
-        known = self._index.shard(slot, heads)
-        if known is None:
-            self._index.add_shard(slot, record)
-            self._admit(slot, kind, record)
-        elif (known.root, known.size_bytes) == (shard.root, shard.size_bytes):
-            if not known.tiers & kind:
-                self._note(slot, kind, known, place)
-        elif known.tiers == kind:
+        forms = [known for known in self._index.shards(slot) if known.heads == heads]
+        former = next((known for known in forms if known.tiers & kind), None)
+        if former is None:
+            if not forms or find_form(forms, record) is not None or kind & self.forming:
+                self._enter(slot, kind, record)
+        elif former.tiers == kind and find_form([former], record) is None:
             # Another daemon has written this key anew, with bytes that are as good.
             self.left(slot, kind, heads)
             return self.learn(space, kind, found, tenant=tenant)
@@ -152,31 +154,34 @@ class SlowerTiers:
             size_bytes = sum(one.shard.size_bytes for one in plain)
             residents.shares.charge(tenant, size_bytes)
             residents.gained_whole(space, len(plain), size_bytes)
-            residents.admit_run(first, len(plain), space.chunk_bytes)
+            residents.admit_run(first, len(plain), size_bytes // len(plain))
             yield from enumerate(plain, first)
         for one in others:
             slot = self.learn(space, kind, one, tenant=tenant)
             if slot != NO_SLOT:
                 yield slot, one
 
-    def _note(self, slot: int, kind: TierKind, known: ShardRecord, place: Place) -> None:
+    def _enter(self, slot: int, kind: TierKind, record: ShardRecord) -> None:
+        """Note *record*, which is in *kind*: bytes that are known, or a form of their own."""
         is_new = not self._index.tiers_of(slot) & kind
-        if known.tiers & kind:
-            self._index.gain(slot, known.heads, kind, place=place)
-            return
-        self._index.gain(slot, known.heads, kind, place=place)
-        self._charge(slot, kind, known, is_new=is_new)
-
-    def _admit(self, slot: int, kind: TierKind, record: ShardRecord) -> None:
-        here = sum(1 for shard in self._index.shards(slot) if shard.tiers & kind)
-        self._charge(slot, kind, record, is_new=here == 1)
+        known = find_form(self._index.shards(slot), record)
+        if known is None:
+            self._index.add_shard(slot, record)
+        else:
+            # Only the durable tier has places: another must not take that one's away.
+            place = record.place if kind is TierKind.DISK else known.place
+            here = known._replace(tiers=known.tiers | kind, place=place)
+            self._index.replace(slot, known, here)
+        if known is None or not known.tiers & kind:
+            self._charge(slot, kind, record, is_new=is_new)
 
     def _charge(self, slot: int, kind: TierKind, record: ShardRecord, *, is_new: bool) -> None:
         residents = self.residents[kind]
         residents.shares.charge(self._index.tenant_of(slot), record.size_bytes)
         residents.gained(self._index.space_of(slot), record)
         if is_new:
-            residents.admit(slot, self._index.space_of(slot).chunk_bytes)
+            heads = self._index.space_of(slot).manifest.kv_heads
+            residents.admit(slot, whole_bytes(record, heads))
         if residents.count > REMEMBERED_CHUNKS_MAX and kind is not TierKind.DISK:
             self._forget_one(kind, slot)
 

@@ -109,7 +109,9 @@ class DryDisk:
             self._used_bytes -= CHUNK_BYTES
         self._used_bytes += CHUNK_BYTES
         self.written_chunks += 1
-        slower.entered(slot, HEADS, TierKind.DISK, Place(0))
+        stored = index.shard(slot, HEADS)
+        assert stored is not None, "what is written is known"
+        slower.entered(slot, stored, TierKind.DISK, Place(0))
 
 
 @dataclass
@@ -200,7 +202,9 @@ class Replay:
             if extent is None:
                 break
             parent = digests[position - 1] if position else None
-            store.promoted(slot, HEADS, extent, parent)
+            below = store.index.shard(slot, HEADS)
+            assert below is not None, "what is loaded is known"
+            store.promoted(slot, below, extent, parent)
         lease, _ = store.end_load(loading, len(loading.slots))
         if lease:
             store.release(SESSION, [lease])

@@ -16,6 +16,7 @@ from kvstore.store.quota import Share, Shares
 from kvstore.store.route import Answer, WritePolicy
 from kvstore.store.shelves import SlowTier
 from kvstore.store.store import Loading, Store
+from kvstore.store.transcode import Transcoder
 from kvstore.tiers.fake import FakeTier, Fault
 from kvstore.tiers.guard import GuardedTier
 from kvstore.tiers.host import HostTier
@@ -38,6 +39,7 @@ class Slower(NamedTuple):
     tier: FakeTier
     policy: WritePolicy = "back"
     admission: Admission | None = None
+    codec: str = ""
 
 
 class Tiers:
@@ -69,7 +71,8 @@ class Tiers:
             for one in slower
         }
         for one in slower:
-            self.mover.add(self.guards[one.tier.kind], one.policy, one.admission)
+            transcoder = Transcoder(one.codec) if one.codec else None
+            self.mover.add(self.guards[one.tier.kind], one.policy, one.admission, transcoder)
 
     def engine(self, manifest, session: int = 1) -> Engine:
         return Engine(self.store, manifest, session)
