@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import logging
 import socket
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -204,6 +205,7 @@ async def _serve_admin(
     if config.listen is None:
         return
     events = Events()
+    server.store.history.start(time.time)
     logging.getLogger("kvstore").addHandler(events)
     subject = Subject(
         store=server.store,

@@ -184,6 +184,7 @@ HISTORY_ENTRIES_MIN: Final = 16_384
 HISTORY_ENTRIES_MAX: Final = 524_288
 # Look-ups that are remembered with their digests, and how many of these in all.
 RECENT_LOOKUPS_MAX: Final = 1024
+LOOKUP_NAME_MAX_CHARS: Final = 128
 RECENT_LOOKUP_DIGESTS_MAX: Final = 65_536
 EXPLAINED_CHUNKS_MAX: Final = 256
 EXPLAINED_GEOMETRIES_MAX: Final = 8

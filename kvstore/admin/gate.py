@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 
 import msgspec
 from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
 
 from kvstore.admin.auth import Grant, Pace, Scope
 from kvstore.admin.routes import JSON, Call, Refusal, Route, problem, reply
@@ -97,11 +98,11 @@ class Gate:
 
         return answer
 
-    def middleware(self) -> Callable[[web.Request, Answering], Awaitable[web.StreamResponse]]:
+    def middleware(self) -> Middleware:
         """Return what stands before all routes, and before requests for none."""
 
         @web.middleware
-        async def guard(request: web.Request, handler: Answering) -> web.StreamResponse:
+        async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
             try:
                 response = await self._guarded(request, handler)
             except web.HTTPException as error:
@@ -114,7 +115,7 @@ class Gate:
 
         return guard
 
-    async def _guarded(self, request: web.Request, handler: Answering) -> web.StreamResponse:
+    async def _guarded(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         if not self._is_for_us(request):
             return problem(421, "the Host header names another host (admin.allowed_hosts)")
         if not self._pace.take(request.remote or ""):

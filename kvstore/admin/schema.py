@@ -21,6 +21,7 @@ from kvstore.limits import (
 )
 from kvstore.protocol.manifest import Manifest
 from kvstore.protocol.messages import ArenaStats, NamespaceStats, TenantStats
+from kvstore.store.explanation import Cause, Verdict
 
 DigestHex = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of a prefix")]
 NamespaceHex = Annotated[str, Meta(pattern=r"^[0-9a-f]{32}$", description="id of a namespace")]
@@ -353,8 +354,50 @@ class ExplainAsked(Asked, frozen=True):
 
 
 class Difference(Shown, frozen=True):
-    """A field of the manifest in which two namespaces differ."""
+    """A field in which the namespace that has a chunk differs from the one that was asked."""
 
     field: str
     here: str
     there: str
+
+
+class ChunkExplained(Shown, frozen=True):
+    """Where one chunk is, or what became of it; *text* says it in a sentence.
+
+    *tiers* have it now; *tier* and *at* belong to what became of it.
+    """
+
+    number: int
+    digest: str
+    verdict: Verdict
+    cause: Cause
+    text: str
+    tiers: list[str]
+    tier: str | None
+    at: float | None
+    differences: list[Difference]
+
+
+class HistoryShown(Shown, frozen=True):
+    """How far the memory of what became of chunks reaches."""
+
+    entries: int
+    overwritten: int
+    since_at: float
+
+
+class Explained(Shown, frozen=True):
+    """Why a prefix was a hit so far and no further.
+
+    *chunks* are the first that are not counted, and a few before them; *looked_up_hits* is what
+    the look-up counted that was asked about by name.
+    """
+
+    namespace: str | None
+    chunks_asked: int
+    hits: int
+    looked_up_hits: int | None
+    cause: Cause | None
+    text: str
+    chunks: list[ChunkExplained]
+    history: HistoryShown

@@ -10,8 +10,11 @@ import socket
 from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
-from kvstore.admin.gate import Answering, Gate
+from kvstore.admin.actions import Actions
+from kvstore.admin.explaining import Explaining
+from kvstore.admin.gate import Gate
 from kvstore.admin.openapi import document, served_path
 from kvstore.admin.routes import JSON, Call, Route, Text
 from kvstore.admin.status import Observer
@@ -49,7 +52,11 @@ class Admin:
             hosts |= {socket.gethostname(), socket.getfqdn()}
         self._gate = Gate(exposure, hosts)
         self._observer = Observer(subject)
-        self._routes = [*Views(subject, self._observer).routes()]
+        self._routes = [
+            *Views(subject, self._observer).routes(),
+            *Explaining(subject).routes(),
+            *Actions(subject).routes(),
+        ]
         self._routes.append(self._description())
         # Connections on which nothing has been asked yet, and when that is too long.
         self._silent: dict[web.RequestHandler, asyncio.TimerHandle] = {}
@@ -80,7 +87,7 @@ class Admin:
 
     def _app(self) -> web.Application:
         @web.middleware
-        async def hear(request: web.Request, handler: Answering) -> web.StreamResponse:
+        async def hear(request: web.Request, handler: Handler) -> web.StreamResponse:
             """Note that a connection has asked something."""
             timer = self._silent.pop(request.protocol, None)
             if timer is not None:

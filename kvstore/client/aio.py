@@ -18,7 +18,7 @@ from kvstore.client.chunks import AttachedSpace, LoadedChunks, Vacancy, check_di
 from kvstore.client.connection import checked, deadline_ms
 from kvstore.client.handoff import AsyncHandoffs
 from kvstore.errors import FrameError, KVStoreError, UnavailableError, from_code
-from kvstore.limits import PATIENCE_SECONDS
+from kvstore.limits import LOOKUP_NAME_MAX_CHARS, PATIENCE_SECONDS
 from kvstore.protocol import messages as m
 from kvstore.protocol.framing import FrameReader, frame
 from kvstore.transfer.arena import ArenaMapping
@@ -249,6 +249,7 @@ class AsyncSpace:
         wait: bool = False,
         lease: bool = False,
         recompute_us: int = 0,
+        name: str = "",
         timeout_seconds: float | None = None,
     ) -> m.Found:
         """Count the leading chunks present; see `kvstore.client.sync.Space.lookup`."""
@@ -263,6 +264,7 @@ class AsyncSpace:
             wait,
             lease,
             recompute_us,
+            name[:LOOKUP_NAME_MAX_CHARS],
         )
         return await self._connection.call(request, m.Found, timeout_seconds)
 
@@ -354,9 +356,9 @@ class AsyncSpace:
         request = m.Unpin(*self._head(), check_digests(digests))
         return (await self._connection.call(request, m.Done, self._timeout_seconds)).count
 
-    async def delete(self, digests: Sequence[Digest]) -> m.Done:
-        """Remove chunks; those in use are counted as busy and stay."""
-        request = m.Delete(*self._head(), check_digests(digests))
+    async def delete(self, digests: Sequence[Digest], *, damaged: bool = False) -> m.Done:
+        """Remove chunks, perhaps as *damaged*; those in use are counted as busy and stay."""
+        request = m.Delete(*self._head(), check_digests(digests), damaged)
         return await self._connection.call(request, m.Done, self._timeout_seconds)
 
     async def _commit(self, filled: Sequence[m.Filled]) -> None:

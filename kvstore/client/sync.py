@@ -19,7 +19,12 @@ from kvstore.client.coding import Coding, Part, plain_part
 from kvstore.client.connection import Connection, Waiter, deadline_ms
 from kvstore.client.handoff import Handoffs
 from kvstore.errors import UnavailableError, from_code
-from kvstore.limits import CHUNKS_PER_TRANSFER_MAX, MIB, PATIENCE_SECONDS
+from kvstore.limits import (
+    CHUNKS_PER_TRANSFER_MAX,
+    LOOKUP_NAME_MAX_CHARS,
+    MIB,
+    PATIENCE_SECONDS,
+)
 from kvstore.protocol import messages as m
 from kvstore.transfer.arena import ArenaMapping
 from kvstore.types import Digest, HeadRange, HintKind, ReserveOutcome

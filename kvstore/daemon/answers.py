@@ -15,6 +15,8 @@ from kvstore.limits import (
 )
 from kvstore.protocol import messages as m
 from kvstore.protocol.manifest import decode_manifest
+from kvstore.store.history import Fate
+from kvstore.store.recent import RecentLookup
 from kvstore.types import Digest, HeadRange, LeaseId, ReservationId, Root, SessionId
 
 if TYPE_CHECKING:
@@ -135,7 +137,8 @@ class Answers:
             case m.Unpin():
                 return m.Done(request_id, store.unpin(space, digests))
             case m.Delete():
-                gone, busy = store.delete(space, digests)
+                fate = Fate.DAMAGED if request.damaged else Fate.DELETED
+                gone, busy = store.delete(space, digests, fate)
                 return m.Done(request_id, gone, busy)
             case m.Prefetch():
                 return m.Done(request_id, self._server.hints.prefetch(space, digests))
@@ -202,10 +205,18 @@ class Answers:
             lease=request.lease,
             recompute_seconds=request.recompute_us * _MICROSECOND,
         )
+        if request.name:
+            self._note(request, found.hits)
         expected_us = round(found.expected_seconds / _MICROSECOND)
         return m.Found(
             request.request_id, found.hits, found.arriving, found.tiers, found.lease, expected_us
         )
+
+    def _note(self, request: m.Lookup, hits: int) -> None:
+        """Remember a look-up by its name."""
+        digests, cost = _digests(request.digests), request.recompute_us * _MICROSECOND
+        space = self._space(request.space)
+        self._store.recent.note(RecentLookup(request.name, space, digests, hits, cost))
 
     # --- loads --------------------------------------------------------------------------
 

@@ -29,6 +29,7 @@ from kvstore.limits import (
     KEYS_PER_REQUEST_MAX,
     KV_HEADS_MAX,
     LEASES_PER_SESSION_MAX,
+    LOOKUP_NAME_MAX_CHARS,
     MANIFEST_SIZE_MAX_BYTES,
     PING_PAYLOAD_MAX_BYTES,
     RECOMPUTE_MAX_US,
@@ -98,7 +99,8 @@ class Lookup(Request, tag=3, frozen=True, gc=False):
     With *window* w > 0: the largest n such that chunks [n - w, n) are present, the rule of
     sliding-window groups. With *wait*, chunks that others are writing are waited for until
     the deadline. With *lease*, the chunks counted are leased to this session. *recompute_us*
-    is what computing one chunk costs: those that take longer to load are not counted.
+    is what computing one chunk costs: those that take longer to load are not counted. By its
+    *name*, such as the engine's id of the request, a look-up can be explained later.
     """
 
     space: Handle
@@ -107,6 +109,7 @@ class Lookup(Request, tag=3, frozen=True, gc=False):
     wait: bool = False
     lease: bool = False
     recompute_us: RecomputeUs = 0
+    name: Annotated[str, Meta(max_length=LOOKUP_NAME_MAX_CHARS)] = ""
 
 
 class Load(Request, tag=4, frozen=True, gc=False):
@@ -179,10 +182,14 @@ class Unpin(Request, tag=10, frozen=True, gc=False):
 
 
 class Delete(Request, tag=11, frozen=True, gc=False):
-    """Remove chunks now; those leased, hard-pinned or arriving stay and are counted as busy."""
+    """Remove chunks now; those leased, hard-pinned or arriving stay and are counted as busy.
+
+    *damaged* says why: whoever loaded them found that their bytes are not what they should be.
+    """
 
     space: Handle
     digests: DigestList
+    damaged: bool = False
 
 
 class Stats(Request, tag=12, frozen=True, gc=False):

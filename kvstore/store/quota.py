@@ -45,6 +45,7 @@ class Shares:
         """
         assert shares, "there is a default tenant"
         _check(tier, capacity_bytes, shares)
+        self._tier = tier
         self.capacity_bytes = capacity_bytes
         self.shares = tuple(shares)
         self._used = [0] * len(shares)
@@ -88,6 +89,27 @@ class Shares:
     def spare_bytes(self, tenant: int) -> int:
         """Return how far *tenant* is above its floor; 0 below it."""
         return max(0, self._used[tenant] - self._floor[tenant])
+
+    def change(
+        self, tenant: int, *, quota_bytes: int | None = None, floor_bytes: int | None = None
+    ) -> None:
+        """Give *tenant* another quota (0: none) or floor; what is left out stays.
+
+        Nothing is evicted by it: who is over a quota gives with its next chunk. Raises
+        `ConfigError`, and changes nothing, when the floors or the quota cannot be kept.
+        """
+        share = self.shares[tenant]
+        if quota_bytes is not None:
+            share = share._replace(quota_bytes=quota_bytes or None)
+        if floor_bytes is not None:
+            share = share._replace(floor_bytes=floor_bytes)
+        shares = (*self.shares[:tenant], share, *self.shares[tenant + 1 :])
+        _check(self._tier, self.capacity_bytes, shares)
+        self.shares = shares
+        self._floor[tenant] = share.floor_bytes
+        self._quota[tenant] = (
+            self.capacity_bytes if share.quota_bytes is None else share.quota_bytes
+        )
 
     # --- the decision -------------------------------------------------------------------
 

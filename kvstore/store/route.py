@@ -120,6 +120,7 @@ class Route:
         try:
             shard = self._shard(slot, record)
             target = store.host.view(extent)
+            damaged = self._damaged
             here = await self.tier.read(shard, record.place, target, reading.ended)
             blocks = await self._in_thread(lambda: digest_blocks(target)) if here else None
         except BaseException:
@@ -142,6 +143,18 @@ class Route:
             store.counters.promote_chunks += 1
             store.counters.promote_bytes += extent.size_bytes
         return store.index.shard(fetch.slot, fetch.heads, _HOST) is not None
+
+    def _note_gone(self, slot: int, *, is_damaged: bool) -> None:
+        """Remember that the tier has no good copy of *slot*; what servers keep has an end."""
+        gone = Fate.LOST if self.kind is TierKind.DISK else Fate.EXPIRED
+        index = self._store.index
+        fate = Fate.DAMAGED if is_damaged else gone
+        self._store.history.note(index.space_of(slot), index.digest(slot), fate, self.kind)
+
+    @property
+    def _damaged(self) -> int:
+        """How many copies the tier itself has found damaged, and dropped."""
+        return getattr(getattr(self.tier.tier, "counters", None), "quarantined", 0)
 
     def _note_gone(self, slot: int, *, is_damaged: bool) -> None:
         """Remember that the tier has no good copy of *slot*; what servers keep has an end."""

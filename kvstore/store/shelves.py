@@ -14,6 +14,7 @@ from kvstore.store.index import Index
 from kvstore.store.leases import Lease, Leases, Reservation, Reservations
 from kvstore.store.namespace import Namespace
 from kvstore.store.quota import DEFAULT_TENANT, Share, Shares
+from kvstore.store.recent import RecentLookups
 from kvstore.store.residence import Holdings, Residents
 from kvstore.store.room import HostRoom
 from kvstore.store.shards import ShardRecord, covers, find_form, whole_bytes

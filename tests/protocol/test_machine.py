@@ -14,7 +14,7 @@ from tests.support.goldens import REQUESTS
 ALLOWED = {
     SessionState.NEW: {"hello"},
     SessionState.GREETED: {"attach", "ping", "stats"},
-    SessionState.ATTACHED: {name.removesuffix("_2").replace("_", "") for name in REQUESTS}
+    SessionState.ATTACHED: {name.rstrip("_0123456789").replace("_", "") for name in REQUESTS}
     - {"hello"},
 }
 
@@ -38,7 +38,7 @@ def ping(request_id: int) -> m.Ping:
 @pytest.mark.parametrize("name", REQUESTS)
 def test_every_message_is_admitted_in_the_states_that_allow_it_and_in_no_other(state, name):
     machine, request = machine_in(state), REQUESTS[name].message
-    name = name.removesuffix("_2").replace("_", "")
+    name = name.rstrip("_0123456789").replace("_", "")
     if name in ALLOWED[state]:
         machine.receive(request)
         assert machine.in_flight == {request.request_id}

@@ -99,9 +99,9 @@ class Golden(NamedTuple):
 REQUESTS: Final = {
     "hello_2": Golden(m.Hello(1, 5000, 2, "engine", "blue"), [1, 1, 5000, 2, "engine", "blue"]),
     "attach": Golden(m.Attach(2, 5000, _MANIFEST, 32_768), [2, 2, 5000, _MANIFEST, 32_768]),
-    "lookup_2": Golden(
-        m.Lookup(3, 50, 0, [A, B], 2, wait=True, lease=True, recompute_us=70_000),
-        [3, 3, 50, 0, [A, B], 2, True, True, 70_000],
+    "lookup_3": Golden(
+        m.Lookup(3, 50, 0, [A, B], 2, wait=True, lease=True, recompute_us=70_000, name="cmpl-7"),
+        [3, 3, 50, 0, [A, B], 2, True, True, 70_000, "cmpl-7"],
     ),
     "load_2": Golden(m.Load(4, 50, 0, [A], 2, 4, 9), [4, 4, 50, 0, [A], 2, 4, 9]),
     "reserve": Golden(
@@ -115,7 +115,9 @@ REQUESTS: Final = {
     "release": Golden(m.Release(8, 50, [300]), [8, 8, 50, [300]]),
     "pin": Golden(m.Pin(9, 50, 0, [A], hard=True), [9, 9, 50, 0, [A], True]),
     "unpin": Golden(m.Unpin(10, 50, 0, [A]), [10, 10, 50, 0, [A]]),
-    "delete": Golden(m.Delete(11, 50, 0, [A, B]), [11, 11, 50, 0, [A, B]]),
+    "delete_2": Golden(
+        m.Delete(11, 50, 0, [A, B], damaged=True), [11, 11, 50, 0, [A, B], True]
+    ),
     "stats": Golden(m.Stats(12, 600_000), [12, 12, 600_000]),
     "ping": Golden(m.Ping(2**63 - 1, 50, b"\x00payload"), [13, 2**63 - 1, 50, b"\x00payload"]),
     "prefetch": Golden(m.Prefetch(14, 50, 0, [A, B]), [14, 14, 50, 0, [A, B]]),
@@ -191,6 +193,8 @@ ALL: Final = REQUESTS | REPLIES
 OLDER: Final = {
     "hello": m.Hello(1, 5000, 1, "engine"),
     "lookup": m.Lookup(3, 50, 0, [A, B], 2, wait=True, lease=True),
+    "lookup_2": m.Lookup(3, 50, 0, [A, B], 2, wait=True, lease=True, recompute_us=70_000),
+    "delete": m.Delete(11, 50, 0, [A, B]),
     "load": m.Load(4, 50, 0, [A], 2, 4),
     "attached": m.Attached(
         2, 0, A[:16], 2**32, 60_000, checksums=True, verify_loads=False, prefaulted=True
