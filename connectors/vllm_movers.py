@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from kvstore.connectors.vllm_lanes import find_lane_mover
 from kvstore.connectors.vllm_layouts import KVGroup
 from kvstore.connectors.vllm_metadata import NOWHERE
 from kvstore.connectors.vllm_tilings import Pair
@@ -46,7 +47,7 @@ def choose_mover(group: KVGroup, layers: Sequence[torch.Tensor]) -> Mover:
     """Return the mover for pages where *layers* are."""
     if layers[0].device.type == "cpu":
         return HostMover(group, layers)
-    return DeviceMover(group, layers)
+    return find_lane_mover(group, layers) or DeviceMover(group, layers)
 
 
 class HostMover:

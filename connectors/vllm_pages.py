@@ -10,11 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvstore.client.gpu import DeviceCache
 from kvstore.client.sync import StoreReport
 from kvstore.connectors.chunks import ChunkCache
+from kvstore.connectors.vllm_lanes import LaneMover
 from kvstore.connectors.vllm_layouts import KVGroup
 from kvstore.connectors.vllm_metadata import NOWHERE, Span
 from kvstore.connectors.vllm_movers import Mover, choose_mover, chunk_shape, page_order
+from kvstore.connectors.vllm_transfers import Urgency
 from kvstore.connectors.weights import UnsupportedError
 from kvstore.limits import MIB
 from kvstore.transfer.copies import Runs, gather, scatter
@@ -28,7 +31,7 @@ MakeMover = Callable[[KVGroup, Sequence[torch.Tensor]], Mover]
 
 
 class GroupPages:
-    """The pages of one KV group. Used by one thread, but for `fence`."""
+    """The pages of one KV group. One thread loads, one stores; one may do both."""
 
     def __init__(
         self,
@@ -52,7 +55,12 @@ class GroupPages:
         self._stride_bytes = first.stride(0) * first.itemsize
         # What is to be written nowhere is written here.
         self._nowhere = torch.empty(group.page_bytes, dtype=torch.uint8)
-        self._staging: torch.Tensor | None = None
+        self._staging: dict[Urgency, torch.Tensor] = {}
+
+    @property
+    def moves_both_ways(self) -> bool:
+        """Whether loads and stores get on beside each other: not where the processor moves."""
+        return isinstance(self._mover, LaneMover)
 
     def fence(self) -> Any:
         """Return what transfers begun now have to wait for."""
@@ -60,12 +68,14 @@ class GroupPages:
 
     def load(self, cache: ChunkCache, span: Span, after: Any = None) -> int:
         """Fill the blocks of *span*; return how many leading chunks are whole and right."""
+        if (around := self._around(cache)) is not None:
+            return around.load(span.digests, list(self._per_chunk(span)), after=after)
         if self._is_direct:
             targets = [self._page_runs(blocks) for blocks in self._per_chunk(span)]
             return cache.load(span.digests, targets)
         loaded = 0
         for start, stop in self._batches(span):
-            staged = self._staged(stop - start)
+            staged = self._staged(Urgency.LOAD, stop - start)
             good = cache.load(span.digests[start:stop], [_whole(chunk) for chunk in staged])
             blocks = list(self._per_chunk(span, start, start + good))
             self._mover.scatter(staged[:good], blocks, after)
@@ -76,13 +86,16 @@ class GroupPages:
 
     def store(self, cache: ChunkCache, span: Span, after: Any = None) -> StoreReport:
         """Store the chunks of *span* from their blocks; return what became of them."""
+        if (around := self._around(cache)) is not None:
+            blocks = list(self._per_chunk(span))
+            return around.store(span.digests, blocks, parent=span.parent, after=after)
         stored = StoreReport(0, 0, 0, 0)
         parent = span.parent
         for start, stop in self._batches(span):
             if self._is_direct:
                 sources = [self._page_runs(blocks) for blocks in self._per_chunk(span, start, stop)]
             else:
-                staged = self._staged(stop - start)
+                staged = self._staged(Urgency.STORE, stop - start)
                 self._mover.gather(staged, list(self._per_chunk(span, start, stop)), after)
                 sources = [_whole(chunk) for chunk in staged]
             digests = span.digests[start:stop]
@@ -121,14 +134,18 @@ class GroupPages:
     def _chunk_bytes(self) -> int:
         return self.group.page_bytes * len(self._layers) * self.group.blocks_per_chunk
 
-    def _staged(self, chunks: int) -> torch.Tensor:
+    def _staged(self, urgency: Urgency, chunks: int) -> torch.Tensor:
         """Return room for chunks in host memory, as movers know them."""
-        if self._staging is None or len(self._staging) < chunks:
+        staging = self._staging.get(urgency)
+        if staging is None or len(staging) < chunks:
             pin = self._layers[0].device.type == "cuda"
-            self._staging = torch.empty(
-                (chunks, *self._shape), dtype=self.group.dtype, pin_memory=pin
-            )
-        return self._staging[:chunks]
+            staging = torch.empty((chunks, *self._shape), dtype=self.group.dtype, pin_memory=pin)
+            self._staging[urgency] = staging
+        return staging[:chunks]
+
+    def _around(self, cache: ChunkCache) -> DeviceCache | None:
+        """Return what moves chunks between our pages and the daemon without us, if anything."""
+        return self._mover.direct(cache) if isinstance(self._mover, LaneMover) else None
 
 
 def self_test(

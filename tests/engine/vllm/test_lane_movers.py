@@ -1,0 +1,174 @@
+"""Pages that a device moves: in every layout, through host memory and straight to the daemon.
+
+The device is the stand-in, which calls the pages of torch's CPU tensors its own.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import pytest
+import torch
+
+from kvstore.client.cache import PrefixCache
+from kvstore.connectors.vllm_lanes import LaneMover, find_lane_mover, page_layout
+from kvstore.connectors.vllm_layouts import KVGroup
+from kvstore.connectors.vllm_metadata import NOWHERE, LoadJob, Span, StepMetadata, StoreJob
+from kvstore.connectors.vllm_pages import GroupPages, self_test
+from kvstore.connectors.vllm_tilings import amx_tiles, transposed_keys
+from kvstore.connectors.vllm_transfers import Transfers, Urgency
+from kvstore.connectors.vllm_worker import WorkerHalf
+from kvstore.connectors.weights import UnsupportedError
+from kvstore.gpu.standin import Standin
+from tests.engine.vllm.test_layouts import (
+    DIGESTS,
+    FROM,
+    LAYOUTS,
+    TO,
+    Kept,
+    check_moved,
+    group_of,
+    pages_in,
+)
+from tests.support.waiting import DEADLINE_SECONDS, wait_until
+
+MakeMover = Callable[[KVGroup, Sequence[torch.Tensor]], LaneMover]
+
+
+def on(device: Standin) -> MakeMover:
+    def make(group: KVGroup, layers: Sequence[torch.Tensor]) -> LaneMover:
+        for layer in layers:
+            whole = layer.untyped_storage()
+            device.adopt(whole.data_ptr(), whole.nbytes())
+        return LaneMover(group, layers, device, lambda: 1)
+
+    return make
+
+
+@pytest.fixture(params=range(3))
+def device(request: pytest.FixtureRequest) -> Standin:
+    return Standin(np.random.default_rng(request.param))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("is_opaque", [False, True], ids=["canonical", "opaque"])
+def test_pages_of_every_layout_are_moved(device: Standin, layout: str, is_opaque: bool) -> None:
+    group = group_of(tiling=None) if is_opaque else group_of()
+    source, target = pages_in(layout, group, 1), pages_in(layout, group, 2)
+    old, kept = [layer.clone() for layer in target], Kept()
+    try:
+        page_layout(group, source)
+    except UnsupportedError:
+        assert is_opaque
+        assert layout in {"LHBNC", "BHLNC"}  # their pages are not in one piece
+        return
+    writer, reader = (GroupPages(group, pages, on(device)) for pages in (source, target))
+    writer.store(kept, Span(0, DIGESTS, FROM), writer.fence())
+    reader.load(kept, Span(0, DIGESTS, TO), reader.fence())
+    device.drain()
+    check_moved(source, target, old)
+    if not is_opaque:
+        plain = GroupPages(group, source)
+        plain_kept = Kept()
+        plain.store(plain_kept, Span(0, DIGESTS, FROM))
+        for digest in DIGESTS:
+            assert np.array_equal(kept.chunks[digest], plain_kept.chunks[digest])
+
+
+def test_the_self_test_accepts_it(device: Standin) -> None:
+    group = group_of()
+    self_test(group, pages_in("LBNHC", group, 1), on(device))
+
+
+def test_a_page_that_is_nowhere_is_not_written(device: Standin) -> None:
+    group, kept = group_of(), Kept()
+    source, target = pages_in("LBHNC", group, 1), pages_in("LBHNC", group, 2)
+    old = [layer.clone() for layer in target]
+    writer, reader = (GroupPages(group, pages, on(device)) for pages in (source, target))
+    writer.store(kept, Span(0, DIGESTS, FROM), writer.fence())
+    blocks = [NOWHERE, *TO[1:6], NOWHERE, NOWHERE]
+    reader.load(kept, Span(0, DIGESTS, blocks), reader.fence())
+    device.drain()
+    for stored, loaded, before in zip(source, target, old, strict=True):
+        expected = before.clone()
+        expected[TO[1:6]] = stored[FROM[1:6]]
+        assert torch.equal(loaded, expected)
+
+
+@pytest.mark.parametrize("tiling", [transposed_keys, amx_tiles])
+def test_tiled_pages_are_left_to_others(tiling: object) -> None:
+    group = group_of(tiling=tiling)
+    with pytest.raises(UnsupportedError):
+        page_layout(group, pages_in("LBHNC", group, 1))
+
+
+def test_odd_pages_are_left_to_others() -> None:
+    group = group_of(head_dim=9, width=18)
+    with pytest.raises(UnsupportedError, match="multiple of 16"):
+        page_layout(group, pages_in("LBHNC", group, 1))
+    assert find_lane_mover(group_of(), pages_in("LBHNC", group_of(), 1)) is None
+
+
+def test_a_worker_moves_straight_between_pages_and_the_daemon(
+    device: Standin, socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "kvstore.connectors.vllm_pages.GroupPages.__init__.__defaults__", (on(device),)
+    )
+    monkeypatch.setattr("kvstore.connectors.vllm_worker.self_test", lambda *_: None)
+    group = group_of()
+    manifest = group.manifest(model=f"lanes {id(device)}", revision="1", rope="")
+    source, target = pages_in("LBNHC", group, 1), pages_in("LBNHC", group, 2)
+    old = [layer.clone() for layer in target]
+    jobs = (
+        StepMetadata(stores=[StoreJob(1, (Span(0, DIGESTS, FROM),), held=True)]),
+        StepMetadata(loads=[LoadJob("r", (Span(0, DIGESTS, TO),))]),
+    )
+    for metadata, pages in zip(jobs, (source, target), strict=True):
+        cache = PrefixCache(manifest, socket=socket, timeout_seconds=DEADLINE_SECONDS)
+        wait_until(lambda cache=cache: cache.is_connected)
+        half = WorkerHalf([group], [cache])
+        half.register(dict(zip(group.layer_names, pages, strict=True)))
+        half.start_loads(metadata)
+        half.start_stores(metadata)
+        if metadata.loads:
+            received = wait_until(lambda half=half: half.take_received().requests)
+            assert received == {"r"}
+        else:
+            assert wait_until(half.take_report).finished_stores == {1: 1}
+        mover = half._pages[0]._mover
+        assert mover.counters.values() == dict.fromkeys(mover.counters.values(), 0)
+        (direct,) = mover._direct.values()
+        counts = direct.counters
+        assert counts.chunks_stored + counts.chunks_loaded == len(DIGESTS)
+        half.close()
+    device.drain()
+    check_moved(source, target, old)
+
+
+def test_stores_wait_for_loads_until_they_have_a_thread_of_their_own() -> None:
+    transfers = Transfers()
+    hold, order = threading.Event(), []
+    transfers.submit(Urgency.LOAD, lambda: hold.wait(DEADLINE_SECONDS))
+    transfers.submit(Urgency.STORE, lambda: order.append("store"))
+    transfers.submit(Urgency.LOAD, lambda: order.append("load"))
+    transfers.split()
+    wait_until(lambda: order == ["store"])  # beside the load that has not ended
+    hold.set()
+    wait_until(lambda: order == ["store", "load"])
+    transfers.close()
+    assert transfers.unfinished == 0
+
+
+def test_one_thread_runs_loads_first() -> None:
+    transfers = Transfers()
+    hold, order = threading.Event(), []
+    transfers.submit(Urgency.STORE, lambda: hold.wait(DEADLINE_SECONDS))
+    for name in ("first", "second"):
+        transfers.submit(Urgency.STORE, lambda name=name: order.append(f"store {name}"))
+        transfers.submit(Urgency.LOAD, lambda name=name: order.append(f"load {name}"))
+    hold.set()
+    transfers.close()
+    assert order == ["load first", "load second", "store first", "store second"]
