@@ -77,6 +77,20 @@ _COUNTERS: Final[dict[str, tuple[str, str, tuple[tuple[str, str], ...]]]] = {
         "outcome",
         (("demoted", "demote_chunks"), ("dropped", "demote_chunks_dropped")),
     ),
+    "transcode_chunks": (
+        "Chunks on their way to a tier with a codec of its own.",
+        "outcome",
+        (
+            ("smaller", "transcode_chunks"),
+            ("kept", "transcode_chunks_kept"),
+            ("failed", "transcode_chunks_failed"),
+        ),
+    ),
+    "transcode_bytes": (
+        "Bytes of the chunks that were made smaller.",
+        "moment",
+        (("before", "transcode_bytes_before"), ("after", "transcode_bytes_after")),
+    ),
 }
 _PLAIN_COUNTERS: Final = {
     "load_bytes": ("load_bytes", "Bytes leased to engines for loading."),
@@ -143,6 +157,7 @@ class Exposition(Collector):
             stored.add_metric([tier.tier], held.stored_bytes)
             raw.add_metric([tier.tier], held.raw_bytes)
         yield from (flows, stored, raw)
+        yield from _codec_gauges(stats)
 
     def _durations(self) -> Metric:
         durations = HistogramMetricFamily(
@@ -158,6 +173,17 @@ class Exposition(Collector):
             buckets.append(("+Inf", float(histogram.count)))
             durations.add_metric([op], buckets, histogram.total)
         return durations
+
+
+def _codec_gauges(stats: DaemonStats) -> Iterator[Metric]:
+    for name, text in (
+        ("stored_bytes", "Bytes of chunks as they are kept, by codec of their namespace."),
+        ("raw_bytes", "Bytes of the same chunks without any codec."),
+    ):
+        family = GaugeMetricFamily(f"kvstore_codec_{name}", text, labels=["tier", "codec"])
+        for one in stats.codecs:
+            family.add_metric([one.tier, one.codec], getattr(one, name))
+        yield family
 
 
 def _counters(stats: DaemonStats) -> Iterator[Metric]:

@@ -17,6 +17,8 @@ def render(stats: DaemonStats) -> str:
     slower = [tier for tier in stats.tiers if tier.write]
     if slower:
         paragraphs.append(_slower(slower))
+    if any(one.stored_bytes != one.raw_bytes for one in stats.codecs):
+        paragraphs.append(_codecs(stats))
     if stats.tenants:
         paragraphs.append(_tenants(stats))
     if stats.namespaces:
@@ -90,6 +92,23 @@ def _slower(tiers: Sequence[TierStats]) -> list[str]:
     return align(rows, right={3, 4, 5, 6, 7})
 
 
+def _codecs(stats: DaemonStats) -> list[str]:
+    """Show what codecs save: that of the namespace, and where a tier has one, that one's, too."""
+    own = {tier.tier: tier.codec for tier in stats.tiers if tier.codec}
+    rows = [("codec", "tier", "raw", "stored", "ratio")]
+    rows += [
+        (
+            f"{one.codec}, {own[one.tier]}" if one.tier in own else one.codec,
+            one.tier,
+            round_size(one.raw_bytes),
+            round_size(one.stored_bytes),
+            f"{one.raw_bytes / one.stored_bytes:.2f}",
+        )
+        for one in stats.codecs
+    ]
+    return align(rows, right={2, 3, 4})
+
+
 def _tenants(stats: DaemonStats) -> list[str]:
     rows = [("tenant", "tier", "chunks", "used", "quota", "floor")]
     rows += [
@@ -107,20 +126,23 @@ def _tenants(stats: DaemonStats) -> list[str]:
 
 
 def _namespaces(stats: DaemonStats) -> list[str]:
-    rows = [("namespace", "model", "group", "dtype", "tokens/chunk", "bytes/chunk", "chunks")]
+    rows = [
+        ("namespace", "model", "group", "dtype", "codec", "tokens/chunk", "bytes/chunk", "chunks")
+    ]
     rows += [
         (
             space.namespace[:12],
             space.model,
             space.group,
             space.dtype,
+            space.codec,
             str(space.chunk_tokens),
             round_size(space.chunk_bytes),
             f"{space.chunks:,}",
         )
         for space in stats.namespaces
     ]
-    lines = align(rows, right={4, 5, 6})
+    lines = align(rows, right={5, 6, 7})
     hidden = stats.namespaces_count - len(stats.namespaces)
     return [*lines, f"and {hidden:,} more"] if hidden > 0 else lines
 

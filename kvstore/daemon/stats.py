@@ -12,6 +12,7 @@ import msgspec
 from kvstore import __version__
 from kvstore.limits import STATS_NAME_MAX_CHARS, STATS_NAMESPACES_MAX
 from kvstore.protocol import messages as m
+from kvstore.protocol.stats import CodecStats
 from kvstore.types import TierKind
 
 if TYPE_CHECKING:
@@ -48,7 +49,20 @@ def daemon_stats(server: Server) -> m.DaemonStats:
         ),
         counters=_counters(store),
         tenants=list(_tenants(store)) if len(store.tenants) > 1 else [],
+        codecs=list(_codecs(store)),
     )
+
+
+def _codecs(store: Store) -> Iterator[CodecStats]:
+    """Yield what each tier has of the namespaces of each codec."""
+    for residents in (store.residents, *store.slower.residents.values()):
+        for codec, (stored_bytes, raw_bytes) in sorted(residents.by_codec.items()):
+            yield CodecStats(
+                tier=residents.kind.name.lower(),
+                codec=codec,
+                stored_bytes=stored_bytes,
+                raw_bytes=raw_bytes,
+            )
 
 
 def _counters(store: Store) -> dict[str, int]:
@@ -92,6 +106,7 @@ def _slower(store: Store, route: Route) -> m.TierStats:
         write_bytes_per_second=round(tier.writes.bytes_per_second),
         read_seconds=tier.reads.call_seconds,
         counters=counters,
+        codec=route.codec,
     )
 
 
@@ -124,6 +139,7 @@ def _namespaces(store: Store) -> list[m.NamespaceStats]:
             chunk_tokens=space.manifest.chunk_tokens,
             chunk_bytes=space.manifest.chunk_bytes,
             chunks=len(space.ready),
+            codec=space.manifest.codec,
         )
         for space in largest[:STATS_NAMESPACES_MAX]
     ]

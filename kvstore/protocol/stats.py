@@ -9,6 +9,7 @@ class TierStats(msgspec.Struct, frozen=True, kw_only=True):
     """What one tier holds, and how it does.
 
     *state* is "ready", or "failing" while it is not asked. *counters* are those of the tier.
+    *codec* is what it makes chunks smaller with on their way in; empty: nothing.
     """
 
     tier: str
@@ -25,6 +26,16 @@ class TierStats(msgspec.Struct, frozen=True, kw_only=True):
     write_bytes_per_second: int = 0
     read_seconds: float = 0.0
     counters: dict[str, int] = {}
+    codec: str = ""
+
+
+class CodecStats(msgspec.Struct, frozen=True, kw_only=True):
+    """The bytes in one tier of all namespaces of one codec, and what they are without any."""
+
+    tier: str
+    codec: str
+    stored_bytes: int
+    raw_bytes: int
 
 
 class NamespaceStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -38,6 +49,7 @@ class NamespaceStats(msgspec.Struct, frozen=True, kw_only=True):
     chunk_tokens: int
     chunk_bytes: int
     chunks: int
+    codec: str = "raw"
 
 
 class TenantStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -84,3 +96,4 @@ class DaemonStats(msgspec.Struct, frozen=True, kw_only=True):
     tenants: list[TenantStats] = []
     handoffs: int = 0
     handoff_chunks: int = 0
+    codecs: list[CodecStats] = []

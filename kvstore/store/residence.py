@@ -38,9 +38,10 @@ class Residents:
         self.kind = kind
         self.shares = shares
         self.count = 0
-        self._raw_bytes = 0
         self._entered_bytes = 0
         self._left_bytes = 0
+        # Bytes stored, and without any codec, by the codec that the namespace names.
+        self._by_codec: dict[str, list[int]] = {}
         self._index = index
         self._eviction = eviction
         self._columns = Columns()
@@ -70,34 +71,48 @@ class Residents:
     def holdings(self) -> Holdings:
         """The bytes that are here, and those that came and went."""
         entered, left = self._entered_bytes, self._left_bytes
-        return Holdings(entered - left, self._raw_bytes, entered, left)
+        raw_bytes = sum(raw for _, raw in self._by_codec.values())
+        return Holdings(entered - left, raw_bytes, entered, left)
+
+    @property
+    def by_codec(self) -> dict[str, tuple[int, int]]:
+        """The bytes stored here, and what they are without any codec, by codec of namespaces."""
+        return {codec: (kept, raw) for codec, (kept, raw) in self._by_codec.items() if kept}
 
     def gained(self, space: Namespace, shard: ShardRecord) -> None:
         """Count the bytes of *shard*, which has come in."""
         self._entered_bytes += shard.extent.size_bytes
-        self._raw_bytes += space.head_bytes * shard.heads.width
+        self._count(space, shard.extent.size_bytes, space.head_bytes * shard.heads.width)
 
     def gained_whole(self, space: Namespace, count: int, size_bytes: int) -> None:
         """Count *count* whole chunks of *space*, of *size_bytes* together, that have come in."""
         self._entered_bytes += size_bytes
-        self._raw_bytes += space.head_bytes * space.manifest.kv_heads * count
+        self._count(space, size_bytes, space.head_bytes * space.manifest.kv_heads * count)
 
     def gave(self, space: Namespace, shards: Iterable[ShardRecord]) -> None:
         """Count the bytes of *shards*, which have left."""
         for shard in shards:
             self._left_bytes += shard.extent.size_bytes
-            self._raw_bytes -= space.head_bytes * shard.heads.width
+            self._count(space, -shard.extent.size_bytes, -space.head_bytes * shard.heads.width)
 
     def check_holdings(self, slots: Iterable[int]) -> None:
         """Raise `AssertionError` unless the bytes are those of *slots*, which are all here."""
-        stored = raw = 0
+        found: dict[str, tuple[int, int]] = {}
         for slot in slots:
             space = self._index.space_of(slot)
             here = [shard for shard in self._index.shards(slot) if shard.tiers & self.kind]
-            stored += sum(shard.extent.size_bytes for shard in here)
+            kept, raw = found.get(space.manifest.codec, (0, 0))
+            kept += sum(shard.extent.size_bytes for shard in here)
             raw += sum(space.head_bytes * shard.heads.width for shard in here)
-        held = self.holdings
-        assert (held.stored_bytes, held.raw_bytes) == (stored, raw), f"bytes in {self.kind.name}"
+            found[space.manifest.codec] = kept, raw
+        assert self.by_codec == found, f"bytes in {self.kind.name}"
+        stored = sum(kept for kept, _ in found.values())
+        assert self.holdings.stored_bytes == stored, f"bytes in {self.kind.name}"
+
+    def _count(self, space: Namespace, stored_bytes: int, raw_bytes: int) -> None:
+        bytes_here = self._by_codec.setdefault(space.manifest.codec, [0, 0])
+        bytes_here[0] += stored_bytes
+        bytes_here[1] += raw_bytes
 
     def touch(self, slot: int) -> None:
         """Note a use of *slot*."""

@@ -43,6 +43,15 @@ def whole_bytes(shard: ShardRecord, kv_heads: int) -> int:
     return shard.size_bytes * kv_heads // shard.heads.width
 
 
+def bytes_for(shards: Iterable[ShardRecord], wanted: HeadRange) -> int:
+    """Return how many of the bytes of *shards* are those of the heads *wanted*."""
+    found = 0
+    for shard in shards:
+        heads = min(shard.heads.stop, wanted.stop) - max(shard.heads.start, wanted.start)
+        found += shard.size_bytes * heads // shard.heads.width
+    return found
+
+
 def tiers_with(shards: Iterable[ShardRecord], heads: HeadRange) -> int:
     """Return the bits of the tiers that hold exactly *heads*, in whatever form."""
     tiers = 0

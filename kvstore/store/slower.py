@@ -118,7 +118,20 @@ class SlowerTiers:
             tenant, need_bytes, lambda slot: self.bytes_of(slot, kind)
         )
 
-    def bytes_of(self, slot: int, kind: TierKind) -> int:
+    def sizes(self, slots: Sequence[int], runs: Iterable[tuple[int, int]]) -> dict[int, int]:
+        """Return tier bits -> what a chunk of such a run takes in its fastest tier.
+
+        *runs* are (tier bits, chunks) over *slots*; the first chunk of a kind speaks for all.
+        """
+        found: dict[int, int] = {}
+        position = 0
+        for bits, count in runs:
+            if bits not in found:
+                found[bits] = self.bytes_of(slots[position], bits & -bits)
+            position += count
+        return found
+
+    def bytes_of(self, slot: int, kind: int) -> int:
         """Return the bytes of *slot* in the tier *kind*."""
         return sum(s.size_bytes for s in self._index.shards(slot) if s.tiers & kind)
 

@@ -17,7 +17,7 @@ from kvstore.store.leases import Reservation
 from kvstore.store.namespace import Namespace
 from kvstore.store.quota import DEFAULT_TENANT
 from kvstore.store.recompute import Worth, worth_loading
-from kvstore.store.shards import ShardRecord, choose_cover, covers
+from kvstore.store.shards import ShardRecord, bytes_for, choose_cover, covers
 from kvstore.store.shelves import NO_TENANT, Shelves
 from kvstore.tiers.record_layout import Owner
 from kvstore.types import (
@@ -131,7 +131,7 @@ class Store(Shelves):
         tiers = _run_lengths(self.index.tiers(slots))
         hits, expected = present, 0.0
         if any(not bits & _HOST for bits, _ in tiers):
-            worth = self._worth(space, tiers, recompute_seconds)
+            worth = self._worth(slots, tiers, recompute_seconds)
             if worth.chunks < len(slots):
                 hits, slots = (0 if window else worth.chunks), slots[: worth.chunks]
                 tiers = _run_lengths(self.index.tiers(slots)) if hits else []
@@ -146,13 +146,13 @@ class Store(Shelves):
         return Hits(hits, arriving, tiers, granted, expected)
 
     def _worth(
-        self, space: Namespace, tiers: Sequence[tuple[int, int]], recompute_seconds: float
+        self, slots: Sequence[int], tiers: Sequence[tuple[int, int]], recompute_seconds: float
     ) -> Worth:
         assert self._movement is not None, "what is in slower tiers was moved there"
-        movement, chunk_bytes = self._movement, space.chunk_bytes
+        movement, sizes = self._movement, self.slower.sizes(slots, tiers)
 
         def seconds_for(bits: int, chunks: int) -> float:
-            return 0.0 if bits & _HOST else movement.expected_seconds(bits, chunks, chunk_bytes)
+            return 0.0 if bits & _HOST else movement.expected_seconds(bits, chunks, sizes[bits])
 
         return worth_loading(tiers, seconds_for, recompute_seconds)
 
@@ -219,7 +219,7 @@ class Store(Shelves):
         hits, slots = self.index.prefix(space, digests)
         tiers = _run_lengths(self.index.tiers(slots))
         if any(not bits & _HOST for bits, _ in tiers):
-            slots = slots[: self._worth(space, tiers, recompute_seconds).chunks]
+            slots = slots[: self._worth(slots, tiers, recompute_seconds).chunks]
             self.counters.load_chunks_declined += hits - len(slots)
         lease = self._lease(session, slots, now) if slots else NO_LEASE
         usable = self.index.usable
@@ -255,7 +255,7 @@ class Store(Shelves):
         if self._movement is not None:
             self._movement.used(slots)
         self.counters.load_chunks += len(slots)
-        self.counters.load_bytes += len(slots) * loading.space.manifest.shard_bytes(loading.heads)
+        self.counters.load_bytes += sum(bytes_for(chunk, loading.heads) for chunk in chunks)
         return loading.lease, chunks
 
     def _arrived(self, loading: Loading, count: int) -> tuple[list[int], list[list[ShardRecord]]]:

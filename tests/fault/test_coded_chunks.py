@@ -19,6 +19,7 @@ from kvstore.errors import CodecError, ManifestError, RequestError
 from kvstore.transfer.copies import Runs
 from kvstore.types import HeadRange
 from tests.support.codec_chunks import kv_of
+from tests.support.daemon import Daemon
 from tests.support.making import make_digests, make_manifest, make_payload, opaque_manifest, runs_of
 
 LAYERS, HEADS, TOKENS, DIM = 3, 4, 64, 64
@@ -186,11 +187,55 @@ def test_sizes_that_no_codec_makes_are_refused(shared_daemon):
             assert space.lookup(DIGESTS).hits == 0
 
 
+def test_a_tier_keeps_less_and_engines_decode_what_comes_up(start_daemon, tmp_path):
+    """In a namespace of plain bytes, whose engines know of no codec."""
+    manifest, count = manifest_of("raw"), 8
+    daemon = start_daemon(
+        {
+            "tiers.host.capacity": "1MiB",
+            "tiers.disk.path": tmp_path / "disk",
+            "tiers.disk.capacity": "64MiB",
+            "tiers.disk.write": "through",
+            "tiers.disk.codec": "int8kv",
+        }
+    )
+    digests = make_digests(count)
+    chunks = [values_of(number) for number in range(count)]
+    with PrefixCache(manifest, socket=daemon.socket, timeout_seconds=5) as cache:
+        for number, (digest, chunk) in enumerate(zip(digests, chunks, strict=True)):
+            parent = digests[number - 1] if number else None
+            assert cache.store([digest], runs_of([chunk]), parent=parent).stored == 1
+        rooms = np.zeros((count, *chunks[0].shape), dtype=np.uint16)
+        halves = np.zeros((count, LAYERS, 2, 2, TOKENS, DIM), dtype=np.uint16)
+        with PrefixCache(manifest, heads=UPPER, socket=daemon.socket, timeout_seconds=5) as upper:
+            for digest, room, half in zip(digests, rooms, halves, strict=True):
+                assert cache.load([digest], runs_of([room])) == 1
+                assert upper.load([digest], runs_of([half])) == 1
+    policy, changed = CodecPolicy(codec="int8kv"), 0
+    for number, chunk in enumerate(chunks):
+        left = after_codec(manifest_of("int8kv"), chunk, policy, number)
+        is_plain = np.array_equal(rooms[number], chunk)
+        changed += not is_plain
+        assert is_plain or np.array_equal(rooms[number], left)
+        assert np.array_equal(halves[number], heads_of(rooms[number], UPPER))
+    assert changed > 0
+    with Client.connect(daemon.socket) as client:
+        stats = client.stats()
+    (disk,) = [one for one in stats.codecs if one.tier == "disk"]
+    assert (disk.codec, disk.raw_bytes) == ("raw", count * manifest.chunk_bytes)
+    assert disk.raw_bytes > 1.9 * disk.stored_bytes
+    assert stats.counters["transcode_chunks"] == count
+    assert [tier.codec for tier in stats.tiers] == ["", "int8kv"]
+
+
 def test_what_a_codec_cannot_do_is_refused_at_once(tmp_path):
     with pytest.raises(ManifestError, match="raw, rans, lz4 are for those"):
         opaque_manifest(4096, codec="int4kv")
     with pytest.raises(CodecError, match="policy for codec 'exp3' in a namespace of codec 'raw'"):
         PrefixCache(manifest_of("raw"), socket=tmp_path / "none", policy=CodecPolicy(codec="exp3"))
+    settings = {"tiers.disk.path": tmp_path / "disk", "tiers.disk.codec": "int3"}
+    status, log = Daemon(tmp_path, settings).run_to_end()
+    assert (status, "tiers.disk.codec: codec 'int3' is unknown; known are raw" in log) == (2, True)
 
 
 def test_opaque_bytes_come_back_through_lossless_codecs(shared_daemon):

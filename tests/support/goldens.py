@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from kvstore.protocol import messages as m
+from kvstore.protocol.stats import CodecStats
 from kvstore.types import HandoffState, HintKind
 
 GOLDEN_DIRECTORY: Final = Path(__file__).parents[1] / "protocol" / "golden"
@@ -76,7 +77,14 @@ _TENANT = {
     "floor_bytes": 0,
 }
 _STATS_2 = _STATS | {"tiers": [_STATS["tiers"][0] | _TIER_2], "tenants": [_TENANT]}
-_STATS_3 = _STATS_2 | {"handoffs": 3, "handoff_chunks": 12}
+_CODEC = {"tier": "host", "codec": "int4kv", "stored_bytes": 9_216, "raw_bytes": 32_768}
+_STATS_3 = _STATS_2 | {
+    "tiers": [_STATS_2["tiers"][0] | {"codec": "hq3"}],
+    "namespaces": [_STATS["namespaces"][0] | {"codec": "int4kv"}],
+    "handoffs": 3,
+    "handoff_chunks": 12,
+    "codecs": [_CODEC],
+}
 
 
 def _stats(plain: dict[str, object]) -> m.DaemonStats:
@@ -85,6 +93,7 @@ def _stats(plain: dict[str, object]) -> m.DaemonStats:
         "namespaces": [m.NamespaceStats(**plain["namespaces"][0])],
         "arena": m.ArenaStats(**plain["arena"]),
         "tenants": [m.TenantStats(**tenant) for tenant in plain.get("tenants", ())],
+        "codecs": [CodecStats(**codec) for codec in plain.get("codecs", ())],
     }
     return m.DaemonStats(**(plain | nested))
 
@@ -115,9 +124,7 @@ REQUESTS: Final = {
     "release": Golden(m.Release(8, 50, [300]), [8, 8, 50, [300]]),
     "pin": Golden(m.Pin(9, 50, 0, [A], hard=True), [9, 9, 50, 0, [A], True]),
     "unpin": Golden(m.Unpin(10, 50, 0, [A]), [10, 10, 50, 0, [A]]),
-    "delete_2": Golden(
-        m.Delete(11, 50, 0, [A, B], damaged=True), [11, 11, 50, 0, [A, B], True]
-    ),
+    "delete_2": Golden(m.Delete(11, 50, 0, [A, B], damaged=True), [11, 11, 50, 0, [A, B], True]),
     "stats": Golden(m.Stats(12, 600_000), [12, 12, 600_000]),
     "ping": Golden(m.Ping(2**63 - 1, 50, b"\x00payload"), [13, 2**63 - 1, 50, b"\x00payload"]),
     "prefetch": Golden(m.Prefetch(14, 50, 0, [A, B]), [14, 14, 50, 0, [A, B]]),

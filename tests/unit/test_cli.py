@@ -26,6 +26,7 @@ from kvstore.protocol.messages import (
     TenantStats,
     TierStats,
 )
+from kvstore.protocol.stats import CodecStats
 
 HEAVY = ("numpy", "aiohttp", "msgspec", "redis", "uvloop", "asyncio", "prometheus_client", "torch")
 
@@ -268,11 +269,33 @@ def test_status_is_a_table_for_people(
         "tier  capacity     used       largest free  chunks  hits",
         "host  1.00 GiB  256 MiB  25%      1.00 MiB   1,234     0",
         "",
-        "namespace     model  group  dtype     tokens/chunk  bytes/chunk  chunks",
-        "abababababab  llama  full   bfloat16           256     1.00 MiB       5",
+        "namespace     model  group  dtype     codec  tokens/chunk  bytes/chunk  chunks",
+        "abababababab  llama  full   bfloat16  raw             256     1.00 MiB       5",
         "",
         "requests  12,345",
     ]
+
+
+def test_status_shows_what_codecs_save() -> None:
+    disk = TierStats(
+        tier="disk",
+        capacity_bytes=2**30,
+        used_bytes=2**20,
+        largest_free_bytes=2**20,
+        chunks=1,
+        write="back",
+        codec="int4kv",
+    )
+    codecs = [
+        CodecStats(tier="host", codec="int8kv", stored_bytes=2**20, raw_bytes=2**21),
+        CodecStats(tier="disk", codec="int8kv", stored_bytes=2**20, raw_bytes=7 * 2**19),
+    ]
+    lines = render(make_stats(tiers=[*make_stats().tiers, disk], codecs=codecs)).splitlines()
+    assert "codec           tier       raw    stored  ratio" in lines
+    assert "int8kv          host  2.00 MiB  1.00 MiB   2.00" in lines
+    assert "int8kv, int4kv  disk  3.50 MiB  1.00 MiB   3.50" in lines
+    plain = [CodecStats(tier="host", codec="raw", stored_bytes=5, raw_bytes=5)]
+    assert "ratio" not in render(make_stats(codecs=plain))
 
 
 def test_status_shows_slower_tiers_and_tenants() -> None:
