@@ -10,7 +10,8 @@ VLLM := .venv-vllm
 UV_VERSION := 0.13.8
 NATIVE := $(wildcard hatch_build.py transfer/*.c transfer/*.h compression/*.c compression/*.h gpu/cuda/*.cuh)
 
-.PHONY: help demo test test-vllm check coverage lint format bench setup clean redis-server
+.PHONY: help demo test test-vllm check coverage lint format bench setup clean redis-server \
+    operators-tools
 
 help:
 	@echo "make demo      a real model skips its prefill in a second process"
@@ -25,7 +26,7 @@ help:
 demo: $(VENV)/hf.stamp
 	$(BIN)/python deploy/demo/conversation.py
 
-test: $(VENV)/hf.stamp $(VLLM)/vllm.stamp redis-server
+test: $(VENV)/hf.stamp $(VENV)/deploy.stamp $(VLLM)/vllm.stamp redis-server operators-tools
 	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/engine/vllm
 	$(VLLM)/bin/python -m pytest -m "not gpu" tests/engine/vllm
 
@@ -35,7 +36,7 @@ test-vllm: $(VLLM)/vllm.stamp
 check: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest tests/unit tests/property tests/protocol
 
-coverage: $(VENV)/dev.stamp redis-server
+coverage: $(VENV)/dev.stamp $(VENV)/deploy.stamp redis-server operators-tools
 	$(BIN)/python -m pytest -m "not gpu" --ignore=tests/engine --cov --cov-report=term
 
 lint: $(VENV)/dev.stamp
@@ -87,6 +88,22 @@ redis-server:
 	    || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
 	         && apt-get update -qq && apt-get install -qq --yes redis-server openssl; } \
 	    || echo "no redis-server: tests of the Redis tier are skipped" >&2
+
+# What tests of deploy/ and of the dashboard judge by: systemd's, Prometheus' and bubblewrap's
+# tools, and a browser. Nothing of them is started as a service.
+OPERATORS := systemd-analyze promtool bwrap chromium
+operators-tools:
+	@for tool in $(OPERATORS); do command -v $$tool >/dev/null || missing=1; done; \
+	    [ -z "$$missing" ] \
+	    || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] && apt-get update -qq \
+	         && DEBIAN_FRONTEND=noninteractive RUNLEVEL=1 apt-get install -qq --yes \
+	             --no-install-recommends systemd prometheus bubblewrap chromium fonts-dejavu-core; } \
+	    || echo "no $(OPERATORS): tests that judge by them are skipped" >&2
+
+# Linters and schemas for deploy/, and what drives the browser.
+$(VENV)/deploy.stamp: $(VENV)/dev.stamp
+	$(PIP) --group deploy-test
+	@touch $@
 
 # torch first and alone: this exact version has a light build for machines without a GPU. The
 # compiler of kernels is large, too, and does without one.
