@@ -186,6 +186,16 @@ HISTORY_ENTRIES_MAX: Final = 524_288
 RECENT_LOOKUPS_MAX: Final = 1024
 LOOKUP_NAME_MAX_CHARS: Final = 128
 RECENT_LOOKUP_DIGESTS_MAX: Final = 65_536
+# Chunks that are sampled for miss-ratio curves: of a tenant, and of all together.
+REUSE_SAMPLES_MIN: Final = 256
+REUSE_SAMPLES_MAX: Final = 8192
+REUSE_SAMPLES_TOTAL_MAX: Final = 65_536
+REUSE_PENDING_MAX: Final = 2048
+# How many of them are worked on at once, which takes about a millisecond, and how often.
+REUSE_BATCH: Final = 256
+# A curve from fewer uses says nothing.
+REUSE_REFERENCES_MIN: Final = 200
+REUSE_PAUSE_SECONDS: Final = 0.1
 EXPLAINED_CHUNKS_MAX: Final = 256
 EXPLAINED_GEOMETRIES_MAX: Final = 8
 EXPLAINED_ELSEWHERE_MAX: Final = 4

@@ -335,6 +335,39 @@ class ReloadDone(Shown, frozen=True):
     waiting: list[str]
 
 
+class CurvePoint(Shown, frozen=True):
+    """The hit rate that a tier of another size would have, as *times* today's."""
+
+    times: float
+    capacity_bytes: int
+    hit_rate: float
+
+
+class Curve(Shown, frozen=True):
+    """What one tenant's traffic would hit in one tier, and all above it, of another size.
+
+    By sampling: *references* uses of *sampled_chunks*, one chunk in 1 / *sampling_rate*, stand
+    for *asked* chunks. For an LRU; *measured_hit_rate* is what really was hit (null where
+    tenants share a tier).
+    """
+
+    tenant: str
+    tier: ShownTier
+    capacity_bytes: int
+    asked: int
+    references: int
+    sampled_chunks: int
+    sampling_rate: float
+    measured_hit_rate: float | None
+    points: list[CurvePoint]
+
+
+class Curves(Shown, frozen=True):
+    """All curves for which enough has been seen."""
+
+    curves: list[Curve]
+
+
 # --- explanations ------------------------------------------------------------------------
 
 

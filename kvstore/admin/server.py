@@ -7,6 +7,7 @@ import errno
 import json
 import logging
 import socket
+import time
 from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
@@ -25,6 +26,8 @@ from kvstore.limits import (
     ADMIN_CONNECTIONS_MAX,
     ADMIN_FIRST_REQUEST_SECONDS,
     ADMIN_HISTORY_SECONDS,
+    REUSE_BATCH,
+    REUSE_PAUSE_SECONDS,
 )
 
 if TYPE_CHECKING:
@@ -47,6 +50,7 @@ class Admin:
         assert config.listen is not None, "an admin API has an address"
         self._address: ListenAddress = config.listen
         self._exposure = exposure
+        self._subject = subject
         hosts = {config.listen.host, *config.allowed_hosts, *_LOCAL_NAMES}
         if not exposure.is_local:
             hosts |= {socket.gethostname(), socket.getfqdn()}
@@ -79,11 +83,21 @@ class Admin:
             server = runner.server
             assert server is not None, "the runner is set up"
             async with await self._accept(server, listening):
-                while True:
-                    self._observer.sample()
-                    await asyncio.sleep(ADMIN_HISTORY_SECONDS)
+                await self._observe()
         finally:
             await runner.cleanup()
+
+    async def _observe(self) -> None:
+        """Look at the daemon from time to time, and do what look-ups have left to be done."""
+        reuse, due = self._subject.store.reuse, 0.0
+        reuse.is_on = True
+        while True:
+            now = time.monotonic()
+            if now >= due:
+                self._observer.sample()
+                due = now + ADMIN_HISTORY_SECONDS
+            reuse.work(REUSE_BATCH)
+            await asyncio.sleep(REUSE_PAUSE_SECONDS)
 
     def _app(self) -> web.Application:
         @web.middleware

@@ -7,6 +7,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Final, Literal
 
 from kvstore.admin import schema
+from kvstore.admin.curves import curves
 from kvstore.admin.exposition import Exposition
 from kvstore.admin.naming import digest_of, namespace_of, tenant_shares, tier_names
 from kvstore.admin.readiness import Probe
@@ -85,6 +86,11 @@ class Views:
                 problems=(404,),
             ),
             Route("GET", "/v1/tenants", "tenants", "All tenants", self._tenants, schema.Tenants),
+            Route(
+                *("GET", "/v1/reuse", "reuse", "How much more memory would help"),
+                self._reuse,
+                schema.Curves,
+            ),
             *self._chunk_routes(),
             Route(
                 *("GET", "/v1/events", "events", "What happened lately, oldest first"),
@@ -171,6 +177,10 @@ class Views:
     async def _tenants(self, call: Call) -> schema.Tenants:
         del call
         return schema.Tenants(tenants=tenant_shares(self._store))
+
+    async def _reuse(self, call: Call) -> schema.Curves:
+        del call
+        return schema.Curves(curves=list(curves(self._store)))
 
     async def _namespaces(self, call: Call) -> schema.Namespaces:
         limit = whole(call.query, "limit", _PAGE, ADMIN_PAGE_MAX)

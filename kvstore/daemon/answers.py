@@ -150,6 +150,15 @@ class Answers:
             case _:
                 assert_never(request)
 
+    def sample(self, request: m.Lookup, body: bytes) -> None:
+        """Note a look-up for miss-ratio curves, where these are wanted."""
+        reuse = self._store.reuse
+        if reuse.is_on and request.space < len(self.spaces):
+            digests = _digests(request.digests)
+            size_bytes = self.spaces[request.space].chunk_bytes
+            firsts = m.first_bytes(body, request.digests)
+            reuse.looked_up(self.tenant, digests, size_bytes, firsts)
+
     # --- look-ups -----------------------------------------------------------------------
 
     def _lookup(self, request: m.Lookup) -> m.Found | None:

@@ -114,7 +114,10 @@ class Session(asyncio.Protocol):
                 if body is None:
                     self._frames = iter(())
                     return
-                self._receive(m.decode_request(body))
+                request = m.decode_request(body)
+                if isinstance(request, m.Lookup):
+                    self._answers.sample(request, body)
+                self._receive(request)
         except ProtocolError as error:
             self._fail(0, error)
 

@@ -477,6 +477,9 @@ AnyReply = (
     | Error
 )
 
+# A digest, and what MessagePack puts before it.
+_DIGEST_STRIDE_BYTES: Final = DIGEST_SIZE_BYTES + 2
+
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder = msgspec.msgpack.Decoder(AnyRequest)
 _reply_decoder = msgspec.msgpack.Decoder(AnyReply)
@@ -494,6 +497,20 @@ def decode_request(frame: bytes | memoryview) -> AnyRequest:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FrameError(f"frame is not a request: {error}") from error
     return request
+
+
+def first_bytes(frame: bytes, digests: list[bytes]) -> bytes:
+    """Return the first byte of each of *digests*, which *frame* holds, or nothing.
+
+    One slice of the frame, because nearly every writer puts them at equal distances: it costs
+    a tenth of looking at each digest.
+    """
+    last = len(digests) - 1
+    start = frame.find(digests[0])
+    end = start + last * _DIGEST_STRIDE_BYTES
+    if start < 0 or frame[end : end + DIGEST_SIZE_BYTES] != digests[last]:
+        return b""
+    return frame[start : end + 1 : _DIGEST_STRIDE_BYTES]
 
 
 def decode_reply(frame: bytes | memoryview) -> AnyReply:

@@ -16,6 +16,7 @@ from kvstore.store.namespace import Namespace
 from kvstore.store.quota import DEFAULT_TENANT, Share, Shares
 from kvstore.store.recent import RecentLookups
 from kvstore.store.residence import Holdings, Residents
+from kvstore.store.reuse import Reuse
 from kvstore.store.room import HostRoom
 from kvstore.store.shards import ShardRecord, covers, find_form, whole_bytes
 from kvstore.store.slower import SlowerTiers

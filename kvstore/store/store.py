@@ -455,6 +455,7 @@ class Store(Shelves):
 
     def _publish(self, record: Reservation, root: Root) -> None:
         space, shard = record.space, ShardRecord(record.heads, record.extent, root)
+        self.reuse.stored(record.tenant, record.digest, space.chunk_bytes)
         self.counters.commit_chunks += 1
         self.counters.commit_bytes += record.extent.size_bytes
         slot = self._place(space, record.digest, record.parent, shard, record.tenant)
