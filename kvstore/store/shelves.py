@@ -90,6 +90,8 @@ class Shelves:
         shares = Shares("host", host.usage().capacity_bytes, tenants)
         self.residents = Residents(self.index, _HOST, eviction, shares)
         self.history = History()
+        self.recent = RecentLookups()
+        self.reuse = Reuse(len(tenants))
         self.room = HostRoom(
             self.index, host, self.residents, counters, self.history, self._unpublished
         )
