@@ -10,8 +10,11 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import repeat
 from operator import itemgetter
 from typing import TYPE_CHECKING, Final
+
+import numpy as np
 
 from kvstore.errors import LimitError
 from kvstore.limits import EXTENT_ALIGNMENT_BYTES, NAMESPACES_MAX
@@ -22,7 +25,7 @@ from kvstore.store.tree import PrefixTree
 from kvstore.types import NO_SLOT, Digest, Extent, HeadRange, Place, Root, TierKind
 
 if TYPE_CHECKING:
-    from kvstore.tiers.base import Recovered
+    from kvstore.tiers.base import RecoveredRun
 
 _GROWTH_SLOTS: Final = 4096
 _SLOTS_WORTH_A_GETTER: Final = 8
@@ -246,20 +249,17 @@ class Index:
             space.partial[digest] = slot
         return slot
 
-    def add_run(
-        self, space: Namespace, kind: TierKind, run: Sequence[Recovered], tenant: int = 0
-    ) -> int:
-        """Publish chunks that are whole and in the tier *kind* alone, in slots in a row.
+    def add_run(self, space: Namespace, kind: TierKind, run: RecoveredRun, tenant: int = 0) -> int:
+        """Publish new chunks that are whole and in the tier *kind* alone, in slots in a row.
 
-        Returns the first of these. As `add` for each, and several times as fast: a start has
-        a million. Who comes before its parent has none, until it is adopted.
+        Returns the first of these. As `add` for each, and many times as fast: a start has a
+        million. Who comes before its parent has none, until it is adopted.
         """
-        first, count = len(self._digest), len(run)
-        heads = space.manifest.all_heads
-        self._digest.extend(one.shard.key.digest for one in run)
-        self._size.extend(one.shard.size_bytes for one in run)
-        self._root.extend(one.shard.root for one in run)
-        self._place.extend(one.place for one in run)
+        first, count, heads = len(self._digest), len(run.digests), run.heads
+        self._digest.extend(run.digests)
+        self._size.frombytes(run.sizes.tobytes())
+        self._root.frombytes(run.roots.tobytes())
+        self._place.frombytes(run.places.tobytes())
         for column, value in (
             (self._space, space.number),
             (self._ready_in, space.marks[0]),
@@ -272,10 +272,11 @@ class Index:
         for marks, mark in ((self._pins, 0), (self._tiers, kind), (self._tenant, tenant)):
             marks.extend(bytes([mark]) * count)
         self.tree.grow(count)
-        space.ready.update(zip(self._digest[first:], range(first, first + count), strict=True))  # type: ignore[arg-type]  # none of them is None
+        space.ready.update(zip(run.digests, range(first, first + count), strict=True))
         if kind in self._evicting:
-            parents = [NO_SLOT if (p := one.shard.parent) is None else space.find(p) for one in run]
-            self.tree.plant_run(first, parents, kind)
+            # One that is partial is found when its children are adopted.
+            parents = map(space.ready.get, run.parents, repeat(NO_SLOT))  # type: ignore[arg-type]  # no digest is None
+            self.tree.plant_run(first, np.fromiter(parents, np.int32, count), kind)
         return first
 
     def add_shard(self, slot: int, shard: ShardRecord) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from kvstore.limits import CHUNK_SIZE_MAX_BYTES, REMEMBERED_CHUNKS_MAX
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kvstore.store.index import Index
     from kvstore.store.namespace import Namespace
     from kvstore.store.residence import Residents
-    from kvstore.tiers.base import Recovered
+    from kvstore.tiers.base import Recovered, RecoveredRun
 
 
 class SlowerTiers:
@@ -94,20 +94,24 @@ class SlowerTiers:
             return self.learn(space, kind, found, tenant=tenant)
         return slot
 
-    def recover(
-        self, kind: TierKind, found: Iterable[tuple[Namespace, int, Sequence[Recovered]]]
-    ) -> int:
+    def recover(self, kind: TierKind, found: Iterable[tuple[Namespace, int, RecoveredRun]]) -> int:
         """Take in what the tier *kind* has kept: (namespace, tenant, shards); return how many."""
-        early: list[tuple[Namespace, int, Digest]] = []
+        early: list[tuple[Namespace, int, Digest | None]] = []
         count = 0
         for space, tenant, run in found:
-            for slot, one in self._recover_run(space, kind, run, tenant):
-                count += 1
-                parent = one.shard.parent
-                if parent is not None and self._index.tree.parent(slot) == NO_SLOT:
-                    early.append((space, slot, parent))
+            if self._is_fresh(space, run):
+                first = self._recover_run(space, kind, run, tenant)
+                roots = self._index.tree.roots(first, len(run.digests))
+                early += ((space, slot, run.parents[slot - first]) for slot in roots)
+                count += len(run.digests)
+                continue
+            for one in run.each():
+                slot = self.learn(space, kind, one, tenant=tenant)
+                if slot != NO_SLOT:
+                    early.append((space, slot, one.shard.parent))
+                    count += 1
         for space, slot, parent in early:
-            above = space.find(parent)
+            above = NO_SLOT if parent is None else space.find(parent)
             if above != NO_SLOT:
                 self._index.adopt(slot, above)
         return count
@@ -146,33 +150,26 @@ class SlowerTiers:
             residents.shares.check(used)
             residents.check_holdings(here)
 
-    def _recover_run(
-        self, space: Namespace, kind: TierKind, run: Iterable[Recovered], tenant: int
-    ) -> Iterator[tuple[int, Recovered]]:
-        """Take in *run* and yield what is kept of it with its slots: whole new chunks at once."""
-        whole = space.manifest.all_heads
-        fresh: dict[Digest, Recovered] = {}
-        others: list[Recovered] = []
-        for one in run:
-            (_, digest, heads), _, size_bytes, _ = one.shard
-            is_whole = heads == whole and 0 < size_bytes <= CHUNK_SIZE_MAX_BYTES
-            if is_whole and digest not in fresh and space.find(digest) == NO_SLOT:
-                fresh[digest] = one
-            else:
-                others.append(one)
-        if fresh:
-            plain = list(fresh.values())
-            first = self._index.add_run(space, kind, plain, tenant)
-            residents = self.residents[kind]
-            size_bytes = sum(one.shard.size_bytes for one in plain)
-            residents.shares.charge(tenant, size_bytes)
-            residents.gained_whole(space, len(plain), size_bytes)
-            residents.admit_run(first, len(plain), size_bytes // len(plain))
-            yield from enumerate(plain, first)
-        for one in others:
-            slot = self.learn(space, kind, one, tenant=tenant)
-            if slot != NO_SLOT:
-                yield slot, one
+    def _is_fresh(self, space: Namespace, run: RecoveredRun) -> bool:
+        """Return whether *run* is of whole chunks none of which is known, and none comes twice."""
+        return (
+            run.heads == space.manifest.all_heads
+            and int(run.sizes.min()) > 0
+            and int(run.sizes.max()) <= CHUNK_SIZE_MAX_BYTES
+            and len(set(run.digests)) == len(run.digests)
+            and space.ready.keys().isdisjoint(run.digests)
+            and space.partial.keys().isdisjoint(run.digests)
+        )
+
+    def _recover_run(self, space: Namespace, kind: TierKind, run: RecoveredRun, tenant: int) -> int:
+        """Take in *run*, which is fresh, all at once; return its first slot."""
+        count, size_bytes = len(run.digests), int(run.sizes.sum(dtype="u8"))
+        first = self._index.add_run(space, kind, run, tenant)
+        residents = self.residents[kind]
+        residents.shares.charge(tenant, size_bytes)
+        residents.gained_whole(space, count, size_bytes)
+        residents.admit_run(first, count, size_bytes // count)
+        return first
 
     def _enter(self, slot: int, kind: TierKind, record: ShardRecord) -> None:
         """Note *record*, which is in *kind*: bytes that are known, or a form of their own."""

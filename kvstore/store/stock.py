@@ -7,8 +7,7 @@ import ctypes
 import gc
 import logging
 from collections.abc import Iterator
-from itertools import islice
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from kvstore.errors import KVStoreError
 from kvstore.protocol.manifest import decode_namespace
@@ -16,10 +15,8 @@ from kvstore.protocol.manifest import decode_namespace
 if TYPE_CHECKING:
     from kvstore.store.namespace import Namespace
     from kvstore.store.store import Store
-    from kvstore.tiers.base import DurableTier, Recovered
+    from kvstore.tiers.base import DurableTier, RecoveredRun
     from kvstore.types import NamespaceId
-
-_TAKEN_AT_ONCE: Final = 4096
 
 log = logging.getLogger(__name__)
 
@@ -40,16 +37,16 @@ def take_stock(store: Store, tier: DurableTier) -> Stock:
     spaces = _open_spaces(store, tier.manifests())
     unusable = 0
 
-    def usable() -> Iterator[tuple[Namespace, int, list[Recovered]]]:
+    def usable() -> Iterator[tuple[Namespace, int, RecoveredRun]]:
         nonlocal unusable
-        for namespace, run in _runs(tier.recover()):
-            known = spaces.get(namespace)
+        for run in tier.recover():
+            known = spaces.get(run.namespace)
             if known is None:
-                unusable += len(run)
+                unusable += len(run.digests)
             else:
                 yield *known, run
 
-    # A million tuples that come and go make no garbage that only a collection would find.
+    # What comes and goes makes no garbage that only a collection would find.
     gc.disable()
     try:
         shards = store.slower.recover(tier.kind, usable())
@@ -59,15 +56,6 @@ def take_stock(store: Store, tier: DurableTier) -> Stock:
             store.leave(space)
     _give_memory_back()
     return Stock(shards, unusable)
-
-
-def _runs(found: Iterator[Recovered]) -> Iterator[tuple[NamespaceId, list[Recovered]]]:
-    """Yield what was *found*, many of one namespace at a time, in the order of their age."""
-    while batch := list(islice(found, _TAKEN_AT_ONCE)):
-        runs: dict[NamespaceId, list[Recovered]] = {}
-        for one in batch:
-            runs.setdefault(one.shard.key.namespace, []).append(one)
-        yield from runs.items()
 
 
 def _give_memory_back() -> None:

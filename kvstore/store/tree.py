@@ -8,7 +8,7 @@ that are not there.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import numpy.typing as npt
@@ -105,17 +105,22 @@ class PrefixTree:
         """Say what comes before *slot*, which is new and about to enter a tier."""
         self._parent[slot] = parent
 
-    def plant_run(self, first: int, parents: Sequence[int], kind: TierKind) -> None:
+    def plant_run(self, first: int, parents: npt.NDArray[np.int32], kind: TierKind) -> None:
         """Plant new slots, *first* and those behind it, and let them enter the tier *kind*.
 
-        A parent that is none before its child stays unsaid: so nobody comes before itself.
+        A parent with a higher number than its child stays unsaid: so nobody comes before itself.
         """
         slots = np.arange(first, first + len(parents), dtype=np.int32)
-        above = np.array(parents, np.int32)
-        above[above >= slots] = NO_SLOT
+        above = np.where(parents < slots, parents, NO_SLOT).astype(np.int32)
         np.frombuffer(self._parent, np.int32)[first : first + len(parents)] = above
         is_child = above != NO_SLOT
         self._branches[kind].link_run(slots[is_child], above[is_child])
+
+    def roots(self, first: int, count: int) -> list[int]:
+        """Return which of *count* slots, *first* and those behind it, have no known parent."""
+        parents = np.frombuffer(self._parent, np.int32, count, 4 * first)
+        found: list[int] = (np.flatnonzero(parents == NO_SLOT) + first).tolist()
+        return found
 
     def enter(self, slot: int, kind: TierKind) -> None:
         """Note that *slot* is in the tier *kind* from now on."""

@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from kvstore.types import Digest, Extent, HeadRange, NamespaceId, Place, Root, TierKind
 
 
@@ -119,16 +122,41 @@ class Recovered(NamedTuple):
     place: Place
 
 
+class RecoveredRun(NamedTuple):
+    """Shards of one namespace, with the same heads, that a durable tier found: columns.
+
+    There may be millions of them, and a start waits for all.
+    """
+
+    namespace: NamespaceId
+    heads: HeadRange
+    digests: list[Digest]
+    parents: list[Digest | None]
+    sizes: npt.NDArray[np.uint32]
+    roots: npt.NDArray[np.uint64]
+    places: npt.NDArray[np.uint64]
+
+    def each(self) -> Iterator[Recovered]:
+        """Yield the shards one by one."""
+        sizes, roots, places = self.sizes.tolist(), self.roots.tolist(), self.places.tolist()
+        for digest, parent, size_bytes, root, place in zip(
+            self.digests, self.parents, sizes, roots, places, strict=True
+        ):
+            key = ShardKey(self.namespace, digest, self.heads)
+            yield Recovered(Shard(key, parent, size_bytes, root), place)
+
+
 class DurableTier(RemoteTier, Protocol):
     """A remote tier that only this daemon writes, and that survives it: disk."""
 
     def manifests(self) -> dict[NamespaceId, bytes]:
         """Return all manifests that were introduced and are still whole."""
 
-    def recover(self) -> Iterator[Recovered]:
-        """Yield what is kept, oldest first, from its index alone; payloads are not read.
+    def recover(self) -> Iterator[RecoveredRun]:
+        """Yield what is kept, from its index alone; payloads are not read.
 
-        Blocking: for a thread, once, before the first write.
+        Of each namespace, and about in all, the oldest come first. Blocking: for a thread,
+        once, before the first write.
         """
 
 

@@ -31,7 +31,7 @@ from kvstore.limits import (
     EXTENT_ALIGNMENT_BYTES,
 )
 from kvstore.tiers import disk_layout
-from kvstore.tiers.base import Recovered, Shard, TierUsage
+from kvstore.tiers.base import RecoveredRun, Shard, TierUsage
 from kvstore.tiers.disk_calls import Crew, Job, dismiss
 from kvstore.tiers.disk_directory import DiskDirectory
 from kvstore.tiers.disk_fingerprints import NO_SLOT
@@ -41,8 +41,8 @@ from kvstore.tiers.disk_layout import (
     fingerprint_of,
     header_holds,
     pack_record,
+    unpack_runs,
     unpack_shard,
-    unpack_shards,
     whole_records,
 )
 from kvstore.tiers.disk_payloads import Payloads
@@ -193,8 +193,8 @@ class DiskTier:
         except OSError as error:
             raise self._failed(error) from error
 
-    def recover(self) -> Iterator[Recovered]:
-        """Yield what is kept, oldest first, from the index alone.
+    def recover(self) -> Iterator[RecoveredRun]:
+        """Yield what is kept from the index alone, oldest first but for runs that interleave.
 
         Blocking, before the first write. Raises `TierError`.
         """
@@ -206,8 +206,7 @@ class DiskTier:
         slots = slots[np.argsort(rows["sequence"][slots], kind="stable")]
         for first in range(0, len(slots), _RECOVERED_AT_ONCE):
             part = slots[first : first + _RECOVERED_AT_ONCE]
-            shards = unpack_shards(rows[part].tobytes())
-            yield from map(Recovered, shards, self._slots.places_of(part))
+            yield from unpack_runs(rows[part], self._slots.places_of(part))
 
     def close(self) -> None:
         """Write out what the system holds back, and give the directory up.

@@ -24,7 +24,7 @@ from kvstore.limits import (
     DIGEST_SIZE_BYTES,
     EXTENT_ALIGNMENT_BYTES,
 )
-from kvstore.tiers.base import Shard, ShardKey
+from kvstore.tiers.base import RecoveredRun, Shard, ShardKey
 from kvstore.types import BytesLike, Digest, HeadRange, NamespaceId
 
 FORMAT: Final = 1
@@ -172,24 +172,36 @@ def pack_record(shard: Shard, *, sequence: int, page: int, fingerprint: int) -> 
 
 def unpack_shard(record: BytesLike) -> Shard:
     """Return the shard that a whole *record* is of."""
-    return next(unpack_shards(record))
+    found = _RECORD.unpack(record)
+    _, _, size_bytes, root, _, start, stop, flags, namespace, digest, parent, _ = found
+    before = parent if flags & _HAS_PARENT else None
+    return Shard(ShardKey(namespace, digest, HeadRange(start, stop)), before, size_bytes, root)
 
 
-def unpack_shards(records: BytesLike) -> Iterator[Shard]:
-    """Yield the shards that whole *records*, one behind the other, are of.
+def unpack_runs(rows: Rows, places: npt.NDArray[np.uint64]) -> Iterator[RecoveredRun]:
+    """Yield the shards that *rows*, all of them whole, are of, and their *places*.
 
-    Namespaces and head ranges, of which there are few, are made once.
+    One run for each namespace and range of heads; in each, the order is that of *rows*.
     """
-    namespaces: dict[bytes, NamespaceId] = {}
-    ranges: dict[tuple[int, int], HeadRange] = {}
-    for found in _RECORD.iter_unpack(records):
-        _, _, size_bytes, root, _, start, stop, flags, name, digest, parent, _ = found
-        namespace = namespaces.setdefault(name, name)
-        heads = ranges.get((start, stop)) or ranges.setdefault(
-            (start, stop), HeadRange(start, stop)
+    while len(rows):
+        first = rows[0]
+        alike: npt.NDArray[np.bool_] = rows["namespace"] == first["namespace"]
+        alike &= rows["head_start"] == first["head_start"]
+        alike &= rows["head_stop"] == first["head_stop"]
+        run = rows[alike]
+        parents = run["parent"].tolist()
+        for number in np.flatnonzero((run["flags"] & _HAS_PARENT) == 0).tolist():
+            parents[number] = None
+        yield RecoveredRun(
+            NamespaceId(bytes(first["namespace"])),
+            HeadRange(int(first["head_start"]), int(first["head_stop"])),
+            run["digest"].tolist(),
+            parents,
+            run["size_bytes"],
+            run["root"],
+            places[alike],
         )
-        before = parent if flags & _HAS_PARENT else None
-        yield Shard(ShardKey(namespace, digest, heads), before, size_bytes, root)
+        rows, places = rows[~alike], places[~alike]
 
 
 def whole_records(rows: Rows) -> npt.NDArray[np.bool_]:

@@ -112,11 +112,10 @@ class Slots:
         held = (sequences & np.uint64(_GENERATION_MASK)).astype(np.uint32)[: len(known)]
         return np.flatnonzero((known == held) & (known != _NEVER))
 
-    def places_of(self, slots: Numbers) -> list[Place]:
+    def places_of(self, slots: Numbers) -> npt.NDArray[np.uint64]:
         """Return `place_of` every one of *slots*."""
         generations = np.frombuffer(self._generations, np.uint32)[slots]
-        places: list[Place] = (slots << _GENERATION_BITS | generations).tolist()
-        return places
+        return (slots << _GENERATION_BITS | generations).astype(np.uint64)
 
     # --- taking and giving back ------------------------------------------------------------
 

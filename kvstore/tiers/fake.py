@@ -6,9 +6,11 @@ import asyncio
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+import numpy as np
+
 from kvstore.errors import TierError
 from kvstore.hashing import block_digests, root_of
-from kvstore.tiers.base import Recovered, Shard, ShardKey, TierUsage
+from kvstore.tiers.base import Recovered, RecoveredRun, Shard, ShardKey, TierUsage
 from kvstore.types import Digest, NamespaceId, Place, TierKind
 
 if TYPE_CHECKING:
@@ -103,9 +105,20 @@ class FakeTier:
         """Return all manifests."""
         return dict(self._manifests)
 
-    def recover(self) -> Iterator[Recovered]:
+    def recover(self) -> Iterator[RecoveredRun]:
         """Yield all shards in the order in which they were written."""
-        return (Recovered(kept.shard, _PLACE) for kept in self._kept.values())
+        for (namespace, digest, heads), parent, size_bytes, root in (
+            kept.shard for kept in self._kept.values()
+        ):
+            yield RecoveredRun(
+                namespace,
+                heads,
+                [digest],
+                [parent],
+                np.array([size_bytes], np.uint32),
+                np.array([root], np.uint64),
+                np.array([_PLACE], np.uint64),
+            )
 
     async def find(
         self, namespace: NamespaceId, digests: Sequence[Digest]

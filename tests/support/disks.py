@@ -82,7 +82,7 @@ async def served(tier: DiskTier) -> list[int]:
 
 def recovered(tier: DiskTier) -> list[Recovered]:
     """Return what a start has found, oldest first."""
-    return list(tier.recover())
+    return [one for run in tier.recover() for one in run.each()]
 
 
 def flip(path: Path, offset: int, bit: int = 0) -> None:

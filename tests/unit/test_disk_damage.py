@@ -46,7 +46,7 @@ TABLE_END = 256 + 8 * block_count(SIZE)
 
 def offset_of(tier: DiskTier, number: int) -> int:
     """Return where the extent of a shard starts."""
-    place = next(place for shard, place in tier.recover() if shard == shard_of(number))
+    place = next(place for shard, place in recovered(tier) if shard == shard_of(number))
     room = tier._slots.find(place)
     assert room is not None
     return room.offset

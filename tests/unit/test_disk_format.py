@@ -32,7 +32,7 @@ from kvstore.tiers.disk_open import shares_of
 from kvstore.tiers.disk_slots import Room, Slots
 from kvstore.tiers.disk_volume import Volume
 from kvstore.types import Extent, Place
-from tests.support.disks import disk_tier, get, payload_of, put, shard_of
+from tests.support.disks import disk_tier, get, payload_of, put, recovered, shard_of
 
 SHARD = shard_of(5, 200_000)
 DIGESTS = block_digests(payload_of(5, 200_000))
@@ -260,7 +260,7 @@ async def test_twenty_thousand_chunks_are_found_and_none_is_read(tmp_path: Path)
     shards = [shard_of(number, 100) for number in range(count)]
     write_index(tmp_path, shards, capacity_bytes=capacity_bytes, seed=seed)
     async with disk_tier(tmp_path, capacity_bytes) as tier:
-        found = list(tier.recover())
+        found = recovered(tier)
         assert [shard for shard, _ in found] == shards
         assert tier.usage().used_bytes == count * footprint(100)
         for shard, place in found[:10]:
@@ -271,5 +271,5 @@ async def test_twenty_thousand_chunks_are_found_and_none_is_read(tmp_path: Path)
         assert tier.counters.quarantined == 1
         await put(tier, 3, size_bytes=100)
         assert tier.usage().used_bytes == (count - 10) * footprint(100)
-        shard, place = list(tier.recover())[-1]
+        shard, place = recovered(tier)[-1]
         assert await get(tier, shard, place) == payload_of(3, 100)

@@ -140,5 +140,6 @@ async def test_what_was_kept_is_recovered_oldest_first() -> None:
     await tier.introduce(KEY.namespace, b"manifest")
     for number in (2, 1, 3):
         await write(tier, chunk(number))
-    assert [shard for shard, _ in tier.recover()] == [chunk(2), chunk(1), chunk(3)]
+    found = [one.shard for run in tier.recover() for one in run.each()]
+    assert found == [chunk(2), chunk(1), chunk(3)]
     assert tier.manifests() == {KEY.namespace: b"manifest"}

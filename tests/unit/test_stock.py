@@ -9,11 +9,11 @@ from kvstore.hashing import block_digests, root_of
 from kvstore.limits import MIB
 from kvstore.metrics import Counters
 from kvstore.protocol.manifest import encode_namespace
-from kvstore.store import stock
 from kvstore.store.quota import Share, Shares
 from kvstore.store.shelves import SlowTier
+from kvstore.store.stock import Stock, take_stock
 from kvstore.store.store import Store
-from kvstore.tiers.base import Recovered, Shard, ShardKey
+from kvstore.tiers.base import Recovered, RecoveredRun, Shard, ShardKey
 from kvstore.tiers.host import HostTier
 from kvstore.transfer.arena import Arena
 from kvstore.types import NO_SLOT, HeadRange, Place, TierKind
@@ -29,14 +29,28 @@ class Kept:
 
     kind = DISK
 
-    def __init__(self, manifests, found) -> None:
-        self._manifests, self._found = manifests, found
+    def __init__(self, manifests, found, at_once: int) -> None:
+        self._manifests, self._found, self._at_once = manifests, found, at_once
 
     def manifests(self):
         return {m.namespace_id(): encode_namespace(m, "") for m in self._manifests}
 
     def recover(self):
-        return iter(self._found)
+        """Yield what was found in runs, as the disk does: so many looked at at once."""
+        for start in range(0, len(self._found), self._at_once):
+            runs: dict[tuple, list[Recovered]] = {}
+            for one in self._found[start : start + self._at_once]:
+                runs.setdefault((one.shard.key.namespace, one.shard.key.heads), []).append(one)
+            for (namespace, heads), those in runs.items():
+                yield RecoveredRun(
+                    namespace,
+                    heads,
+                    [one.shard.key.digest for one in those],
+                    [one.shard.parent for one in those],
+                    np.array([one.shard.size_bytes for one in those], np.uint32),
+                    np.array([one.shard.root for one in those], np.uint64),
+                    np.array([one.place for one in those], np.uint64),
+                )
 
 
 def found(manifest, digest, parent=None, *, heads=None, size=100, number=0) -> Recovered:
@@ -56,8 +70,8 @@ def make_store(eviction: str = "s3fifo") -> Store:
     )
 
 
-def take(store: Store, those, manifests=(MANIFEST, OTHER)) -> stock.Stock:
-    taken = stock.take_stock(store, Kept(manifests, those))
+def take(store: Store, those, manifests=(MANIFEST, OTHER), at_once: int = 1000) -> Stock:
+    taken = take_stock(store, Kept(manifests, those, at_once))
     store.check()
     return taken
 
@@ -105,7 +119,7 @@ def prompts(seed: int) -> list[Recovered]:
 @pytest.mark.parametrize("eviction", ["lru", "s3fifo"])
 @pytest.mark.parametrize("at_once", [1, 7, 1000])
 @pytest.mark.parametrize("seed", [1, 2])
-def test_stock_is_the_same_however_much_is_taken_at_once(monkeypatch, eviction, at_once, seed):
+def test_stock_is_the_same_however_much_is_taken_at_once(eviction, at_once, seed):
     kept = prompts(seed)
     one_by_one = make_store(eviction)
     spaces = {m.namespace_id(): one_by_one.enter(m) for m in (MANIFEST, OTHER)}
@@ -117,9 +131,8 @@ def test_stock_is_the_same_however_much_is_taken_at_once(monkeypatch, eviction, 
         above = NO_SLOT if one.shard.parent is None else space.find(one.shard.parent)
         if above != NO_SLOT:
             one_by_one.index.adopt(slot, above)
-    monkeypatch.setattr(stock, "_TAKEN_AT_ONCE", at_once)
     store = make_store(eviction)
-    assert take(store, kept) == (len(kept), 0)
+    assert take(store, kept, at_once=at_once) == (len(kept), 0)
     for manifest in (MANIFEST, OTHER):
         known, expected = seen(store, manifest), seen(one_by_one, manifest)
         # Children that came late may stand in another order among their siblings.
@@ -149,6 +162,13 @@ def test_chunks_that_claim_to_come_after_each_other_end_in_no_circle():
     first, second = loose_digest(1), loose_digest(2)
     store = make_store()
     take(store, [found(MANIFEST, first, second), found(MANIFEST, second, first)])
+    assert len(leaving(store)) == 2
+
+
+def test_what_comes_twice_is_there_once():
+    one, other = found(MANIFEST, loose_digest(1)), found(MANIFEST, loose_digest(2))
+    store = make_store()
+    assert take(store, [one, other, one, other]).shards == 4
     assert len(leaving(store)) == 2
 
 
