@@ -7,6 +7,7 @@ to standard output, everything else to standard error.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
@@ -27,6 +28,7 @@ from kvstore.errors import (
 
 if TYPE_CHECKING:
     from kvstore.config import TracedConfig
+    from kvstore.protocol.messages import DaemonStats
 
 OK: Final = 0
 FAILED: Final = 1
@@ -45,8 +47,13 @@ _STATUSES: Final = {
 _BENCHES: Final = {
     "transfer": "store and retrieve through the daemon, against the speed of memory",
     "lookup": "look-ups through the daemon, against a bare echo",
+    "gpu": "pages on a GPU to the arena and back, against plain copies",
+    "codec": "what codecs do to a small model, and their speed against memcpy",
 }
 _DAEMON_TIMEOUT_SECONDS: Final = 5.0
+_INTERVAL_MIN_SECONDS: Final = 0.1
+_INTERVAL_MAX_SECONDS: Final = 3600.0
+_DTYPES: Final = ("float32", "bfloat16", "float16", "float8_e4m3", "float8_e5m2")
 
 Command = Callable[[argparse.Namespace], int]
 
@@ -84,7 +91,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     config = _load(arguments).config
     logs.configure(config.log.level, config.log.format)
-    return app.run(config)
+    return app.run(config, reread=lambda: _load(arguments).config)
 
 
 def _status(arguments: argparse.Namespace) -> int:
@@ -100,6 +107,52 @@ def _status(arguments: argparse.Namespace) -> int:
         _print_json(msgspec.to_builtins(stats))
     else:
         print(render(stats))
+    return OK
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    from kvstore.cli import top
+    from kvstore.client.sync import Client
+
+    path = arguments.socket or _load(arguments).config.server.socket
+
+    def ask() -> DaemonStats:
+        with Client.connect(path, timeout_seconds=_DAEMON_TIMEOUT_SECONDS) as client:
+            return client.stats()
+
+    ask()  # a daemon that cannot be reached from the start is an error, not a screen
+    with contextlib.suppress(KeyboardInterrupt):
+        top.run(ask, arguments.interval)
+    return OK
+
+
+def _size(arguments: argparse.Namespace) -> int:
+    from kvstore.cli import size
+    from kvstore.units import parse_size
+
+    geometry = size.geometry_of(arguments.model)
+    if arguments.dtype:
+        geometry = geometry._replace(dtype=arguments.dtype)
+    try:
+        capacity_bytes = parse_size(arguments.capacity)
+    except ValueError as error:
+        raise ConfigError(f"--capacity {arguments.capacity}: {error}") from None
+    found = size.sizes_of(
+        geometry,
+        chunk_tokens=arguments.chunk_tokens,
+        capacity_bytes=capacity_bytes,
+    )
+    if arguments.output == "json":
+        _print_json(found._asdict())
+    else:
+        print(size.render(geometry, found))
+    return OK
+
+
+def _completion(arguments: argparse.Namespace) -> int:
+    import shtab
+
+    print(shtab.complete(_parser(), arguments.shell))
     return OK
 
 
@@ -201,12 +254,16 @@ def _parser() -> argparse.ArgumentParser:
     status = _add(commands, "status", "show what the daemon holds and has done", _status)
     _add_config_options(status)
     _add_daemon_options(status)
+    _add_top_command(commands)
+    _add_size_command(commands)
     doctor = _add(commands, "doctor", "check this machine, and say what to fix", _doctor)
     _add_config_options(doctor)
     _add_daemon_options(doctor)
     _add_config_commands(commands)
     _add_bench_commands(commands)
     _add_connector_commands(commands)
+    completion = _add(commands, "completion", "print what a shell completes by", _completion)
+    completion.add_argument("shell", choices=("bash", "zsh", "tcsh"))
     _add(commands, "version", "print the version", _version)
     return parser
 
@@ -220,6 +277,33 @@ def _add(
     parser = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
     parser.set_defaults(command=command)
     return parser
+
+
+def _add_top_command(commands: _Commands[argparse.ArgumentParser]) -> None:
+    top = _add(commands, "top", "watch what the daemon does, until q is pressed", _top)
+    _add_config_options(top)
+    top.add_argument("--socket", type=Path, help="the daemon's socket (default: as configured)")
+    top.add_argument(
+        "--interval", type=_seconds, default=1.0, metavar="SECONDS", help="from look to look"
+    )
+
+
+def _add_size_command(commands: _Commands[argparse.ArgumentParser]) -> None:
+    size = _add(commands, "size", "say what the KV of a model takes", _size)
+    size.add_argument("model", help="such as llama-3.1-8b, or the path of a config.json")
+    size.add_argument("--dtype", choices=_DTYPES, help="of the KV (default: the model's)")
+    size.add_argument("--chunk-tokens", type=int, default=256, metavar="N")
+    size.add_argument("--capacity", default="64GiB", metavar="SIZE", help="default: 64GiB")
+    size.add_argument("--output", choices=("table", "json"), default="table")
+
+
+def _seconds(text: str) -> float:
+    seconds = float(text)
+    if not _INTERVAL_MIN_SECONDS <= seconds <= _INTERVAL_MAX_SECONDS:
+        raise argparse.ArgumentTypeError(
+            f"{text} is not from {_INTERVAL_MIN_SECONDS} to {_INTERVAL_MAX_SECONDS}"
+        )
+    return seconds
 
 
 def _add_config_commands(commands: _Commands[argparse.ArgumentParser]) -> None:
