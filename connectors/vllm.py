@@ -26,14 +26,12 @@ from kvstore.client.sync import Client
 from kvstore.compression.policy import CodecPolicy
 from kvstore.connectors.vllm_backends import check_backends
 from kvstore.connectors.vllm_events import events_for
-from kvstore.connectors.vllm_handoff import SchedulerHandoffs
 from kvstore.connectors.vllm_layouts import KVGroup, groups_of
-from kvstore.connectors.vllm_manifests import manifests_of
+from kvstore.connectors.vllm_manifests import manifests_of, policies_of
 from kvstore.connectors.vllm_metadata import StepMetadata
 from kvstore.connectors.vllm_scheduler import SchedulerHalf
 from kvstore.connectors.vllm_settings import Settings, read_settings
 from kvstore.connectors.vllm_stats import StoreMetrics, StoreStats, stats_since
-from kvstore.connectors.vllm_tracking import Role
 from kvstore.connectors.vllm_worker import Received, WorkerHalf
 from kvstore.connectors.weights import UnsupportedError
 from kvstore.errors import CodecError, ConfigError, KVStoreError
@@ -73,7 +71,12 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
             log.exception("kvstore: caching is off: this engine is not understood")
             return
         if role == KVConnectorRole.WORKER:
-            self._worker = WorkerHalf(groups, _open_worker(groups, manifests, settings))
+            policies = policies_of(vllm_config, groups, settings)
+            try:
+                caches = _open_worker(groups, manifests, policies, settings)
+            except CodecError as error:
+                raise ConfigError(f"kv_connector_extra_config.codec: {error}") from error
+            self._worker = WorkerHalf(groups, caches)
             return
         ranks = vllm_config.parallel_config.world_size
         of_ranks = [
@@ -81,15 +84,12 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
             for rank in range(groups[0].shard.ranks)
         ]
         timeout = settings.lookup_timeout_seconds
-        found_in = _open_scheduler(of_ranks, settings)
         self._scheduler = SchedulerHalf(
             groups,
             _open_scheduler(of_ranks, settings),
             ranks=ranks,
             store_decoded=settings.store_decoded,
             lookup_timeout_seconds=timeout,
-            role=_role(vllm_config.kv_transfer_config.kv_role, settings),
-            handoffs=_handoffs(vllm_config.kv_transfer_config, groups, found_in, settings),
             events=events_for(vllm_config, kv_cache_config, groups[0].chunk_tokens),
         )
         _announce(manifests, settings)
@@ -164,7 +164,8 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         """Return what this half has done since the last call."""
         if self._worker is not None:
             return stats_since(self._worker.counts, self._reported, self._worker.codec_figures)
-        return self._scheduler and stats_since(self._scheduler.counts, self._reported)
+        half = self._scheduler
+        return None if half is None else stats_since(half.counts, self._reported)
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> StoreStats:
@@ -233,9 +234,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Forget *request*; its blocks may be freed at once."""
-        if self._scheduler is None:
-            return False, None
-        return False, self._scheduler.request_finished(request)
+        if self._scheduler is not None:
+            self._scheduler.request_finished(request)
+        return False, None
 
     def has_pending_block_frees(self) -> bool:
         """Whether blocks will be free soon, so that nobody need be preempted."""
@@ -286,7 +287,10 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
 
 
 def _open_worker(
-    groups: Sequence[KVGroup], manifests: Sequence[Manifest], settings: Settings
+    groups: Sequence[KVGroup],
+    manifests: Sequence[Manifest],
+    policies: Sequence[CodecPolicy],
+    settings: Settings,
 ) -> list[PrefixCache]:
     """Return a namespace for every group, of which a rank has its own heads."""
     return [
@@ -318,30 +322,6 @@ def _open_scheduler(
         ]
         for manifests in zip(*of_ranks, strict=True)
     ]
-
-
-def _role(kv_role: str, settings: Settings) -> Role:
-    """Return what `kv_role` stands for. A consumer stores its answers, if it is asked to."""
-    return Role(
-        produces=kv_role != "kv_consumer",
-        consumes=kv_role != "kv_producer",
-        stores=kv_role != "kv_consumer" or settings.store_decoded,
-    )
-
-
-def _handoffs(
-    transfer_config: Any,
-    groups: Sequence[KVGroup],
-    caches: Sequence[Sequence[PrefixCache]],
-    settings: Settings,
-) -> SchedulerHandoffs:
-    """Return the hand-offs of an engine; behind a sliding window, chunks have no order of use."""
-    is_plain = len(groups) == 1 and not groups[0].window
-    return SchedulerHandoffs(
-        [cache.handoffs for cache in caches[0]] if is_plain else [],
-        seconds=settings.handoff_timeout_seconds,
-        engine_id=str(transfer_config.engine_id),
-    )
 
 
 def _tensor_rank(vllm_config: Any) -> int:
@@ -382,12 +362,13 @@ def _announce(manifests: Sequence[Manifest], settings: Settings) -> None:
     """Say once what is cached where, and what stands in the way if something does."""
     for manifest in manifests:
         log.info(
-            "kvstore: %s, %s, in chunks of %d tokens (%d bytes, %s) in namespace %s at %s",
+            "kvstore: %s, %s, in chunks of %d tokens (%d bytes, %s, %s) in namespace %s at %s",
             manifest.model,
             manifest.group,
             manifest.chunk_tokens,
-            manifest.chunk_bytes,
+            manifest.plain_bytes(manifest.all_heads),
             manifest.layout,
+            manifest.codec,
             manifest.namespace_id().hex(),
             settings.socket_path,
         )

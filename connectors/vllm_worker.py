@@ -56,14 +56,9 @@ class TransferCounts:
 class WorkerHalf:
     """Moves. Until pages are registered, and when they fail their test, every load fails."""
 
-    def __init__(
-        self,
-        groups: Sequence[KVGroup],
-        caches: Sequence[ChunkCache],
-        handoffs: Sequence[HandoffCalls] = (),
-    ) -> None:
-        """Take the namespace of every group and, where there are any, its hand-offs."""
+    def __init__(self, groups: Sequence[KVGroup], caches: Sequence[ChunkCache]) -> None:
         self.counts = TransferCounts()
+        self.codec_figures: dict[str, float] = {}
         self._groups = groups
         self._caches = caches
         self._pages: list[GroupPages] = []
@@ -83,8 +78,6 @@ class WorkerHalf:
                 pages.append(GroupPages(group, layers))
                 self_test(group, layers)
             self._pages = pages
-            if all(each.moves_both_ways for each in pages):
-                self._transfers.split()
         except UnsupportedError as error:
             self.turn_off(str(error))
         except Exception as error:
@@ -155,14 +148,6 @@ class WorkerHalf:
         except Exception:
             log.exception("kvstore: a load failed, its request is computed")
             failed = set().union(*(span.real_blocks for span in job.spans))
-        self._receive(job, failed, loaded, started)
-
-    def _arrived(self, job: LoadJob, loaded: int, started: float) -> None:
-        """Report a load that was fed by a hand-off."""
-        (span,) = job.spans
-        self._receive(job, _blocks_behind(span, loaded), loaded, started)
-
-    def _receive(self, job: LoadJob, failed: set[int], loaded: int, started: float) -> None:
         with self._lock:
             self._received.requests.add(job.request_id)
             if failed:
@@ -200,6 +185,10 @@ class WorkerHalf:
                 self.counts.store_seconds += time.perf_counter() - started
             self._note_codecs()
             done.set()
+
+    def _note_codecs(self) -> None:
+        damaged = sum(getattr(cache, "damaged_chunks", 0) for cache in self._caches)
+        self.codec_figures = codec_figures(counted(self._caches), damaged)
 
     def _store_span(self, span: Span, fences: Sequence[Any]) -> StoreReport:
         number = span.group

@@ -13,6 +13,7 @@ import torch
 from deploy.demo.daemon import running_daemon
 from kvstore.client.cache import PrefixCache
 from kvstore.client.sync import StoreReport
+from kvstore.compression.policy import CodecPolicy
 from kvstore.connectors.vllm_backends import UnknownBackendError, backend_name, check_backends
 from kvstore.connectors.vllm_layouts import KVGroup, groups_of
 from kvstore.connectors.vllm_metadata import NOWHERE, LoadJob, Span, StepMetadata, StoreJob
@@ -232,14 +233,21 @@ def test_ranks_share_out_heads(total, ranks, heads, writers):
 class Ranks:
     """The worker halves of one engine whose heads are *whole*'s, cut into *count* shares."""
 
-    def __init__(self, socket, whole: list[torch.Tensor], count: int, tiling) -> None:
+    def __init__(
+        self, socket, whole: list[torch.Tensor], count: int, tiling, codec: str = "raw"
+    ) -> None:
         self.halves = []
         for rank in range(count):
             group = group_of(shard=HeadShard(HEADS, rank, count), tiling=tiling)
             first, stop = group.shard.heads
-            manifest = group.manifest(model="tp", revision="1", rope="")
-            heads = group.stored_heads
-            cache = PrefixCache(manifest, heads=heads, socket=socket, timeout_seconds=10)
+            manifest = group.manifest(model="tp", revision="1", rope="", codec=codec)
+            cache = PrefixCache(
+                manifest,
+                heads=group.stored_heads,
+                socket=socket,
+                timeout_seconds=10,
+                policy=CodecPolicy(codec=codec, edge_layers=0),
+            )
             half = WorkerHalf([group], [cache])
             layers = [layer[:, first:stop] for layer in whole]
             half.register(dict(zip(group.layer_names, layers, strict=True)))
@@ -276,6 +284,29 @@ def test_engines_of_different_parallelism_share_canonical_chunks(writers, reader
         Ranks(socket, source, writers, rows).store()
         assert Ranks(socket, target, readers, rows).load() == set()
     check_moved(source, target, old)
+
+
+@pytest.mark.parametrize(("writers", "readers"), [(2, 1), (1, 2), (4, 2)])
+def test_engines_of_different_parallelism_share_what_a_codec_has_left(writers, readers):
+    source = pages_in("LBNHC", group_of(), 24)
+    targets = [pages_in("LBNHC", group_of(), 25) for _ in range(2)]
+    for target, wrote, reads in zip(targets, (writers, 1), (readers, 1), strict=True):
+        with running_daemon(["tiers.host.capacity=64MiB"]) as (socket, _):
+            ranks = Ranks(socket, source, wrote, rows, "int4kv")
+            ranks.store()
+            figures = [half.codec_figures for half in ranks.halves]
+            assert Ranks(socket, target, reads, rows, "int4kv").load() == set()
+        raw, stored = (sum(one[f"codec_{name}_bytes"] for one in figures) for name in BYTES)
+        # A first chunk as short as these keeps a sixteenth of its tokens as they are.
+        assert raw > 2.5 * stored
+        assert sum(one["codec_sections:int4kv"] for one in figures) == 2 * wrote * len(source) * 2
+    for found, alone, stored in zip(*targets, source, strict=True):
+        assert torch.equal(found, alone)
+        lost = (found[TO] - stored[FROM]).float().norm() / stored[FROM].float().norm()
+        assert 0 < lost < 0.15
+
+
+BYTES = ("raw", "stored")
 
 
 def test_opaque_chunks_are_one_ranks_own():

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from kvstore.compression.guard import CodecCounters, EncodeReport, SectionReport
+from kvstore.compression.shapes import CodecId
 from kvstore.connectors import vllm_tilings
 from kvstore.connectors.vllm_holdings import Holdings
 from kvstore.connectors.vllm_keys import RequestKeys
@@ -15,7 +19,9 @@ from kvstore.connectors.vllm_lookups import Lookups
 from kvstore.connectors.vllm_metadata import Span, WorkerReport
 from kvstore.connectors.vllm_scheduler import _runs_of_whole
 from kvstore.connectors.vllm_settings import read_settings
+from kvstore.connectors.vllm_stats import StoreMetrics, codec_figures, stats_since
 from kvstore.connectors.vllm_transfers import Transfers, Urgency
+from kvstore.connectors.vllm_worker import TransferCounts
 from kvstore.errors import ConfigError
 from kvstore.hashing import chunk_digests
 from tests.support.waiting import wait_until
@@ -230,6 +236,45 @@ def test_reports_of_ranks_add_up():
 )
 def test_chunks_with_holes_are_not_stored(blocks, runs):
     assert list(_runs_of_whole(blocks, 0, 3, 2)) == runs
+
+
+def test_counts_of_codecs_reach_prometheus_with_labels():
+    counters = CodecCounters(raw_bytes=700, stored_bytes=200, refused=1)
+    counters.record(
+        EncodeReport(
+            50,
+            100,
+            (
+                SectionReport(CodecId.INT4KV, CodecId.INT4KV, 20, 0.07),
+                SectionReport(CodecId.INT4KV, CodecId.INT8KV, 30, 0.004),
+            ),
+        )
+    )
+    reported: dict[str, float] = {}
+    counts, figures = TransferCounts(chunks_stored=2), codec_figures(counters, 3)
+    stats = stats_since(counts, reported, figures)
+    assert stats is not None
+    assert stats_since(counts, reported, figures) is None
+    assert stats.reduce()["kvstore codec_stored_bytes"] == 250
+    registry = CollectorRegistry()
+    types = {kind: partial(kind, registry=registry) for kind in (Counter, Gauge, Histogram)}
+    config = SimpleNamespace(kv_transfer_config=None)
+    metrics = StoreMetrics(config, types, ["engine"], {0: ["0"]})
+    for _ in range(2):
+        metrics.observe(stats.data)
+    for name, labels, expected in (
+        ("chunks_stored", {}, 4),
+        ("chunks_damaged", {}, 6),
+        ("codec_raw_bytes", {}, 1600),
+        ("codec_stored_bytes", {}, 500),
+        ("codec_chunks_unfit", {}, 2),
+        ("codec_sections", {"codec": "int4kv"}, 2),
+        ("codec_fallbacks", {"codec": "int4kv", "taken": "int8kv"}, 2),
+        ("codec_errors", {"codec": "int4kv", "at_most": "0.1"}, 2),
+        ("codec_errors", {"codec": "int8kv", "at_most": "0.005"}, 2),
+    ):
+        found = registry.get_sample_value(f"vllm:kvstore_{name}_total", {"engine": "0"} | labels)
+        assert found == expected, name
 
 
 def test_loads_go_before_stores():
