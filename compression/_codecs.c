@@ -21,15 +21,18 @@
 #include "../gpu/cuda/nvfp4.cuh"
 #include "../gpu/cuda/rans.cuh"
 
-/* BLOCK: the widest head. LANES: tokens beside each other where channels are rows. STRIP: channels
- * of a tile that are summed at a time, so that they stay in the nearest cache. */
-enum { BLOCK = 1024, LANES = 16, STRIP = 64 };
+/* BLOCK: the widest head. GROUP: tokens that are turned together, so that each becomes a column.
+ * APART: floats between the rows that are turned. STRIP: channels of a tile that are summed at a
+ * time, so that they stay in the nearest cache. TAKEN_AT_ONCE: of 64 bytes few are marked, but how
+ * few cannot be foretold, so this many are taken without asking. */
+enum { BLOCK = 1024, GROUP = 16, APART = 16, STRIP = 64, TAKEN_AT_ONCE = 4 };
 enum { SOURCE_BF16 = 1, SOURCE_FP16, SOURCE_FP32, SOURCE_E4M3, SOURCE_E5M2, SOURCE_OPAQUE };
 enum { DONE = 0, UNFIT = 1, BAD_BYTES = 2, BAD_REQUEST = 3, NO_MEMORY = 4 };
 
 /* Parts begin anywhere: their readers do not count on alignment. */
 typedef uint16_t any16 __attribute__((aligned(1), may_alias));
 typedef uint32_t any32 __attribute__((aligned(1), may_alias));
+typedef uint64_t any64 __attribute__((aligned(1), may_alias));
 
 /* A section, as Python describes it (Request in native.py): the fields are known there too. */
 typedef struct {
@@ -83,29 +86,19 @@ static size_t power_of_two_below(size_t n) {
     return power == n ? power : power / 2;
 }
 
-/* Sixteen channels beside each other. */
-typedef float sixteen __attribute__((vector_size(64)));
-typedef int32_t sixteen_bits __attribute__((vector_size(64)));
-static const sixteen_bits LANE_NUMBERS = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-/* Every lane's partner in a butterfly. Clang wants the lanes in the code, GCC as a vector. */
-#if defined(__clang__)
-#define SHUFFLED(v, mask, step)                                                                    \
-    ((step) == 0 ? __builtin_shufflevector(v, v, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14) \
-     : (step) == 1 ? __builtin_shufflevector(v, v, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13) \
-     : (step) == 2 ? __builtin_shufflevector(v, v, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11) \
-                   : __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7))
-#else
-#define SHUFFLED(v, mask, step) __builtin_shuffle(v, mask)
-#endif
-
 typedef struct {
     const char *name;
     void (*encode[2][KV_HQ3 + 1])(head *h); /* by kind and codec */
     void (*decode[2][KV_HQ3 + 1])(head *h);
-    void (*widen_exponents)(const any16 *bits, uint8_t *largest, size_t n);
+    void (*largest_exponents)(const uint8_t *values, int64_t stride, size_t rows, uint8_t *largest,
+                              size_t n);
     void (*split_row)(const any16 *bits, const uint8_t *largest, uint8_t escape, uint8_t *rest,
-                      uint8_t *offsets, size_t n);
+                      uint8_t *exponents, uint8_t *offsets, size_t n);
+    size_t (*mark_bytes)(const uint8_t *bytes, size_t count, uint8_t wanted, uint64_t *marks);
+    uint8_t *(*gather_marked)(const uint8_t *bytes, const uint64_t *marks, size_t count,
+                              uint8_t *list);
+    void (*scatter_marked)(uint8_t *bytes, const uint64_t *marks, size_t count,
+                           const uint8_t *list, size_t listed);
     void (*below_largest)(const uint8_t *largest, uint8_t *offsets, size_t n);
     void (*merge_row)(const uint8_t *rest, const uint8_t *exponents, any16 *bits, size_t n);
     void (*pack_plane)(const uint8_t *codes, size_t rows, unsigned width, unsigned shift,
@@ -116,24 +109,71 @@ typedef struct {
     int (*ecsq_decode)(head *h, const uint8_t *symbols, const any16 *list, size_t held);
 } kernel;
 
+static void turn_rows_portable(
+    const float *from, size_t pitch, float *to, size_t to_pitch) {
+    for (size_t r = 0; r < 16; r++) {
+        for (size_t lane = 0; lane < 16; lane++) {
+            to[lane * to_pitch + r] = from[r * pitch + lane];
+        }
+    }
+}
+
 #if defined(__x86_64__)
 #include <immintrin.h>
 
 #define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")))
 #define NAME(function) function##_avx512
 #define KERNEL_NAME "avx512"
-#include "_codecs_kernel.h"
-#include "_codecs_heads.h"
+TARGET static inline uint64_t mark_64_avx512(const uint8_t *bytes, uint8_t wanted) {
+    return _mm512_cmpeq_epi8_mask(_mm512_loadu_si512(bytes), _mm512_set1_epi8((char)wanted));
+}
+/* Sixteen rows of sixteen floats, rows becoming columns: at each step lanes that differ in one bit
+ * of their number change places with rows that do. */
+TARGET static inline void turn_rows_avx512(
+    const float *from, size_t pitch, float *to, size_t to_pitch) {
+    const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m512 rows[16];
+    for (int r = 0; r < 16; r++) {
+        rows[r] = _mm512_loadu_ps(from + (size_t)r * pitch);
+    }
+#pragma GCC unroll 4
+    for (int step = 1; step < 16; step *= 2) {
+        __m512i bit = _mm512_set1_epi32(step);
+        __mmask16 upper = _mm512_test_epi32_mask(lanes, bit);
+        /* 16 and more are lanes of the second row. */
+        __m512i low = _mm512_mask_add_epi32(
+            lanes, upper, lanes, _mm512_set1_epi32(16 - step));
+        __m512i high = _mm512_mask_add_epi32(
+            _mm512_add_epi32(lanes, bit), upper, lanes, _mm512_set1_epi32(16));
+#pragma GCC unroll 16
+        for (int r = 0; r < 16; r++) {
+            if ((r & step) == 0) {
+                __m512 a = rows[r], b = rows[r + step];
+                rows[r] = _mm512_permutex2var_ps(a, low, b);
+                rows[r + step] = _mm512_permutex2var_ps(a, high, b);
+            }
+        }
+    }
+    for (int r = 0; r < 16; r++) {
+        _mm512_storeu_ps(to + (size_t)r * to_pitch, rows[r]);
+    }
+}
 #include "_codecs_table.h"
 #undef TARGET
 #undef NAME
 #undef KERNEL_NAME
 
 #define TARGET __attribute__((target("avx2")))
+#define turn_rows_avx2 turn_rows_portable
 #define NAME(function) function##_avx2
 #define KERNEL_NAME "avx2"
-#include "_codecs_kernel.h"
-#include "_codecs_heads.h"
+TARGET static inline uint64_t mark_64_avx2(const uint8_t *bytes, uint8_t wanted) {
+    const __m256i *at = (const __m256i *)(const void *)bytes, all = _mm256_set1_epi8((char)wanted);
+    __m256i low = _mm256_cmpeq_epi8(_mm256_loadu_si256(at), all);
+    __m256i high = _mm256_cmpeq_epi8(_mm256_loadu_si256(at + 1), all);
+    return (uint64_t)(uint32_t)_mm256_movemask_epi8(high) << 32 |
+           (uint32_t)_mm256_movemask_epi8(low);
+}
 #include "_codecs_table.h"
 #undef TARGET
 #undef NAME
@@ -143,8 +183,13 @@ typedef struct {
 #define TARGET
 #define NAME(function) function##_portable
 #define KERNEL_NAME "portable"
-#include "_codecs_kernel.h"
-#include "_codecs_heads.h"
+static inline uint64_t mark_64_portable(const uint8_t *bytes, uint8_t wanted) {
+    uint64_t marks = 0;
+    for (int i = 0; i < 64; i++) {
+        marks |= (uint64_t)(bytes[i] == wanted) << i;
+    }
+    return marks;
+}
 #include "_codecs_table.h"
 
 /* --- which kernel ---------------------------------------------------------------------------------- */
@@ -205,6 +250,8 @@ static uint64_t extra_bytes(const request *ask) {
 
 #include "_codecs_rans.h"
 #include "_codecs_sections.h"
+#include "_codecs_exp3.h"
+#include "_codecs_variable.h"
 
 /* --- fixed rate ------------------------------------------------------------------------------------- */
 

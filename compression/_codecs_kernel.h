@@ -6,6 +6,8 @@
  */
 
 #undef EACH
+#undef INLINE
+#define INLINE TARGET static inline __attribute__((always_inline))
 #define EACH(i, n) for (size_t i = 0; i < (n); i++)
 
 /* --- rows: from and to the engine's type ------------------------------------------------------- */
@@ -195,14 +197,14 @@ TARGET static void NAME(fp8_values)(
 /* --- means, trees, transforms ------------------------------------------------------------------------ */
 
 /* v[i] += v[i + n] for i < n. */
-TARGET static void NAME(fold)(float *values, size_t n) {
+INLINE void NAME(fold)(float *values, size_t n) {
     float *KV_RESTRICT to = values;
     const float *KV_RESTRICT from = values + n;
     EACH(i, n) to[i] = kv_add(to[i], from[i]);
 }
 
 /* (a[i], b[i]) = (a[i] + b[i], a[i] - b[i]) */
-TARGET static void NAME(butterfly)(float *KV_RESTRICT a, float *KV_RESTRICT b, size_t n) {
+INLINE void NAME(butterfly)(float *KV_RESTRICT a, float *KV_RESTRICT b, size_t n) {
     EACH(i, n) {
         float sum = kv_add(a[i], b[i]), difference = kv_sub(a[i], b[i]);
         a[i] = sum;
@@ -210,227 +212,39 @@ TARGET static void NAME(butterfly)(float *KV_RESTRICT a, float *KV_RESTRICT b, s
     }
 }
 
-TARGET static void NAME(add_rows)(float *KV_RESTRICT sum, const float *KV_RESTRICT row, size_t n) {
+INLINE void NAME(add_rows)(float *KV_RESTRICT sum, const float *KV_RESTRICT row, size_t n) {
     EACH(i, n) sum[i] = kv_add(sum[i], row[i]);
 }
 
-TARGET static void NAME(subtract_row)(float *KV_RESTRICT row, const float *KV_RESTRICT less, size_t n) {
+INLINE void NAME(subtract_row)(float *KV_RESTRICT row, const float *KV_RESTRICT less, size_t n) {
     EACH(i, n) row[i] = kv_sub(row[i], less[i]);
 }
 
-TARGET static void NAME(scale_row)(float *KV_RESTRICT row, const float *KV_RESTRICT by, size_t n) {
+INLINE void NAME(scale_row)(float *KV_RESTRICT row, const float *KV_RESTRICT by, size_t n) {
     EACH(i, n) row[i] = kv_mul(row[i], by[i]);
 }
 
-TARGET static void NAME(square_row)(const float *row, float *squares, size_t n) {
+INLINE void NAME(square_row)(const float *row, float *squares, size_t n) {
     EACH(i, n) squares[i] = kv_mul(row[i], row[i]);
 }
 
-TARGET static void NAME(add_squares)(
+INLINE void NAME(add_squares)(
     const float *KV_RESTRICT row, float *KV_RESTRICT energy, size_t n) {
     EACH(i, n) energy[i] = kv_add(energy[i], kv_mul(row[i], row[i]));
 }
 
-/* --- nvfp4 ----------------------------------------------------------------------------------------- */
-
-/* Code 16 rows of n channels with one block scale a channel; errors of the channels are summed as
- * a tree over the rows, in the order of the format. */
-TARGET static void NAME(nvfp4_try)(
-    const float *KV_RESTRICT rows, const float *KV_RESTRICT sizes, float target, float tensor,
-    uint8_t *KV_RESTRICT scales, float *KV_RESTRICT errors, size_t n) {
-    float squares[16 * BLOCK], inverses[BLOCK], units[BLOCK];
-    EACH(i, n) {
-        scales[i] = kv_nvfp4_block_scale(sizes[i], target, tensor);
-        units[i] = kv_nvfp4_unit(scales[i], tensor);
-        inverses[i] = kv_inverse(units[i]);
+/* The sum of squares as a tree: of halves, of quarters ... */
+TARGET static float NAME(tree_of_squares)(const float *row, size_t n) {
+    float squares[2 * BLOCK];
+    size_t power = power_of_two_from(n);
+    NAME(square_row)(row, squares, n);
+    memset(squares + n, 0, (power - n) * sizeof *squares);
+    for (size_t half = power / 2; half > 0; half /= 2) {
+        NAME(fold)(squares, half);
     }
-    for (size_t r = 0; r < 16; r++) {
-        const float *KV_RESTRICT row = rows + r * n;
-        float *KV_RESTRICT square = squares + r * n;
-        EACH(i, n) {
-            uint32_t code = kv_nvfp4_code(kv_mul(row[i], inverses[i]));
-            float missed = kv_sub(row[i], kv_nvfp4_value(code, units[i]));
-            square[i] = kv_mul(missed, missed);
-        }
-    }
-    for (size_t half = 8; half > 0; half /= 2) {
-        NAME(fold)(squares, half * n);
-    }
-    memcpy(errors, squares, n * sizeof *errors);
+    return squares[0];
 }
 
-TARGET static void NAME(nvfp4_codes)(
-    const float *KV_RESTRICT row, const float *KV_RESTRICT inverses, uint8_t *KV_RESTRICT codes,
-    size_t n) {
-    EACH(i, n) codes[i] = (uint8_t)kv_nvfp4_code(kv_mul(row[i], inverses[i]));
-}
-
-/* Choose block scales for 16 rows and code them; return the sum of squared errors. */
-TARGET static float NAME(nvfp4_block)(
-    const float *KV_RESTRICT rows, float tensor, uint8_t *KV_RESTRICT scales,
-    uint8_t *KV_RESTRICT codes, size_t pitch, size_t n) {
-    float sizes[BLOCK], errors[BLOCK], fours[BLOCK], inverses[BLOCK], sum = 0.0f;
-    uint8_t other[BLOCK];
-    EACH(i, n) sizes[i] = 0.0f;
-    for (size_t r = 0; r < 16; r++) {
-        EACH(i, n) sizes[i] = kv_max(sizes[i], kv_abs(rows[r * n + i]));
-    }
-    NAME(nvfp4_try)(rows, sizes, 6.0f, tensor, scales, errors, n);
-    NAME(nvfp4_try)(rows, sizes, 4.0f, tensor, other, fours, n);
-    EACH(i, n) {
-        scales[i] = fours[i] < errors[i] ? other[i] : scales[i];
-        errors[i] = kv_min(errors[i], fours[i]);
-        inverses[i] = kv_inverse(kv_nvfp4_unit(scales[i], tensor));
-    }
-    for (size_t r = 0; r < 16; r++) {
-        NAME(nvfp4_codes)(rows + r * n, inverses, codes + r * pitch, n);
-    }
-    EACH(i, n) sum += errors[i];
-    return sum;
-}
-
-TARGET static void NAME(nvfp4_values)(
-    const uint8_t *KV_RESTRICT codes, const float *KV_RESTRICT units, float *KV_RESTRICT row, size_t n) {
-    EACH(i, n) row[i] = kv_nvfp4_value(codes[i], units[i]);
-}
-
-TARGET static void NAME(nvfp4_units)(
-    const uint8_t *KV_RESTRICT scales, float tensor, float *KV_RESTRICT units, size_t n) {
-    EACH(i, n) units[i] = kv_nvfp4_unit(scales[i], tensor);
-}
-
-/* --- hq4 and hq3 ------------------------------------------------------------------------------------- */
-
-/* Code a run of channels; the values become the centroids that the codes stand for. */
-TARGET static void NAME(hq4_codes)(
-    float *KV_RESTRICT row, float factor, uint8_t *KV_RESTRICT codes, size_t n) {
-    EACH(i, n) {
-        float u = kv_mul(row[i], factor);
-        uint32_t index = kv_hq4_index(kv_abs(u)), is_negative = u < 0.0f;
-        codes[i] = (uint8_t)(index | is_negative << 3);
-        row[i] = kv_hq_signed(kv_hq4_centroid(index), is_negative);
-    }
-}
-
-TARGET static void NAME(hq3_codes)(
-    float *KV_RESTRICT row, float factor, uint8_t *KV_RESTRICT codes, size_t n) {
-    EACH(i, n) {
-        float u = kv_mul(row[i], factor);
-        uint32_t index = kv_hq3_index(kv_abs(u)), is_negative = u < 0.0f;
-        codes[i] = (uint8_t)(index | is_negative << 2);
-        row[i] = kv_hq_signed(kv_hq3_centroid(index), is_negative);
-    }
-}
-
-TARGET static void NAME(hq4_centroids)(
-    const uint8_t *KV_RESTRICT codes, float *KV_RESTRICT row, size_t n) {
-    EACH(i, n) row[i] = kv_hq_signed(kv_hq4_centroid(codes[i] & 7u), codes[i] >> 3);
-}
-
-TARGET static void NAME(hq3_centroids)(
-    const uint8_t *KV_RESTRICT codes, float *KV_RESTRICT row, size_t n) {
-    EACH(i, n) row[i] = kv_hq_signed(kv_hq3_centroid(codes[i] & 3u), codes[i] >> 2);
-}
-
-TARGET static void NAME(flip_signs)(
-    float *KV_RESTRICT row, const uint32_t *KV_RESTRICT flips, size_t n) {
-    EACH(i, n) row[i] = kv_float_of_bits(kv_bits_of_float(row[i]) ^ flips[i]);
-}
-
-TARGET static void NAME(scale_by)(float *KV_RESTRICT row, float by, size_t n) {
-    EACH(i, n) row[i] = kv_mul(row[i], by);
-}
-
-/* --- ecsq ------------------------------------------------------------------------------------------ */
-
-/* Symbols of a row: q + bound, or 2 * bound + 1 for an escape; return how many escapes. */
-TARGET static size_t NAME(ecsq_symbols)(
-    const float *KV_RESTRICT row, const float *KV_RESTRICT inverses, const float *KV_RESTRICT steps,
-    int32_t bound, uint8_t *KV_RESTRICT symbols, float *KV_RESTRICT error, size_t n) {
-    float most = kv_float_of_small(bound + 1);
-    uint32_t escapes = 0;
-    EACH(i, n) {
-        float v = kv_max(kv_min(kv_mul(row[i], inverses[i]), most), -most);
-        int32_t q = kv_rint(v);
-        int is_escape = q > bound || q < -bound;
-        symbols[i] = (uint8_t)(is_escape ? 2 * bound + 1 : q + bound);
-        float missed = kv_sub(row[i], kv_mul(kv_float_of_small(q), steps[i]));
-        missed = is_escape ? 0.0f : missed; /* what those lose is added where they are listed */
-        error[i] = kv_add(error[i], kv_mul(missed, missed));
-        escapes += (uint32_t)is_escape;
-    }
-    return escapes;
-}
-
-TARGET static void NAME(ecsq_values)(
-    const uint8_t *KV_RESTRICT symbols, const float *KV_RESTRICT steps, const float *KV_RESTRICT means,
-    int32_t bound, float *KV_RESTRICT row, size_t n) {
-    EACH(i, n) {
-        float value = kv_mul(kv_float_of_small((int32_t)symbols[i] - bound), steps[i]);
-        row[i] = kv_add(value, means[i]);
-    }
-}
-
-/* --- exp3 ------------------------------------------------------------------------------------------ */
-
-TARGET static void NAME(widen_exponents)(
-    const any16 *KV_RESTRICT bits, uint8_t *KV_RESTRICT largest, size_t n) {
-    EACH(i, n) {
-        uint8_t exponent = (uint8_t)kv_exp3_exponent(bits[i]);
-        largest[i] = largest[i] > exponent ? largest[i] : exponent;
-    }
-}
-
-/* Split a row into what is kept as it is and the offsets. */
-TARGET static void NAME(split_row)(
-    const any16 *KV_RESTRICT bits, const uint8_t *KV_RESTRICT largest, uint8_t escape,
-    uint8_t *KV_RESTRICT rest, uint8_t *KV_RESTRICT offsets, size_t n) {
-    EACH(i, n) {
-        uint8_t below = (uint8_t)(largest[i] - (uint8_t)kv_exp3_exponent(bits[i]));
-        rest[i] = (uint8_t)kv_exp3_rest(bits[i]);
-        offsets[i] = below < escape ? below : escape;
-    }
-}
-
-/* offsets become exponents. */
-TARGET static void NAME(below_largest)(
-    const uint8_t *KV_RESTRICT largest, uint8_t *KV_RESTRICT offsets, size_t n) {
-    EACH(i, n) offsets[i] = (uint8_t)(largest[i] - offsets[i]);
-}
-
-TARGET static void NAME(merge_row)(
-    const uint8_t *KV_RESTRICT rest, const uint8_t *KV_RESTRICT exponents, any16 *KV_RESTRICT bits,
-    size_t n) {
-    EACH(i, n) bits[i] = (uint16_t)kv_exp3_bits(exponents[i], rest[i]);
-}
-
-/* Row r of a plane holds rows r, r + rows, r + 2 rows ... of the offsets, `width` bits of each. */
-TARGET static void NAME(pack_plane)(
-    const uint8_t *KV_RESTRICT offsets, size_t rows, unsigned width, unsigned shift,
-    uint8_t *KV_RESTRICT plane, size_t n) {
-    uint8_t mask = (uint8_t)((1u << width) - 1u);
-    for (size_t r = 0; r < rows; r++) {
-        uint8_t *KV_RESTRICT packed = plane + r * n;
-        memset(packed, 0, n);
-        for (unsigned k = 0; k < 8 / width; k++) {
-            const uint8_t *KV_RESTRICT row = offsets + (r + k * rows) * n;
-            unsigned place = k * width;
-            EACH(i, n) packed[i] |= (uint8_t)(((row[i] >> shift) & mask) << place);
-        }
-    }
-}
-
-/* The reverse: add the bits of a plane to the offsets, which were zero there. */
-TARGET static void NAME(unpack_plane)(
-    const uint8_t *KV_RESTRICT plane, size_t rows, unsigned width, unsigned shift,
-    uint8_t *KV_RESTRICT offsets, size_t n) {
-    uint8_t mask = (uint8_t)((1u << width) - 1u);
-    for (size_t r = 0; r < rows; r++) {
-        const uint8_t *KV_RESTRICT packed = plane + r * n;
-        for (unsigned k = 0; k < 8 / width; k++) {
-            uint8_t *KV_RESTRICT row = offsets + (r + k * rows) * n;
-            unsigned place = k * width;
-            EACH(i, n) row[i] |= (uint8_t)(((packed[i] >> place) & mask) << shift);
-        }
-    }
-}
+/* Sixteen rows of n floats that are turned lie so far apart that they do not compete for the same
+ * lines of the cache. */
+static size_t NAME(pitch_of)(size_t n) { return 16 * kv_ceil(n, 16) + APART; }

@@ -1,4 +1,12 @@
-/* The functions that _codecs.c calls by name, of one width of vectors. */
+/* All loops for one width of vectors, and the table by which _codecs.c calls them; it includes this
+ * once for each width. */
+
+#include "_codecs_kernel.h"
+#include "_codecs_planes.h"
+#include "_codecs_heads.h"
+#include "_codecs_nvfp4.h"
+#include "_codecs_hq.h"
+#include "_codecs_ecsq.h"
 
 static const kernel NAME(kernel) = {
     .name = KERNEL_NAME,
@@ -28,8 +36,11 @@ static const kernel NAME(kernel) = {
                         [KV_NVFP4] = NAME(nvfp4_decode),
                         [KV_HQ4] = NAME(hq_decode),
                         [KV_HQ3] = NAME(hq_decode)}},
-    .widen_exponents = NAME(widen_exponents),
+    .largest_exponents = NAME(largest_exponents),
     .split_row = NAME(split_row),
+    .mark_bytes = NAME(mark_bytes),
+    .gather_marked = NAME(gather_marked),
+    .scatter_marked = NAME(scatter_marked),
     .below_largest = NAME(below_largest),
     .merge_row = NAME(merge_row),
     .pack_plane = NAME(pack_plane),

@@ -78,6 +78,8 @@ class WorkerHalf:
                 pages.append(GroupPages(group, layers))
                 self_test(group, layers)
             self._pages = pages
+            if all(each.moves_both_ways for each in pages):
+                self._transfers.split()
         except UnsupportedError as error:
             self.turn_off(str(error))
         except Exception as error:

@@ -1,7 +1,8 @@
 """How fast codecs run on the CPU: with the C library, without it, as multiples of memcpy.
 
-`python tests/bench/codecs_cpu.py` prints a line per codec. GB/s count bfloat16 bytes of the engine.
-The floor is one memcpy of the same bytes with the same number of threads, in the same run.
+`python -m tests.bench.codecs_cpu` prints a line per codec. GB/s count bfloat16 bytes of the engine.
+The floor is one memcpy of the same bytes with the same number of threads, in the same run; both
+are the best of a few rounds.
 """
 
 from __future__ import annotations
@@ -9,61 +10,121 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kvstore.compression import native
 from kvstore.compression.reference import REFERENCE
+from kvstore.compression.registry import find_codec
 from kvstore.compression.shapes import (
-    CodecId,
     Kind,
     SectionCoder,
     SectionShape,
     SourceType,
     section_cap_bytes,
-    shape_for,
 )
-from kvstore.compression.tables import HQ3, HQ4, PRESETS
+from kvstore.compression.tables import coding_shape
 from kvstore.types import HeadRange
 
-CASES = {
-    "exp3": (CodecId.EXP3, 0),
-    "rans": (CodecId.RANS, 0),
-    "int8kv": (CodecId.INT8KV, 0),
-    "fp8": (CodecId.FP8, 0),
-    "int4kv": (CodecId.INT4KV, 0),
-    "nvfp4": (CodecId.NVFP4, 0),
-    "hq4": (CodecId.HQ4, HQ4.table_id),
-    "hq3": (CodecId.HQ3, HQ3.table_id),
-    **{preset.name: (CodecId.ECSQ, preset.table_id) for preset in PRESETS},
-}
+NAMES: Final = (
+    *("exp3", "rans", "int8kv", "fp8", "int4kv", "nvfp4", "hq4", "hq3"),
+    *("ecsq-hi", "ecsq-mid", "ecsq-lo"),
+)
+_HEADS: Final = 8
+_NUMPY_SECTIONS: Final = 2
+
+Bf16 = NDArray[np.uint16]
 
 
-def kv_sections(count: int, heads: int, tokens: int, dim: int) -> np.ndarray:
-    """Return bfloat16 KV `[section][head][token][channel]` with channels of different size."""
+class Sizes(NamedTuple):
+    """What is encoded, and how often."""
+
+    sections: int = 16
+    tokens: int = 256
+    dim: int = 128
+    threads: int = os.cpu_count() or 1
+    rounds: int = 5
+
+
+class Speed(NamedTuple):
+    """A codec's speed in GB/s of bfloat16; *copy_gb_per_second* is that of memcpy."""
+
+    codec: str
+    loops: str
+    bits_per_value: float
+    encode: float
+    decode: float
+    copy_gb_per_second: float
+    threads: int
+
+
+def kv_sections(sizes: Sizes) -> Bf16:
+    """Return KV `[section][head][token][channel]` with channels of different size."""
     rng = np.random.default_rng(7)
-    spread = np.exp(0.6 * rng.standard_normal((count, heads, 1, dim)))
-    values = rng.standard_normal((count, heads, tokens, dim), dtype=np.float32) * spread
-    values *= np.exp(0.3 * rng.standard_normal((count, heads, tokens, 1)))
+    spread = np.exp(0.6 * rng.standard_normal((sizes.sections, _HEADS, 1, sizes.dim)))
+    form = (sizes.sections, _HEADS, sizes.tokens, sizes.dim)
+    values = rng.standard_normal(form, dtype=np.float32) * spread
+    values *= np.exp(0.3 * rng.standard_normal((*form[:3], 1)))
     return (values.astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
 
 
-def best_seconds(work: Callable[[int], object], sections: int, threads: int) -> float:
-    """Return the least time in which *threads* do the work of all sections."""
-    least = float("inf")
-    with ThreadPoolExecutor(threads) as pool:
-        for _ in range(ARGUMENTS.repeats):
+def measure_all(
+    names: Iterable[str] = NAMES, sizes: Sizes | None = None, *, with_numpy: bool = True
+) -> list[Speed]:
+    """Return the speed of codecs with the C library, where it was built, and without."""
+    return list(_measure_each(names, sizes or Sizes(), with_numpy=with_numpy))
+
+
+def _measure_each(names: Iterable[str], sizes: Sizes, *, with_numpy: bool) -> Iterator[Speed]:
+    values = kv_sections(sizes)
+    copied = np.empty_like(values)
+    with ThreadPoolExecutor(sizes.threads) as pool:
+        timer = _Timer(pool, sizes.rounds)
+        copy = timer.speed(values, lambda index: np.copyto(copied[index], values[index]))
+        for name in names:
+            spec = find_codec(name)
+            codec = spec.sections[Kind.K]
+            shape = SectionShape(
+                Kind.K, SourceType.BFLOAT16, _HEADS, sizes.tokens, sizes.dim, table=spec.table_id
+            )
+            shape = coding_shape(codec, shape)
+            compiled = native.find(codec, shape)
+            if compiled is not None:
+                found = _measure(compiled, shape, values, section_cap_bytes(codec, shape), timer)
+                yield Speed(name, native.KERNEL, *found, copy, sizes.threads)
+            if with_numpy:
+                few = values[:_NUMPY_SECTIONS]
+                cap = section_cap_bytes(codec, shape)
+                found = _measure(REFERENCE[codec], shape, few, cap, timer)
+                yield Speed(name, "numpy", *found, copy, sizes.threads)
+
+
+class _Timer:
+    """Times work on sections in threads."""
+
+    def __init__(self, pool: ThreadPoolExecutor, rounds: int) -> None:
+        self._pool = pool
+        self._rounds = rounds
+
+    def speed(self, values: Bf16, work: Callable[[int], object]) -> float:
+        """Return GB/s of *values* when all their sections are worked on, in the best round."""
+        least = float("inf")
+        for _ in range(self._rounds):
             start = time.perf_counter()
-            list(pool.map(work, range(sections)))
+            list(self._pool.map(work, range(len(values))))
             least = min(least, time.perf_counter() - start)
-    return least
+        return values.nbytes / 1e9 / least
 
 
-def measure(coder: SectionCoder, shape: SectionShape, values: np.ndarray, codec: CodecId):
-    """Return bytes stored, and the GB/s of encoding and decoding."""
-    sections = [np.empty(section_cap_bytes(codec, shape), np.uint8) for _ in values]
+def _measure(
+    coder: SectionCoder, shape: SectionShape, values: Bf16, cap: int, timer: _Timer
+) -> tuple[float, float, float]:
+    """Return bits per value, and GB/s of encoding and decoding."""
+    sections: list[NDArray[Any]] = [np.empty(cap, np.uint8) for _ in values]
     decoded = np.empty_like(values)
     sizes = [0] * len(values)
     heads = HeadRange(0, shape.heads)
@@ -76,48 +137,30 @@ def measure(coder: SectionCoder, shape: SectionShape, values: np.ndarray, codec:
     def decode(index: int) -> None:
         coder.decode(shape, sections[index][: sizes[index]], decoded[index], heads)
 
-    speeds = [
-        values.nbytes / 1e9 / best_seconds(work, len(values), ARGUMENTS.threads)
-        for work in (encode, decode)
-    ]
-    return sum(sizes), speeds
+    encoding, decoding = timer.speed(values, encode), timer.speed(values, decode)
+    return 8 * sum(sizes) / values.size, encoding, decoding
 
 
 def main() -> None:
-    """Measure every codec and print a table."""
-    values = kv_sections(ARGUMENTS.sections, 8, ARGUMENTS.tokens, ARGUMENTS.dim)
-    copied = np.empty_like(values)
-    copy_seconds = best_seconds(
-        lambda index: np.copyto(copied[index], values[index]), len(values), ARGUMENTS.threads
-    )
-    floor = values.nbytes / 1e9 / copy_seconds
-    print(f"memcpy {floor:.1f} GB/s, {ARGUMENTS.threads} threads, loops: {native.KERNEL}")
-    print(f"{'codec':9} {'bits':>5}   {'encode GB/s':>20} {'decode GB/s':>20}  (x memcpy)")
-    for name in ARGUMENTS.codecs or CASES:
-        codec, table = CASES[name]
-        shape = SectionShape(
-            Kind.K, SourceType.BFLOAT16, 8, ARGUMENTS.tokens, ARGUMENTS.dim, table=table
+    """Measure and print a line per codec."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("codecs", nargs="*", metavar="CODEC")
+    default = Sizes()
+    for field in Sizes._fields:
+        parser.add_argument(f"--{field}", type=int, default=getattr(default, field))
+    parser.add_argument("--numpy", action="store_true", help="also without the C library")
+    arguments = parser.parse_args()
+    sizes = Sizes(*(getattr(arguments, field) for field in Sizes._fields))
+    print(f"{'codec':9} {'loops':8} {'bits':>5} {'encode GB/s':>20} {'decode GB/s':>20}")
+    names = arguments.codecs or NAMES
+    for speed in _measure_each(names, sizes, with_numpy=arguments.numpy):
+        figures = " ".join(
+            f"{figure:9.2f} ({figure / speed.copy_gb_per_second:5.2f} x)"
+            for figure in (speed.encode, speed.decode)
         )
-        shape = shape if codec is CodecId.ECSQ else shape_for(codec, shape)
-        coders = {"C": native.find(codec, shape), "numpy": REFERENCE[codec]}
-        for label, coder in coders.items():
-            if coder is None or (label == "numpy" and not ARGUMENTS.numpy):
-                continue
-            part = values if label == "C" else values[: ARGUMENTS.threads]
-            stored, speeds = measure(coder, shape, part, codec)
-            bits = 8 * stored / part.size
-            figures = " ".join(f"{speed:9.2f} ({speed / floor:5.2f} x)" for speed in speeds)
-            print(f"{name:9} {bits:5.2f}   {figures}  {label}")
+        print(f"{speed.codec:9} {speed.loops:8} {speed.bits_per_value:5.2f}  {figures}", flush=True)
+    print(f"memcpy {speed.copy_gb_per_second:.1f} GB/s, {sizes.threads} threads")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("codecs", nargs="*", choices=[[], *CASES])
-    parser.add_argument("--sections", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=256)
-    parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--numpy", action="store_true", help="also without the C library")
-    ARGUMENTS = parser.parse_args()
     main()

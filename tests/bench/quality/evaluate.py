@@ -3,6 +3,9 @@
 The prefix is computed exactly; its post-RoPE KV goes through the codec once, in bf16, as a
 canonical chunk `X[layer][k|v][kv_head][token][head_dim]`; the rest of the sequence attends to
 what comes out. Compared is the next-byte distribution with the one of the untouched prefix.
+
+Half of the sequences are held-out text. The others ask for values that stand in the prefix and
+nowhere else: needles.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from tests.bench.quality.model import LayerKV, Pass, TinyModel
 from tests.bench.quality.outliers import Floats, Outliers, make_outliers
 
 PREFIX_TOKENS: Final = 256
+TEXT_TOKENS: Final = 128
 
 Bf16 = NDArray[np.uint16]
 """bf16 by its bits; numpy has no such type."""
@@ -46,7 +50,8 @@ class Passage(NamedTuple):
     stored: Bf16
     prefix: Floats
     exact: Pass
-    is_retrieval: bool
+    is_asked: NDArray[np.bool_] | None
+    """Which bytes behind the prefix are needles, where there are any."""
 
 
 class Quality(NamedTuple):
@@ -61,15 +66,21 @@ class Quality(NamedTuple):
     needle_accuracy: float
 
 
-def make_passages(
-    model: TinyModel, level: int, *, texts: int, retrievals: int, seed: int = 7
-) -> list[Passage]:
-    """Return held-out texts and look-ups of named values, keys having outliers of *level*."""
+def make_passages(model: TinyModel, level: int, *, count: int, seed: int = 7) -> list[Passage]:
+    """Return *count* held-out texts and *count* with needles; keys have outliers of *level*."""
     chance = np.random.default_rng(seed)
     source = corpus.standard_library(held_out=True)
-    rows = [(corpus.text(source, chance), False) for _ in range(texts)]
-    rows += [(corpus.retrieval(chance), True) for _ in range(retrievals)]
-    return [_make_passage(model, level, row, is_retrieval) for row, is_retrieval in rows]
+    texts = [corpus.text(source, chance, PREFIX_TOKENS + TEXT_TOKENS) for _ in range(count)]
+    needles = [corpus.needles(chance, PREFIX_TOKENS) for _ in range(count)]
+    return [
+        *(_make_passage(model, level, text.tokens, None) for text in texts),
+        *(_make_passage(model, level, *needle) for needle in needles),
+    ]
+
+
+def needle_accuracy(passages: Sequence[Passage]) -> float:
+    """Return the accuracy with the exact prefix."""
+    return float(np.nanmean([_needles(passage, passage.exact.logits) for passage in passages]))
 
 
 def measure(model: TinyModel, passages: Sequence[Passage], round_trip: RoundTrip) -> Quality:
@@ -90,7 +101,9 @@ def from_bf16(bits: Bf16) -> Floats:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def _make_passage(model: TinyModel, level: int, row: corpus.Bytes, is_retrieval: bool) -> Passage:
+def _make_passage(
+    model: TinyModel, level: int, row: corpus.Bytes, is_asked: NDArray[np.bool_] | None
+) -> Passage:
     tokens = torch.from_numpy(row.astype(np.int64))[None]
     with torch.inference_mode():
         before = model(tokens[:, :PREFIX_TOKENS]).kv
@@ -100,8 +113,9 @@ def _make_passage(model: TinyModel, level: int, row: corpus.Bytes, is_retrieval:
         stored = to_bf16(chunk)
         # An engine holds bf16: that loss is not the codec's, so it is part of what is exact.
         prefix = _read_back(stored, outliers)
-        exact = model(tokens[:, PREFIX_TOKENS:], _as_layers(prefix))
-    return Passage(tokens, outliers, stored, prefix, exact, is_retrieval)
+        exact = _go_on(model, tokens, prefix)
+    asked = None if is_asked is None else is_asked[PREFIX_TOKENS:]
+    return Passage(tokens, outliers, stored, prefix, exact, asked)
 
 
 def _read_back(stored: Bf16, outliers: Outliers) -> Floats:
@@ -115,7 +129,7 @@ def _measure_one(model: TinyModel, passage: Passage, round_trip: RoundTrip) -> Q
     coded = round_trip(passage.stored)
     read = _read_back(coded.chunk, passage.outliers)
     with torch.inference_mode():
-        spoiled = model(passage.tokens[:, PREFIX_TOKENS:], _as_layers(read)).logits
+        spoiled = _go_on(model, passage.tokens, read).logits
     exact = passage.exact
     found, wanted = from_bf16(coded.chunk), from_bf16(passage.stored)
     return Quality(
@@ -127,6 +141,12 @@ def _measure_one(model: TinyModel, passage: Passage, round_trip: RoundTrip) -> Q
         _error(found[:, 1], wanted[:, 1]),
         _needles(passage, spoiled),
     )
+
+
+def _go_on(model: TinyModel, tokens: Tensor, prefix: Floats) -> Pass:
+    """Read what lies behind the prefix."""
+    last = tokens[:, PREFIX_TOKENS - 1 : PREFIX_TOKENS]
+    return model(tokens[:, PREFIX_TOKENS:], _as_layers(prefix), last)
 
 
 def _as_layers(chunk: Floats) -> list[LayerKV]:
@@ -173,11 +193,10 @@ def _attention_error(queries: Sequence[Tensor], exact: Floats, read: Floats) -> 
 
 
 def _needles(passage: Passage, logits: Tensor) -> float:
-    """Return the share of values' digits that are the most likely byte; NaN without any."""
-    if not passage.is_retrieval:
+    """Return the share of needles that are the most likely byte; NaN without any."""
+    if passage.is_asked is None:
         return math.nan
     rest = passage.tokens[0, PREFIX_TOKENS:]
-    digits = (rest >= ord("0")) & (rest <= ord("9"))
     # The byte at position i is foretold at i - 1.
-    right = logits[0, :-1].argmax(-1) == rest[1:]
-    return float(right[digits[1:]].double().mean())
+    is_right = logits[0, :-1].argmax(-1) == rest[1:]
+    return float(is_right[torch.from_numpy(passage.is_asked[1:])].double().mean())
