@@ -17,6 +17,7 @@ from kvstore.config import Config, WritePolicy
 from kvstore.daemon.address import SocketAddress
 from kvstore.daemon.handoffs import keep_handoffs
 from kvstore.daemon.lifecycle import keep_house, notify, prefault, until_stopped
+from kvstore.daemon.peer_setup import serve_peers, set_up_peers
 from kvstore.daemon.peers import Admission
 from kvstore.daemon.server import Server
 from kvstore.daemon.tenants import TenantRule, Tenants
@@ -150,6 +151,7 @@ async def _serve_over(
             grace_seconds=config.leases.orphan_grace_seconds,
         )
         server = _make_server(config, store, mover, address)
+        set_up_peers(config, server)
         await server.start(listening)
         log.info(
             "ready",
@@ -182,6 +184,7 @@ async def _live(
             group.create_task(server.mover.run(), name="mover"),
             group.create_task(_serve_admin(server, reloader, reload, exposure), name="admin API"),
             group.create_task(keep_handoffs(server.handoffs), name="hand-offs"),
+            group.create_task(serve_peers(server), name="peers"),
             *(group.create_task(tier.greet(), name="greeting") for tier in to_greet),
         ]
         if config.tiers.host.prefault:

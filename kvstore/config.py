@@ -44,6 +44,7 @@ from kvstore.settings import (
     ListenAddress,
     ModeKind,
     PathKind,
+    PatternKind,
     Plain,
     PrefixKind,
     Schema,
@@ -200,6 +201,40 @@ class AdminConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     insecure: Annotated[bool, FlagKind()] = False
 
 
+_PEER_NAME: Final = PatternKind(
+    r"[A-Za-z0-9_-]{0,64}", "a name of at most 64 letters, digits, - and _, or empty"
+)
+_PEER_URL: Final = PatternKind(
+    r"(tcp|tls)://([A-Za-z0-9_.-]+|\[[0-9A-Fa-f:.]+\]):\d{1,5}",
+    "tcp://HOST:PORT, or tls://HOST:PORT",
+)
+
+
+class PeerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where daemons of other hosts may call; off without an address.
+
+    Beyond loopback it needs TLS, unless *insecure* says that something else guards the network.
+    """
+
+    listen: Annotated[ListenAddress | None, AddressKind()] = None
+    name: Annotated[str, _PEER_NAME] = ""
+    """What other daemons call this one, in their tables `peers.NAME`; empty: its host name."""
+    token_file: Annotated[str, PathKind()] = ""
+    """What callers must know, and those who are called where they have no file of their own."""
+    tls_cert_file: Annotated[str, PathKind()] = ""
+    tls_key_file: Annotated[str, PathKind()] = ""
+    insecure: Annotated[bool, FlagKind()] = False
+
+
+class RemoteConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """One daemon of another host, which hand-offs are taken from."""
+
+    url: Annotated[str, _PEER_URL] = ""
+    token_file: Annotated[str, PathKind()] = ""
+    ca_file: Annotated[str, PathKind()] = ""
+    """Who signs its certificate; empty for those whom this system trusts."""
+
+
 class LogConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is logged, and how."""
 
@@ -211,14 +246,19 @@ class LogConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """All settings. `Config()` holds the defaults. Tenants have the names that one gives them."""
+    """All settings. `Config()` holds the defaults.
+
+    Tenants and peers have the names that one gives them.
+    """
 
     server: ServerConfig = msgspec.field(default_factory=ServerConfig)
     tiers: TiersConfig = TiersConfig()
     leases: LeasesConfig = LeasesConfig()
     admin: AdminConfig = AdminConfig()
+    peer: PeerConfig = PeerConfig()
     log: LogConfig = LogConfig()
     tenants: dict[str, TenantConfig] = {}
+    peers: dict[str, RemoteConfig] = {}
 
 
 class TracedConfig(NamedTuple):
@@ -261,10 +301,11 @@ def plain(config: Config) -> dict[str, Plain]:
         path: setting.kind.write(functools.reduce(getattr, setting.fields, config))
         for path, setting in settings().items()
     }
-    for name, tenant in config.tenants.items():
-        for field, setting in tenant_settings().items():
-            value = functools.reduce(getattr, setting.fields, tenant)
-            shown[f"tenants.{name}.{field}"] = setting.kind.write(value)
+    for table in _NAMED:
+        for name, one in getattr(config, table).items():
+            for field, setting in named_settings(table).items():
+                value = functools.reduce(getattr, setting.fields, one)
+                shown[f"{table}.{name}.{field}"] = setting.kind.write(value)
     return shown
 
 
@@ -287,23 +328,32 @@ class Setting(NamedTuple):
 
 @functools.cache
 def settings() -> Mapping[str, Setting]:
-    """Return path -> setting, in the order of declaration; those of tenants are apart."""
+    """Return path -> setting, in the order of declaration; of tenants and peers see below."""
     return dict(_walk(Config, "", ()))
 
 
+# Tables of tables, each with a name that one gives it.
+_NAMED: Final[Mapping[str, type[msgspec.Struct]]] = {
+    "tenants": TenantConfig,
+    "peers": RemoteConfig,
+}
+
+
 @functools.cache
-def tenant_settings() -> Mapping[str, Setting]:
-    """Return name -> setting of what every table `tenants.NAME` may hold."""
-    return dict(_walk(TenantConfig, "", ()))
+def named_settings(table: str) -> Mapping[str, Setting]:
+    """Return name -> setting of what every table `tenants.NAME`, or `peers.NAME`, may hold."""
+    return dict(_walk(_NAMED[table], "", ()))
 
 
-_TENANT: Final = re.compile(rf"tenants\.([A-Za-z0-9_-]{{1,{TENANT_NAME_MAX_CHARS}}})(?:\.(\w+))?")
+_NAMED_PATH: Final = re.compile(
+    rf"({'|'.join(_NAMED)})\.([A-Za-z0-9_-]{{1,{TENANT_NAME_MAX_CHARS}}})(?:\.(\w+))?"
+)
 
 
 def setting_at(path: str) -> Setting | None:
-    """Return the setting at *path*, that of a tenant included, or None."""
-    tenant = _TENANT.fullmatch(path)
-    return tenant_settings().get(tenant[2] or "") if tenant else settings().get(path)
+    """Return the setting at *path*, that of a tenant or a peer included, or None."""
+    named = _NAMED_PATH.fullmatch(path)
+    return named_settings(named[1]).get(named[3] or "") if named else settings().get(path)
 
 
 def _walk(
@@ -313,7 +363,7 @@ def _walk(
         path = f"{prefix}{field.encode_name}"
         if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
             yield from _walk(field.type, f"{path}.", (*fields, field.name))
-        elif path != "tenants":
+        elif path not in _NAMED:
             yield path, Setting(_kind_of(field), (*fields, field.name))
 
 
@@ -329,25 +379,26 @@ def _build(table: type[_Table], values: Mapping[str, object], prefix: str = "") 
         path = f"{prefix}{field.encode_name}"
         if path in values:
             chosen[field.name] = values[path]
-        elif path == "tenants":
-            chosen[field.name] = _build_tenants(values)
+        elif path in _NAMED:
+            chosen[field.name] = _build_named(path, values)
         elif isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
             chosen[field.name] = _build(field.type, values, f"{path}.")
     return table(**chosen)
 
 
-def _build_tenants(values: Mapping[str, object]) -> dict[str, TenantConfig]:
+def _build_named(table: str, values: Mapping[str, object]) -> dict[str, msgspec.Struct]:
     fields: dict[str, dict[str, object]] = {}
     for path, value in values.items():
-        if tenant := _TENANT.fullmatch(path):
-            (field,) = tenant_settings()[tenant[2]].fields
-            fields.setdefault(tenant[1], {})[field] = value
-    return {name: TenantConfig(**chosen) for name, chosen in fields.items()}  # type: ignore[arg-type]  # as read
+        named = _NAMED_PATH.fullmatch(path)
+        if named and named[1] == table:
+            (field,) = named_settings(table)[named[3]].fields
+            fields.setdefault(named[2], {})[field] = value
+    return {name: _NAMED[table](**chosen) for name, chosen in fields.items()}
 
 
 def _is_table(path: str) -> bool:
-    tenant = _TENANT.fullmatch(path)
-    return path in _tables() or path == "tenants" or (tenant is not None and tenant[2] is None)
+    named = _NAMED_PATH.fullmatch(path)
+    return path in _tables() or path in _NAMED or (named is not None and named[3] is None)
 
 
 def _read(found: Found) -> object:
@@ -377,10 +428,10 @@ def _unknown(found: Found) -> str:
 
 
 def _settings_near(path: str) -> Sequence[str]:
-    """Return the settings that *path* could stand for: those of its tenant, if it names one."""
+    """Return the settings that *path* could stand for: those of its tenant, or its peer."""
     parts = path.split(".")
-    if parts[0] == "tenants" and len(parts) > 2:
-        return [f"tenants.{parts[1]}.{field}" for field in tenant_settings()]
+    if parts[0] in _NAMED and len(parts) > 2:
+        return [f"{parts[0]}.{parts[1]}.{field}" for field in named_settings(parts[0])]
     return tuple(settings())
 
 
@@ -401,8 +452,8 @@ def _table_schema(table: type[msgspec.Struct], prefix: str = "") -> Schema:
     for field in msgspec.structs.fields(table):
         path = f"{prefix}{field.encode_name}"
         setting = settings().get(path)
-        if path == "tenants":
-            properties[path] = {"type": "object", "additionalProperties": _tenant_schema()}
+        if path in _NAMED:
+            properties[path] = {"type": "object", "additionalProperties": _named_schema(path)}
             continue
         if setting is None:
             properties[field.encode_name] = _table_schema(field.type, f"{path}.")
@@ -421,13 +472,13 @@ def _table_schema(table: type[msgspec.Struct], prefix: str = "") -> Schema:
     }
 
 
-def _tenant_schema() -> Schema:
+def _named_schema(table: str) -> Schema:
     return {
         "type": "object",
-        "description": (TenantConfig.__doc__ or "").strip(),
+        "description": (_NAMED[table].__doc__ or "").strip(),
         "additionalProperties": False,
         "properties": {
             name: {"description": f"Must be {setting.kind.allowed}.", **setting.kind.schema()}
-            for name, setting in tenant_settings().items()
+            for name, setting in named_settings(table).items()
         },
     }

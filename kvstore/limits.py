@@ -222,6 +222,35 @@ HANDOFFS_PER_SESSION_MAX: Final = 1024
 # The share of the host tier that open hand-offs may hold; chunks beyond it can be evicted.
 HANDOFF_HOLD_SHARE: Final = 2
 
+# --- peers -----------------------------------------------------------------------------
+PEERS_MAX: Final = 64
+PEER_NONCE_SIZE_BYTES: Final = 32
+PEER_PROOF_SIZE_BYTES: Final = 32
+PEER_TOKEN_MIN_BYTES: Final = 16
+PEER_TOKEN_MAX_BYTES: Final = 4 * KIB
+# Connections that other daemons may have here; each has a thread.
+PEER_SESSIONS_MAX: Final = 256
+# Connections to one other daemon: for bytes, and for hand-offs that are followed.
+PEER_LANES: Final = 4
+PEER_FOLLOWS_MAX: Final = 32
+PEER_FOLLOW_SECONDS: Final = 1.0
+PEER_TIMEOUT_SECONDS: Final = 2.0
+# Bytes that come slower than this count as not coming at all.
+PEER_SPEED_MIN_BYTES_PER_SECOND: Final = 4 * MIB
+PEER_IDLE_SECONDS: Final = 120.0
+PEER_OFFERS_MAX: Final = 256
+PEER_SHARDS_PER_CHUNK_MAX: Final = 64
+# Bytes that are digested together, while they are in a cache.
+PEER_PART_BYTES: Final = MIB
+PEER_SOCKET_BUFFER_BYTES: Final = 4 * MIB
+# Chunks of one hand-off that are on their way at once.
+PULL_CHUNKS_AHEAD: Final = 16
+PULLS_MAX: Final = 1024
+# A hand-off that comes no further for so long is given up, and the rest computed.
+PULL_TROUBLE_SECONDS: Final = 10.0
+PULL_PAUSE_MIN_SECONDS: Final = 0.02
+PULL_PAUSE_MAX_SECONDS: Final = 1.0
+
 # --- client ----------------------------------------------------------------------------
 # Reserving and committing take the daemon some 10 us a chunk, during which it serves nobody
 # else; a client asks for no more than this at once.
@@ -239,6 +268,14 @@ KV_EVENT_CHUNKS_MAX: Final = 64 * 1024
 PROBE_INTERVAL_MIN_SECONDS: Final = 0.05
 PROBE_INTERVAL_MAX_SECONDS: Final = 2.0
 
+# --- proxy between prefill and decode engines ------------------------------------------
+PROXY_BODY_MAX_BYTES: Final = 64 * MIB
+PROXY_CONNECT_SECONDS: Final = 5.0
+PROXY_PROBE_SECONDS: Final = 2.0
+# An engine that says nothing for so long, in the middle of an answer or before it, is gone.
+PROXY_QUIET_MAX_SECONDS: Final = 600.0
+PROXY_REST_SECONDS: Final = 5.0
+
 # A full request of keys, and a full reply of extents (at most 45 bytes each), fit one frame.
 assert KEYS_PER_REQUEST_MAX * (DIGEST_SIZE_BYTES + 2) < FRAME_SIZE_MAX_BYTES
 assert EXTENTS_PER_REPLY_MAX * 45 < FRAME_SIZE_MAX_BYTES
@@ -246,3 +283,6 @@ assert CHUNK_SIZE_MAX_BYTES < 2**32
 assert ARENA_SIZE_MAX_BYTES // EXTENT_ALIGNMENT_BYTES <= 2**32
 assert DISK_SIZE_MAX_BYTES // EXTENT_ALIGNMENT_BYTES <= 2**32
 assert DISK_PART_SIZE_BYTES % CHECKSUM_BLOCK_BYTES == 0
+# A full list of offers, of at most 25 bytes a shard and 36 a chunk, fits one frame.
+assert PEER_OFFERS_MAX * (36 + PEER_SHARDS_PER_CHUNK_MAX * 25) < FRAME_SIZE_MAX_BYTES
+assert PEER_PART_BYTES % CHECKSUM_BLOCK_BYTES == 0

@@ -332,6 +332,28 @@ class UrlKind:
         return {"type": "string"}
 
 
+@dataclass(frozen=True)
+class PatternKind:
+    """A text of one form, the whole of which *pattern* matches."""
+
+    pattern: str
+    allowed: str
+
+    def read(self, raw: object) -> str:
+        """Accept a text of that form."""
+        if not isinstance(raw, str) or not re.fullmatch(self.pattern, raw):
+            raise ValueError(f"{raw!r} is not accepted")
+        return raw
+
+    def write(self, value: object) -> Plain:
+        """Return the text."""
+        return str(value)
+
+    def schema(self) -> Schema:
+        """Allow a text of that form."""
+        return {"type": "string", "pattern": f"^({self.pattern})$"}
+
+
 _ADDRESS: Final = re.compile(r"(?:([A-Za-z0-9_.-]+)|\[([0-9A-Fa-f:.]+)\]):(\d{1,5})")
 _PORT_MAX: Final = 65_535
 

@@ -66,8 +66,7 @@ class HandoffAnswers:
             case m.HandoffAbort():
                 count = handoffs.abort(self._session, key, now)
             case m.HandoffLeave():
-                there = self._there(key, request.peer)
-                count = int(handoffs.leave(self._session, there, now))
+                count = self._leave(self._there(key, request.peer), space, now)
             case _:
                 assert_never(request)
         return m.Done(request.request_id, count)
@@ -76,12 +75,22 @@ class HandoffAnswers:
         """Return the key of a hand-off at *peer*; raises `RequestError` for one not configured."""
         if peer in {"", self._server.host_name}:
             return key
+        if peer in self._server.pulls.links:
+            return key._replace(peer=peer)
         raise RequestError(f"peer {peer!r} is not configured (peers.*)")
+
+    def _leave(self, key: HandoffKey, space: Namespace, now: float) -> int:
+        handoffs = self._server.handoffs
+        if key.peer and not handoffs.has_left(self._session, key):
+            self._server.pulls.leave(key, space)
+        return int(handoffs.leave(self._session, key, now))
 
     def _await(
         self, request: m.HandoffAwait, space: Namespace, tenant: int, seconds: float
     ) -> m.HandoffReady | None:
         key = self._there(HandoffKey(tenant, space.id, request.name), request.peer)
+        if key.peer:
+            self._server.pulls.follow(key, space, early=request.early)
         wait = HandoffWait(self._server.handoffs, key, partial(self._ready_later, request, key))
         wait.watch(request.first, self._server.loop, seconds, early=request.early)
         if wait.is_over:

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 from kvstore import __version__
 from kvstore.daemon.address import SocketAddress
 from kvstore.daemon.hints import Hints
+from kvstore.daemon.peer_endpoint import PeerEndpoint
 from kvstore.daemon.peers import Admission, Credentials, owner_of
+from kvstore.daemon.pulls import Pulls
 from kvstore.daemon.session import Session
 from kvstore.daemon.stats import daemon_stats
 from kvstore.daemon.tenants import Tenants
@@ -53,6 +55,8 @@ class Server:
         self.hints: Hints
         self.handoffs = Handoffs(store)
         self.host_name = ""
+        self.pulls = Pulls(self, {})
+        self.endpoint: PeerEndpoint | None = None
         self.address = address
         self.verify_loads = verify_loads
         self.prefaults = prefaults
@@ -140,6 +144,10 @@ class Server:
         """Return one look at everything."""
         return daemon_stats(self)
 
-    def _new_session(self) -> Session:
+    def new_session_id(self) -> SessionId:
+        """Return an id that no session has had."""
         self._last_session += 1
-        return Session(self, SessionId(self._last_session))
+        return SessionId(self._last_session)
+
+    def _new_session(self) -> Session:
+        return Session(self, self.new_session_id())

@@ -14,47 +14,40 @@ from msgspec import Meta
 
 from kvstore.errors import FrameError
 from kvstore.limits import (
-    CHUNK_SIZE_MAX_BYTES,
     CLIENT_NAME_SIZE_MAX_BYTES,
-    DEADLINE_MAX_MS,
     DIGEST_SIZE_BYTES,
-    HANDOFF_CHUNKS_MAX,
     HANDOFF_CONSUMERS_MAX,
-    HANDOFF_NAME_MAX_CHARS,
     HANDOFF_PAYLOAD_MAX_BYTES,
     HANDOFF_TTL_MAX_SECONDS,
     HANDOFF_TTL_MIN_SECONDS,
     HINT_SECONDS_MAX,
     HOST_NAME_MAX_CHARS,
     KEYS_PER_REQUEST_MAX,
-    KV_HEADS_MAX,
-    LEASES_PER_SESSION_MAX,
     LOOKUP_NAME_MAX_CHARS,
     MANIFEST_SIZE_MAX_BYTES,
     PING_PAYLOAD_MAX_BYTES,
-    RECOMPUTE_MAX_US,
-    REQUEST_ID_MAX,
     TENANT_NAME_MAX_CHARS,
 )
 from kvstore.protocol import stats
+from kvstore.protocol.fields import (
+    U64,
+    ChunkNumber,
+    DeadlineMs,
+    DigestField,
+    DigestList,
+    Handle,
+    HandleList,
+    HandoffName,
+    Head,
+    PeerName,
+    RecomputeUs,
+    RequestId,
+    Size,
+)
 from kvstore.types import HandoffState, HintKind
 
 PROTOCOL_VERSION: Final = 3
 VERSIONS_SPOKEN: Final = (1, 2, 3)
-
-RequestId = Annotated[int, Meta(ge=0, le=REQUEST_ID_MAX)]
-DeadlineMs = Annotated[int, Meta(ge=1, le=DEADLINE_MAX_MS)]
-DigestField = Annotated[bytes, Meta(min_length=DIGEST_SIZE_BYTES, max_length=DIGEST_SIZE_BYTES)]
-DigestList = Annotated[list[DigestField], Meta(min_length=1, max_length=KEYS_PER_REQUEST_MAX)]
-Handle = Annotated[int, Meta(ge=0, le=REQUEST_ID_MAX)]
-HandleList = Annotated[list[Handle], Meta(min_length=1, max_length=LEASES_PER_SESSION_MAX)]
-Head = Annotated[int, Meta(ge=0, le=KV_HEADS_MAX)]
-Size = Annotated[int, Meta(ge=1, le=CHUNK_SIZE_MAX_BYTES)]
-U64 = Annotated[int, Meta(ge=0)]
-RecomputeUs = Annotated[int, Meta(ge=0, le=RECOMPUTE_MAX_US)]
-HandoffName = Annotated[str, Meta(min_length=1, max_length=HANDOFF_NAME_MAX_CHARS)]
-ChunkNumber = Annotated[int, Meta(ge=0, le=HANDOFF_CHUNKS_MAX)]
-PeerName = Annotated[str, Meta(max_length=HOST_NAME_MAX_CHARS)]
 
 
 class Message(msgspec.Struct, array_like=True, frozen=True, gc=False):

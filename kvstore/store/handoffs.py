@@ -205,6 +205,29 @@ class Handoffs:
         """Return whether there is, or was, a hand-off of that name."""
         return key in self._all
 
+    def is_known_elsewhere(self, key: HandoffKey) -> bool:
+        """Return whether the tenant has one of that name in another namespace."""
+        return any(one._replace(namespace=key.namespace) == key for one in self._all)
+
+    def is_wanted(self, key: HandoffKey) -> bool:
+        """Return whether a consumer may still come for what is published."""
+        handoff = self._all.get(key)
+        return handoff is not None and handoff.is_wanted
+
+    def has_left(self, session: SessionId, key: HandoffKey) -> bool:
+        """Return whether *session* has left, or nobody is expected any more."""
+        handoff = self._all.get(key)
+        return handoff is None or session in handoff.left or not handoff.is_wanted
+
+    def forget(self, owner: SessionId, key: HandoffKey) -> None:
+        """Undo `open` of a hand-off without chunks, and the memory of its name."""
+        handoff = self._owned(owner, key)
+        assert not handoff.digests, "what was published has been seen"
+        self._disown(key, handoff)
+        self._bury(handoff)
+        del self._all[key]
+        self._tell(key)
+
     def standing(self, key: HandoffKey, first: int, now: float) -> Standing:
         """Return what is ready from chunk *first* on. A closed one lives on by being asked for."""
         handoff = self._all.get(key)

@@ -15,9 +15,9 @@ from kvstore.config import (
     json_schema,
     load,
     load_traced,
+    named_settings,
     plain,
     settings,
-    tenant_settings,
 )
 from kvstore.errors import ConfigError
 from kvstore.limits import GIB, MIB
@@ -312,8 +312,10 @@ def test_the_schema_knows_every_setting_and_nothing_else() -> None:
     def walk(schema: dict, prefix: str) -> None:
         assert schema["additionalProperties"] is False
         for name, inner in schema["properties"].items():
-            if name == "tenants":
-                assert set(inner["additionalProperties"]["properties"]) == set(tenant_settings())
+            if name in {"tenants", "peers"}:
+                assert set(inner["additionalProperties"]["properties"]) == set(
+                    named_settings(name)
+                )
             elif "properties" in inner:
                 walk(inner, f"{prefix}{name}.")
             else:

@@ -1,0 +1,244 @@
+"""The way to one other daemon: connections, the threads that use them, and what they ask.
+
+The event loop decides; threads only move bytes. A call that is cancelled ends when its thread
+has let go of the memory that it was given.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import ssl
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final, NamedTuple, TypeVar
+
+from kvstore.errors import FrameError, TierError, from_code
+from kvstore.hashing import Digests64, root_of
+from kvstore.limits import (
+    PEER_FOLLOWS_MAX,
+    PEER_LANES,
+    PEER_NONCE_SIZE_BYTES,
+    PEER_SPEED_MIN_BYTES_PER_SECOND,
+    PEER_TIMEOUT_SECONDS,
+)
+from kvstore.metrics import Counters
+from kvstore.protocol import peering as p
+from kvstore.transfer.wire import Wire, WireError, WireProtocolError, dial
+from kvstore.types import Digest, NamespaceId
+
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+Kind = TypeVar("Kind", bound=p.PeerMessage)
+
+
+class PeerAddress(NamedTuple):
+    """Where another daemon is called, and what it and we know."""
+
+    name: str
+    host: str
+    port: int
+    token: bytes
+    tls: ssl.SSLContext | None = None
+
+
+class _Errand:
+    """One use of a connection by a thread."""
+
+    def __init__(self, wire: Wire | None) -> None:
+        self.wire = wire
+        self.is_cancelled = False
+
+    def cancel(self) -> None:
+        self.is_cancelled = True
+        if self.wire is not None:
+            self.wire.abort()
+
+
+class PeerLink:
+    """Asks one other daemon. What fails is a `TierError`, and breaks one connection."""
+
+    def __init__(self, address: PeerAddress, own_name: str, counters: Counters) -> None:
+        self.name: Final = address.name
+        self._address = address
+        self._own_name = own_name
+        self._counters = counters
+        self._lanes = asyncio.Semaphore(PEER_LANES)
+        self._follows = asyncio.Semaphore(PEER_FOLLOWS_MAX)
+        self._threads = ThreadPoolExecutor(PEER_LANES + PEER_FOLLOWS_MAX, f"peer-{address.name}")
+        self._idle: list[Wire] = []
+        self._busy: set[_Errand] = set()
+        self._is_closed = False
+
+    async def follow(self, request: p.Follow) -> p.Following:
+        """Return how a hand-off stands there, as soon as there is news."""
+        seconds = request.wait_ms / 1000 + PEER_TIMEOUT_SECONDS
+        async with self._follows:
+            return await self._run(lambda wire: _ask(wire, request, p.Following, seconds))
+
+    async def leave(self, request: p.PeerLeave) -> None:
+        """Say that a consumer here needs no more."""
+        async with self._follows:
+            await self._run(lambda wire: _ask(wire, request, p.Left, PEER_TIMEOUT_SECONDS))
+
+    async def fetch(
+        self, namespace: NamespaceId, digest: Digest, shard: p.OfferedShard, target: memoryview
+    ) -> Digests64 | None:
+        """Fill *target* with *shard*; return the digests of its blocks, or None: it has gone.
+
+        What came is what was announced: its length and its root have been compared.
+        """
+        want = p.Want(namespace, digest, shard)
+        async with self._lanes:
+            blocks = await self._run(lambda wire: _fetch(wire, want, target))
+        self._counters.peer_received_bytes += len(target) if blocks is not None else 0
+        return blocks
+
+    def close(self) -> None:
+        """End everything that is under way. Idempotent."""
+        self._is_closed = True
+        for errand in self._busy:
+            errand.cancel()
+        self._forget()
+        self._threads.shutdown(wait=False)
+
+    async def _run(self, work: Callable[[Wire], Result]) -> Result:
+        """Return what *work* does with a connection, in a thread; raises `TierError`."""
+        if self._is_closed:
+            raise TierError(f"peer {self.name} is not asked any more")
+        errand = _Errand(self._take_idle())
+        self._busy.add(errand)
+        loop = asyncio.get_running_loop()
+        working = loop.run_in_executor(self._threads, self._work, errand, work)
+        try:
+            return await asyncio.shield(working)
+        except asyncio.CancelledError:
+            errand.cancel()
+            await _settle(working)
+            raise
+        except WireProtocolError as error:
+            self._counters.peer_faults += 1
+            log.error("peer breaks the protocol", extra=self._fields(error))
+            raise TierError(f"peer {self.name}: {error}") from error
+        except WireError as error:
+            # What is idle is no better: the peer has gone, or does not answer.
+            self._forget()
+            raise TierError(f"peer {self.name}: {error}") from error
+        finally:
+            self._busy.discard(errand)
+            if errand.wire is not None:
+                self._put_back(errand.wire)
+
+    def _work(self, errand: _Errand, work: Callable[[Wire], Result]) -> Result:
+        if errand.wire is None:
+            errand.wire = self._connect()
+        if errand.is_cancelled:
+            raise WireError("not wanted any more")
+        return work(errand.wire)
+
+    def _connect(self) -> Wire:
+        address = self._address
+        connection = dial(
+            address.host, address.port, address.tls, timeout_seconds=PEER_TIMEOUT_SECONDS
+        )
+        wire = Wire(connection, PEER_TIMEOUT_SECONDS)
+        try:
+            _greet(wire, address, self._own_name)
+        except BaseException:
+            wire.close()
+            raise
+        return wire
+
+    def _take_idle(self) -> Wire | None:
+        while self._idle:
+            wire = self._idle.pop()
+            if wire.is_quiet():
+                return wire
+            wire.close()
+        return None
+
+    def _put_back(self, wire: Wire) -> None:
+        if wire.is_broken or self._is_closed:
+            wire.close()
+        else:
+            self._idle.append(wire)
+
+    def _forget(self) -> None:
+        idle, self._idle = self._idle, []
+        for wire in idle:
+            wire.close()
+
+    def _fields(self, error: Exception) -> dict[str, object]:
+        return {"peer": self.name, "reason": str(error)}
+
+
+def _greet(wire: Wire, address: PeerAddress, own_name: str) -> None:
+    """Show that we know the token, and see that they do."""
+    wire.begin(PEER_TIMEOUT_SECONDS)
+    challenge = _receive(wire, p.PeerNonce)
+    if challenge.version != p.PEER_VERSION:
+        raise WireProtocolError(
+            f"it speaks peer protocol {challenge.version}, this daemon {p.PEER_VERSION}"
+        )
+    nonce = secrets.token_bytes(PEER_NONCE_SIZE_BYTES)
+    proof = p.caller_proof(address.token, challenge.nonce, nonce, own_name)
+    wire.send_frame(p.encode(p.PeerHello(p.PEER_VERSION, own_name, nonce, proof)))
+    welcome = _receive(wire, p.PeerWelcome)
+    expected = p.called_proof(address.token, challenge.nonce, nonce, welcome.name)
+    if not p.is_proof(expected, welcome.proof):
+        raise WireProtocolError("it does not know the token (peers.*.token_file)")
+
+
+def _ask(wire: Wire, request: p.PeerMessage, kind: type[Kind], seconds: float) -> Kind:
+    wire.begin(seconds, patient=True)
+    wire.send_frame(p.encode(request))
+    return _receive(wire, kind)
+
+
+def _receive(wire: Wire, kind: type[Kind]) -> Kind:
+    """Return the next message, which is of *kind*; anything else breaks the connection."""
+    try:
+        message = p.decode(wire.receive_frame())
+    except FrameError as error:
+        wire.is_broken = True
+        raise WireProtocolError(str(error)) from error
+    if isinstance(message, kind):
+        return message
+    wire.is_broken = True
+    if isinstance(message, p.PeerFault):
+        raise from_code(message.code, message.message)
+    raise WireProtocolError(f"{type(message).__name__} in place of {kind.__name__}")
+
+
+def _fetch(wire: Wire, want: p.Want, target: memoryview) -> Digests64 | None:
+    shard = want.shard
+    assert len(target) == shard.size_bytes, "room for exactly what was offered"
+    wire.begin(PEER_TIMEOUT_SECONDS + shard.size_bytes / PEER_SPEED_MIN_BYTES_PER_SECOND)
+    wire.send_frame(p.encode(want))
+    try:
+        answer = p.decode(wire.receive_frame())
+    except FrameError as error:
+        wire.is_broken = True
+        raise WireProtocolError(str(error)) from error
+    if isinstance(answer, p.Gone):
+        return None
+    if not isinstance(answer, p.Sending) or answer.size_bytes != shard.size_bytes:
+        wire.is_broken = True
+        raise WireProtocolError(f"{answer!r:.80} in place of {shard.size_bytes} bytes")
+    blocks = wire.receive_bytes(target)
+    if root_of(blocks) != shard.root:
+        wire.is_broken = True
+        raise WireProtocolError("bytes came that are not those announced")
+    return blocks
+
+
+async def _settle(working: asyncio.Future[Result]) -> None:
+    """Wait until the thread is done, however often this is cancelled: its wire is shut down."""
+    while not working.done():
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.wait([working])
+    if not working.cancelled():
+        working.exception()

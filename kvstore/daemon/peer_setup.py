@@ -1,0 +1,143 @@
+"""From settings to the endpoint where other daemons call, and the ways to those that we call."""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+import ssl
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kvstore.daemon.peer_endpoint import PeerEndpoint
+from kvstore.daemon.peer_link import PeerAddress, PeerLink
+from kvstore.daemon.pulls import Pulls
+from kvstore.errors import ConfigError
+from kvstore.limits import PEER_TOKEN_MAX_BYTES, PEER_TOKEN_MIN_BYTES, PEERS_MAX
+
+if TYPE_CHECKING:
+    from kvstore.config import Config, PeerConfig, RemoteConfig
+    from kvstore.daemon.server import Server
+
+
+def set_up_peers(config: Config, server: Server) -> None:
+    """Let *server* know its peers, and take the address where they call; raises `ConfigError`."""
+    server.pulls = Pulls(server, peer_links(config, server))
+    server.endpoint = open_endpoint(config.peer, server)
+    server.host_name = own_name(config.peer) if server.endpoint is not None else ""
+
+
+async def serve_peers(server: Server) -> None:
+    """Let peers call until cancelled; then end all that has to do with them."""
+    try:
+        if server.endpoint is not None:
+            await server.endpoint.run()
+        else:
+            await asyncio.Event().wait()
+    finally:
+        await server.pulls.close()
+
+
+def own_name(config: PeerConfig) -> str:
+    """Return what other daemons call this one."""
+    return config.name or socket.gethostname().partition(".")[0]
+
+
+def open_endpoint(config: PeerConfig, server: Server) -> PeerEndpoint | None:
+    """Return the endpoint, bound to its address, or None when none is wanted.
+
+    Raises `ConfigError` when others could listen in, or need no token, and nobody said so.
+    """
+    if config.listen is None:
+        return None
+    if not config.token_file:
+        raise ConfigError("peer.listen needs peer.token_file: whoever calls must know it")
+    tls = _server_tls(config)
+    if tls is None and not config.insecure and not is_loopback(config.listen.host):
+        raise ConfigError(
+            f"peer.listen {config.listen} can be reached from elsewhere: set peer.tls_cert_file "
+            "with peer.tls_key_file, or peer.insecure = true if something else guards it"
+        )
+    token = _token(config.token_file)
+    endpoint = PeerEndpoint(server, config.listen, name=own_name(config), token=token, tls=tls)
+    endpoint.bind()
+    return endpoint
+
+
+def peer_links(config: Config, server: Server) -> dict[str, PeerLink]:
+    """Return the ways to all peers that are configured; raises `ConfigError`."""
+    if len(config.peers) > PEERS_MAX:
+        raise ConfigError(f"{len(config.peers)} peers are configured, at most {PEERS_MAX}")
+    name, counters = own_name(config.peer), server.store.counters
+    return {
+        peer: PeerLink(_address(config, peer, remote), name, counters)
+        for peer, remote in config.peers.items()
+    }
+
+
+def is_loopback(host: str) -> bool:
+    """Return whether nobody elsewhere can reach *host*, or listen in on the way there."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _address(config: Config, name: str, remote: RemoteConfig) -> PeerAddress:
+    where = f"peers.{name}"
+    kind, _, place = remote.url.partition("://")
+    if not place:
+        raise ConfigError(f"{where}.url is missing: tcp://HOST:PORT, or tls://HOST:PORT")
+    host, _, port = place.rpartition(":")
+    host = host.strip("[]")
+    token_file = remote.token_file or config.peer.token_file
+    if not token_file:
+        raise ConfigError(f"{where} needs {where}.token_file, or peer.token_file")
+    if kind == "tcp" and not config.peer.insecure and not is_loopback(host):
+        raise ConfigError(
+            f"{where}.url {remote.url} is not encrypted: use tls://, or peer.insecure = true if "
+            "something else guards the network"
+        )
+    tls = _client_tls(where, remote) if kind == "tls" else None
+    return PeerAddress(name, host, int(port), _token(token_file), tls)
+
+
+def _token(path: str) -> bytes:
+    """Return the first line of *path*; raises `ConfigError` naming the file, never its content."""
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(PEER_TOKEN_MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError(f"token_file {path} cannot be read: {error.strerror}") from None
+    token = content.split(b"\n")[0].strip()
+    if not PEER_TOKEN_MIN_BYTES <= len(token) <= PEER_TOKEN_MAX_BYTES:
+        raise ConfigError(
+            f"the token in {path} has {len(token)} bytes; it must have {PEER_TOKEN_MIN_BYTES} to "
+            f"{PEER_TOKEN_MAX_BYTES}"
+        )
+    return token
+
+
+def _server_tls(config: PeerConfig) -> ssl.SSLContext | None:
+    if bool(config.tls_cert_file) != bool(config.tls_key_file):
+        raise ConfigError("peer.tls_cert_file and peer.tls_key_file are set together or not")
+    if not config.tls_cert_file:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    try:
+        context.load_cert_chain(config.tls_cert_file, config.tls_key_file)
+    except OSError as error:
+        raise ConfigError(
+            f"peer.tls_cert_file {config.tls_cert_file} and its key cannot be used: {error}"
+        ) from None
+    return context
+
+
+def _client_tls(where: str, remote: RemoteConfig) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=remote.ca_file or None)
+    except OSError as error:
+        raise ConfigError(f"{where}.ca_file {remote.ca_file} cannot be used: {error}") from None
