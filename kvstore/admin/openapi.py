@@ -89,7 +89,8 @@ def _operation(
 def _responses(route: Route, of: dict[type[msgspec.Struct], Document]) -> Document:
     if isinstance(route.answer, str):
         kind = route.answer.partition(";")[0]
-        content: Document = {kind: {"schema": {"type": "string"}}}
+        shape = "object" if kind == JSON else "string"
+        content: Document = {kind: {"schema": {"type": shape}}}
     else:
         content = {JSON: {"schema": of[route.answer]}}
     responses: Document = {"200": {"description": "Done", "content": content}}

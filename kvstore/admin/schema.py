@@ -20,7 +20,7 @@ from kvstore.limits import (
     TOKEN_ID_MAX,
 )
 from kvstore.protocol.manifest import Manifest
-from kvstore.protocol.messages import ArenaStats, NamespaceStats, TenantStats
+from kvstore.protocol.stats import ArenaStats, NamespaceStats, TenantStats
 from kvstore.store.explanation import Cause, Verdict
 
 DigestHex = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of a prefix")]

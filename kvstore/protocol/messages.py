@@ -28,22 +28,7 @@ from kvstore.limits import (
     PING_PAYLOAD_MAX_BYTES,
     TENANT_NAME_MAX_CHARS,
 )
-from kvstore.protocol import stats
-from kvstore.protocol.fields import (
-    U64,
-    ChunkNumber,
-    DeadlineMs,
-    DigestField,
-    DigestList,
-    Handle,
-    HandleList,
-    HandoffName,
-    Head,
-    PeerName,
-    RecomputeUs,
-    RequestId,
-    Size,
-)
+from kvstore.protocol import fields as f, stats
 from kvstore.types import HandoffState, HintKind
 
 PROTOCOL_VERSION: Final = 3
@@ -53,13 +38,13 @@ VERSIONS_SPOKEN: Final = (1, 2, 3)
 class Message(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """What all messages share: the id that pairs a reply with its request."""
 
-    request_id: RequestId
+    request_id: f.RequestId
 
 
 class Request(Message, frozen=True, gc=False):
     """A message from client to daemon; unanswered after *deadline_ms*, it gets an error."""
 
-    deadline_ms: DeadlineMs
+    deadline_ms: f.DeadlineMs
 
 
 # --- requests --------------------------------------------------------------------------
@@ -83,7 +68,7 @@ class Attach(Request, tag=2, frozen=True, gc=False):
     """
 
     manifest: Annotated[bytes, Meta(max_length=MANIFEST_SIZE_MAX_BYTES)]
-    chunk_bytes: Size
+    chunk_bytes: f.Size
 
 
 class Lookup(Request, tag=3, frozen=True, gc=False):
@@ -96,12 +81,12 @@ class Lookup(Request, tag=3, frozen=True, gc=False):
     *name*, such as the engine's id of the request, a look-up can be explained later.
     """
 
-    space: Handle
-    digests: DigestList
+    space: f.Handle
+    digests: f.DigestList
     window: Annotated[int, Meta(ge=0, le=KEYS_PER_REQUEST_MAX)] = 0
     wait: bool = False
     lease: bool = False
-    recompute_us: RecomputeUs = 0
+    recompute_us: f.RecomputeUs = 0
     name: Annotated[str, Meta(max_length=LOOKUP_NAME_MAX_CHARS)] = ""
 
 
@@ -112,11 +97,11 @@ class Load(Request, tag=4, frozen=True, gc=False):
     not come by the deadline is left out. *recompute_us* as in a look-up.
     """
 
-    space: Handle
-    digests: DigestList
-    head_start: Head = 0
-    head_stop: Head = 0
-    recompute_us: RecomputeUs = 0
+    space: f.Handle
+    digests: f.DigestList
+    head_start: f.Head = 0
+    head_stop: f.Head = 0
+    recompute_us: f.RecomputeUs = 0
 
 
 class Reserve(Request, tag=5, frozen=True, gc=False):
@@ -126,19 +111,19 @@ class Reserve(Request, tag=5, frozen=True, gc=False):
     of the namespace.
     """
 
-    space: Handle
-    digests: DigestList
+    space: f.Handle
+    digests: f.DigestList
     parent: Annotated[bytes, Meta(max_length=DIGEST_SIZE_BYTES)] = b""
-    head_start: Head = 0
-    head_stop: Head = 0
-    sizes: Annotated[list[Size], Meta(max_length=KEYS_PER_REQUEST_MAX)] = []
+    head_start: f.Head = 0
+    head_stop: f.Head = 0
+    sizes: Annotated[list[f.Size], Meta(max_length=KEYS_PER_REQUEST_MAX)] = []
 
 
 class Filled(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """One reservation whose bytes are in place, with the root of their checksum tree."""
 
-    reservation: Handle
-    root: U64
+    reservation: f.Handle
+    root: f.U64
 
 
 class Commit(Request, tag=6, frozen=True, gc=False):
@@ -150,28 +135,28 @@ class Commit(Request, tag=6, frozen=True, gc=False):
 class Abort(Request, tag=7, frozen=True, gc=False):
     """Give reservations back unpublished. All of them must be this session's."""
 
-    reservations: HandleList
+    reservations: f.HandleList
 
 
 class Release(Request, tag=8, frozen=True, gc=False):
     """End leases. All of them must be this session's."""
 
-    leases: HandleList
+    leases: f.HandleList
 
 
 class Pin(Request, tag=9, frozen=True, gc=False):
     """Hold chunks beyond this session: hard never leaves, soft leaves last."""
 
-    space: Handle
-    digests: DigestList
+    space: f.Handle
+    digests: f.DigestList
     hard: bool = False
 
 
 class Unpin(Request, tag=10, frozen=True, gc=False):
     """End both kinds of pin."""
 
-    space: Handle
-    digests: DigestList
+    space: f.Handle
+    digests: f.DigestList
 
 
 class Delete(Request, tag=11, frozen=True, gc=False):
@@ -180,8 +165,8 @@ class Delete(Request, tag=11, frozen=True, gc=False):
     *damaged* says why: whoever loaded them found that their bytes are not what they should be.
     """
 
-    space: Handle
-    digests: DigestList
+    space: f.Handle
+    digests: f.DigestList
     damaged: bool = False
 
 
@@ -198,8 +183,8 @@ class Ping(Request, tag=13, frozen=True, gc=False):
 class Prefetch(Request, tag=14, frozen=True, gc=False):
     """Bring the leading chunks present into the host tier, when nothing else is to be done."""
 
-    space: Handle
-    digests: DigestList
+    space: f.Handle
+    digests: f.DigestList
 
 
 class Hint(Request, tag=15, frozen=True, gc=False):
@@ -209,8 +194,8 @@ class Hint(Request, tag=15, frozen=True, gc=False):
     the daemon may keep, bring up, pass on or let go of its chunks, and owes nothing.
     """
 
-    space: Handle
-    digests: DigestList
+    space: f.Handle
+    digests: f.DigestList
     kind: HintKind
     seconds: Annotated[int, Meta(ge=0, le=HINT_SECONDS_MAX)] = 0
     host: Annotated[str, Meta(max_length=HOST_NAME_MAX_CHARS)] = ""
@@ -222,8 +207,8 @@ class HandoffOpen(Request, tag=16, frozen=True, gc=False):
     *name* is used once. Without news of either side for *ttl_ms* the hand-off expires.
     """
 
-    space: Handle
-    name: HandoffName
+    space: f.Handle
+    name: f.HandoffName
     consumers: Annotated[int, Meta(ge=1, le=HANDOFF_CONSUMERS_MAX)] = 1
     ttl_ms: Annotated[
         int,
@@ -237,25 +222,25 @@ class HandoffPublish(Request, tag=17, frozen=True, gc=False):
     Each is ready as soon as all its heads are committed, be that before or after.
     """
 
-    space: Handle
-    name: HandoffName
-    first: ChunkNumber
-    digests: DigestList
+    space: f.Handle
+    name: f.HandoffName
+    first: f.ChunkNumber
+    digests: f.DigestList
 
 
 class HandoffClose(Request, tag=18, frozen=True, gc=False):
     """Say that nothing more will be published or stored; *payload* goes to the consumers."""
 
-    space: Handle
-    name: HandoffName
+    space: f.Handle
+    name: f.HandoffName
     payload: Annotated[bytes, Meta(max_length=HANDOFF_PAYLOAD_MAX_BYTES)] = b""
 
 
 class HandoffAbort(Request, tag=19, frozen=True, gc=False):
     """Give a hand-off of this session up; consumers compute what is not ready."""
 
-    space: Handle
-    name: HandoffName
+    space: f.Handle
+    name: f.HandoffName
 
 
 class HandoffAwait(Request, tag=20, frozen=True, gc=False):
@@ -265,19 +250,19 @@ class HandoffAwait(Request, tag=20, frozen=True, gc=False):
     nobody has opened yet is waited for, too.
     """
 
-    space: Handle
-    name: HandoffName
-    first: ChunkNumber = 0
-    peer: PeerName = ""
+    space: f.Handle
+    name: f.HandoffName
+    first: f.ChunkNumber = 0
+    peer: f.PeerName = ""
     early: bool = False
 
 
 class HandoffLeave(Request, tag=21, frozen=True, gc=False):
     """Say that this consumer needs no more of the hand-off."""
 
-    space: Handle
-    name: HandoffName
-    peer: PeerName = ""
+    space: f.Handle
+    name: f.HandoffName
+    peer: f.PeerName = ""
 
 
 AnyHandoff = (
@@ -300,12 +285,7 @@ AnyRequest = (
     | Ping
     | Prefetch
     | Hint
-    | HandoffOpen
-    | HandoffPublish
-    | HandoffClose
-    | HandoffAbort
-    | HandoffAwait
-    | HandoffLeave
+    | AnyHandoff
 )
 
 
@@ -326,7 +306,7 @@ class Attached(Message, tag=66, frozen=True, gc=False):
     that a commit is answered only once slower tiers have what they are to have.
     """
 
-    space: Handle
+    space: f.Handle
     namespace: bytes
     arena_bytes: int
     lease_ttl_ms: int
@@ -347,7 +327,7 @@ class Found(Message, tag=67, frozen=True, gc=False):
     hits: int
     arriving: int
     tiers: list[tuple[int, int]]
-    lease: Handle = 0
+    lease: f.Handle = 0
     expected_us: int = 0
 
 
@@ -364,7 +344,7 @@ class Shard(msgspec.Struct, array_like=True, frozen=True, gc=False):
 class Loaded(Message, tag=68, frozen=True, gc=False):
     """The leading chunks present, shard by shard, held by *lease* (0 when there are none)."""
 
-    lease: Handle
+    lease: f.Handle
     chunks: list[list[Shard]]
 
 
@@ -372,7 +352,7 @@ class Slot(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """What became of one key of a reserve; *offset* and *reservation* only when reserved."""
 
     outcome: int
-    reservation: Handle = 0
+    reservation: f.Handle = 0
     offset: int = 0
 
 
@@ -385,7 +365,7 @@ class Reserved(Message, tag=69, frozen=True, gc=False):
 class Failure(msgspec.Struct, array_like=True, frozen=True, gc=False):
     """Why the commit of one reservation published nothing."""
 
-    reservation: Handle
+    reservation: f.Handle
     code: int
     message: str
 
@@ -398,7 +378,7 @@ class Committed(Message, tag=70, frozen=True, gc=False):
     """
 
     failures: list[Failure]
-    volatile: list[Handle] = []
+    volatile: list[f.Handle] = []
 
 
 class Done(Message, tag=71, frozen=True, gc=False):
@@ -441,7 +421,7 @@ class HandoffReady(Message, tag=75, frozen=True, gc=False):
     """
 
     state: HandoffState
-    digests: list[DigestField]
+    digests: list[f.DigestField]
     is_last: bool
     published: int
     payload: bytes = b""
@@ -470,9 +450,6 @@ AnyReply = (
     | Error
 )
 
-# A digest, and what MessagePack puts before it.
-_DIGEST_STRIDE_BYTES: Final = DIGEST_SIZE_BYTES + 2
-
 _encoder = msgspec.msgpack.Encoder()
 _request_decoder = msgspec.msgpack.Decoder(AnyRequest)
 _reply_decoder = msgspec.msgpack.Decoder(AnyReply)
@@ -490,20 +467,6 @@ def decode_request(frame: bytes | memoryview) -> AnyRequest:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FrameError(f"frame is not a request: {error}") from error
     return request
-
-
-def first_bytes(frame: bytes, digests: list[bytes]) -> bytes:
-    """Return the first byte of each of *digests*, which *frame* holds, or nothing.
-
-    One slice of the frame, because nearly every writer puts them at equal distances: it costs
-    a tenth of looking at each digest.
-    """
-    last = len(digests) - 1
-    start = frame.find(digests[0])
-    end = start + last * _DIGEST_STRIDE_BYTES
-    if start < 0 or frame[end : end + DIGEST_SIZE_BYTES] != digests[last]:
-        return b""
-    return frame[start : end + 1 : _DIGEST_STRIDE_BYTES]
 
 
 def decode_reply(frame: bytes | memoryview) -> AnyReply:

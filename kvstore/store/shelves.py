@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol
 
 from kvstore.metrics import Counters
-from kvstore.store.history import History
+from kvstore.store.history import Fate, History
 from kvstore.store.index import Index
 from kvstore.store.leases import Lease, Leases, Reservation, Reservations
 from kvstore.store.namespace import Namespace
@@ -290,6 +290,13 @@ class Shelves:
         self.residents.check_holdings(in_host)
 
     # --- inside -------------------------------------------------------------------------
+
+    def _note_first(self, space: Namespace, digest: Digest, fate: Fate) -> None:
+        """Remember why a prefix ended before *digest*, though it is in some tier."""
+        slot = space.find(digest)
+        bits = 0 if slot == NO_SLOT else self.index.tiers_of(slot)
+        if bits:
+            self.history.note(space, digest, fate, TierKind(bits & -bits))
 
     def _unhold(self, ended: Iterable[Lease]) -> None:
         for lease in ended:

@@ -446,13 +446,6 @@ class Store(Shelves):
         made = self.reservations.make(wish._replace(extent=extent))
         return Granted(ReserveOutcome.RESERVED, made, extent)
 
-    def _note_first(self, space: Namespace, digest: Digest, fate: Fate) -> None:
-        """Remember why a prefix ended before *digest*, though it is in some tier."""
-        slot = space.find(digest)
-        bits = 0 if slot == NO_SLOT else self.index.tiers_of(slot)
-        if bits:
-            self.history.note(space, digest, fate, TierKind(bits & -bits))
-
     def _publish(self, record: Reservation, root: Root) -> None:
         space, shard = record.space, ShardRecord(record.heads, record.extent, root)
         self.reuse.stored(record.tenant, record.digest, space.chunk_bytes)

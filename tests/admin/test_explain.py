@@ -202,9 +202,9 @@ async def test_what_a_slower_tier_has_lost_or_damaged_says_which(kind, damaged, 
     class Counting(FakeTier):
         counters = SimpleNamespace(quarantined=0)
 
-        async def read(self, shard, place, target):
+        async def read(self, shard, place, target, table=None):
             self.counters.quarantined += damaged
-            return await super().read(shard, place, target)
+            return await super().read(shard, place, target, table)
 
     # Calls: two writes, then reads.
     tier = Counting(64 * MIB, [(2, Fault.FORGET)], kind=kind)
