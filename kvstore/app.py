@@ -16,10 +16,12 @@ from kvstore.admin.subject import Subject
 from kvstore.config import Config, WritePolicy
 from kvstore.daemon.address import SocketAddress
 from kvstore.daemon.handoffs import keep_handoffs
-from kvstore.daemon.lifecycle import keep_house, notify, prefault, until_stopped
+from kvstore.daemon.lifecycle import feed_watchdog, keep_house, prefault, until_stopped
 from kvstore.daemon.peer_setup import serve_peers, set_up_peers
 from kvstore.daemon.peers import Admission
+from kvstore.daemon.reload import RELOADABLE, Reloaded, Reloader
 from kvstore.daemon.server import Server
+from kvstore.daemon.systemd import notify, take_sockets
 from kvstore.daemon.tenants import TenantRule, Tenants
 from kvstore.daemon.warm import WarmStart
 from kvstore.errors import CodecError, ConfigError, TierError
@@ -44,6 +46,7 @@ from kvstore.tiers.host import HostTier, make_memory
 from kvstore.tiers.redis import RedisTier
 from kvstore.tiers.redis_settings import redis_settings
 from kvstore.types import TierKind
+from kvstore.units import format_size
 
 _UNBOUNDED_BYTES: Final = 1 << 62
 # What an admission takes for the capacity of a tier that does not tell its own.
@@ -107,26 +110,32 @@ def _transcoder(tier: str, codec: str) -> Transcoder | None:
         raise ConfigError(f"tiers.{tier}.codec: {error}") from error
 
 
-def run(config: Config, open_slower: OpenTiers = open_tiers) -> int:
+def run(
+    config: Config,
+    open_slower: OpenTiers = open_tiers,
+    reread: Callable[[], Config] | None = None,
+) -> int:
     """Serve until SIGTERM or SIGINT; return the exit status.
 
-    *open_slower* makes the tiers below the host tier. Raises `ConfigError` and
-    `AddressInUseError` before anything is served.
+    *open_slower* makes the tiers below the host tier; *reread* gives the configuration anew,
+    when SIGHUP asks for it. Raises `ConfigError` and `AddressInUseError` before anything is
+    served.
     """
     if not __debug__:
         raise ConfigError("kvstore does not run under python -O: its assertions guard the data")
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(config, open_slower))
+        runner.run(_serve(config, open_slower, reread or (lambda: config)))
     return 0
 
 
-async def _serve(config: Config, open_slower: OpenTiers) -> None:
-    address = SocketAddress(config.server.socket, config.server.socket_mode)
+async def _serve(config: Config, open_slower: OpenTiers, reread: Callable[[], Config]) -> None:
+    exposure = Exposure(config.admin)
+    address = SocketAddress(config.server.socket, config.server.socket_mode, take_sockets())
     listening = address.bind()
     try:
         slower = await open_slower(config)
         try:
-            await _serve_over(config, slower, address, listening)
+            await _serve_over(config, slower, address, listening, reread, exposure)
         finally:
             for opened in slower:
                 opened.tier.close()
@@ -136,7 +145,12 @@ async def _serve(config: Config, open_slower: OpenTiers) -> None:
 
 
 async def _serve_over(
-    config: Config, slower: list[OpenTier], address: SocketAddress, listening: socket.socket
+    config: Config,
+    slower: list[OpenTier],
+    address: SocketAddress,
+    listening: socket.socket,
+    reread: Callable[[], Config],
+    exposure: Exposure,
 ) -> None:
     store = _make_store(config, slower)
     try:
@@ -157,15 +171,15 @@ async def _serve_over(
             "ready",
             extra={"socket": str(address.path), "arena_bytes": store.host.arena.size_bytes},
         )
-        notify("READY=1")
+        notify("READY=1", f"STATUS=serving {format_size(config.tiers.host.capacity_bytes)}")
         to_greet = [guard for guard, one in zip(guards, slower, strict=True) if one.is_elsewhere]
-        await _live(config, server, warm, to_greet)
+        await _live(Reloader(server, config, reread), server, warm, to_greet, exposure)
     finally:
         store.host.close()
 
 
 async def _live(
-    config: Config,
+    reloader: Reloader,
     server: Server,
     warm: WarmStart,
     to_greet: Sequence[GuardedTier],
@@ -180,6 +194,7 @@ async def _live(
     async with asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(keep_house(server.store), name="housekeeping"),
+            group.create_task(feed_watchdog(), name="watchdog"),
             group.create_task(warm.settle(), name="warm start"),
             group.create_task(server.mover.run(), name="mover"),
             group.create_task(_serve_admin(server, reloader, reload, exposure), name="admin API"),
@@ -187,13 +202,14 @@ async def _live(
             group.create_task(serve_peers(server), name="peers"),
             *(group.create_task(tier.greet(), name="greeting") for tier in to_greet),
         ]
-        if config.tiers.host.prefault:
+        if reloader.config.tiers.host.prefault:
             tasks.append(group.create_task(prefault(server.store.host.arena), name="prefault"))
-        stopped_by = await until_stopped()
+        stopped_by = await until_stopped(reload)
         log.info("draining", extra={"signal": stopped_by})
-        notify("STOPPING=1")
-        await server.drain(config.server.drain_timeout_seconds)
-        lost = await server.mover.drain(config.server.drain_timeout_seconds)
+        notify("STOPPING=1", "STATUS=draining")
+        drain_seconds = reloader.config.server.drain_timeout_seconds
+        await server.drain(drain_seconds)
+        lost = await server.mover.drain(drain_seconds)
         if lost:
             log.warning("chunks not written before the end", extra={"chunks": lost})
         for task in tasks:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import socket
+import sys
 import time
 from typing import TYPE_CHECKING
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _ACCEPT_BACKLOG = 128
+# The socket's file is the address's to remove: it stays where systemd listens on it.
+_KEEPS_FILE = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
 
 
 class Server:
@@ -79,7 +82,10 @@ class Server:
         self.loop = asyncio.get_running_loop()
         self.hints = Hints(self.store, self.mover, self.loop)
         self._listener = await self.loop.create_unix_server(
-            self._new_session, sock=listening, backlog=_ACCEPT_BACKLOG
+            self._new_session,
+            sock=listening,
+            backlog=_ACCEPT_BACKLOG,
+            **_KEEPS_FILE,  # type: ignore[arg-type]  # what this version takes
         )
 
     async def drain(self, timeout_seconds: float) -> None:
@@ -93,6 +99,15 @@ class Server:
                 await self._settled.wait()
         for session in list(self._sessions.values()):
             session.close(DrainingError("the daemon is shutting down"))
+
+    def reconfigure(
+        self, admission: Admission, *, sessions_max: int, orphan_grace_seconds: float
+    ) -> None:
+        """Judge new sessions by these from now on; those that are open stay."""
+        self._admission = admission
+        self._sessions_max = sessions_max
+        self._orphan_grace_seconds = orphan_grace_seconds
+        self._refused_uids.clear()
 
     def admit(self, session: Session, peer: Credentials) -> None:
         """Take *session* in, or raise `RefusedError` or `LimitError`."""
