@@ -7,8 +7,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeVar
 
+import numpy as np
+
 from kvstore.errors import ChecksumError
-from kvstore.hashing import Digests64, root_of
+from kvstore.hashing import Digests64, block_count, root_of
 from kvstore.limits import TIER_TRANSCODES_MAX
 from kvstore.protocol.manifest import encode_namespace
 from kvstore.store.admission import Admission, AdmitAll
@@ -121,15 +123,15 @@ class Route:
             shard = self._shard(slot, record)
             target = store.host.view(extent)
             damaged = self._damaged
-            here = await self.tier.read(shard, record.place, target, reading.ended)
-            blocks = await self._in_thread(lambda: digest_blocks(target)) if here else None
+            blocks = np.zeros(block_count(record.size_bytes), np.uint64)
+            here = await self.tier.read(shard, record.place, target, reading.ended, blocks)
         except BaseException:
             reading.discard()
             raise
-        if blocks is None or root_of(blocks) != record.root:
+        if not here or root_of(blocks) != record.root:
             reading.discard()
-            store.counters.checksum_failures += blocks is not None
-            self._note_gone(slot, is_damaged=blocks is not None)
+            store.counters.checksum_failures += here
+            self._note_gone(slot, is_damaged=here or self._damaged > damaged)
             store.slower.left(slot, self.kind, fetch.heads)
             return False
         return self._publish(fetch, record, extent, blocks)
@@ -143,13 +145,6 @@ class Route:
             store.counters.promote_chunks += 1
             store.counters.promote_bytes += extent.size_bytes
         return store.index.shard(fetch.slot, fetch.heads, _HOST) is not None
-
-    def _note_gone(self, slot: int, *, is_damaged: bool) -> None:
-        """Remember that the tier has no good copy of *slot*; what servers keep has an end."""
-        gone = Fate.LOST if self.kind is TierKind.DISK else Fate.EXPIRED
-        index = self._store.index
-        fate = Fate.DAMAGED if is_damaged else gone
-        self._store.history.note(index.space_of(slot), index.digest(slot), fate, self.kind)
 
     @property
     def _damaged(self) -> int:

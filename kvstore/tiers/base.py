@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from kvstore.hashing import Digests64
 from kvstore.types import Digest, Extent, HeadRange, NamespaceId, Place, Root, TierKind
 
 
@@ -95,11 +96,14 @@ class RemoteTier(Tier, Protocol):
         *source* stays as it is for the duration of the call. Writing a key again replaces it.
         """
 
-    async def read(self, shard: Shard, place: Place, target: memoryview) -> bool:
+    async def read(
+        self, shard: Shard, place: Place, target: memoryview, table: Digests64 | None = None
+    ) -> bool:
         """Fill *target*, `shard.size_bytes` long, with *shard*; return whether it was here.
 
-        The bytes have been checked against key and root. What fails the check is set aside,
-        counted and gone: False. After False or an error *target* may hold anything.
+        The bytes have been checked, where they are now, against key and root; *table* gets the
+        digests of their blocks by which that was done. What fails the check is set aside,
+        counted and gone: False. After False or an error both may hold anything.
         """
 
     async def remove(self, shard: Shard, place: Place) -> bool:

@@ -23,6 +23,7 @@ import msgspec
 import numpy as np
 
 from kvstore.errors import TierError
+from kvstore.hashing import Digests64
 from kvstore.limits import (
     CHUNK_SIZE_MAX_BYTES,
     DISK_CLOSE_TIMEOUT_SECONDS,
@@ -152,7 +153,9 @@ class DiskTier:
                 raise
         return place
 
-    async def read(self, shard: Shard, place: Place, target: memoryview) -> bool:
+    async def read(
+        self, shard: Shard, place: Place, target: memoryview, table: Digests64 | None = None
+    ) -> bool:
         """Fill *target* if what lies at *place* is *shard*, whole and right."""
         assert len(target) == shard.size_bytes, "a shard is read whole"
         fingerprint = fingerprint_of(shard.key, self._directory.seed)
@@ -161,7 +164,7 @@ class DiskTier:
             return False
         self._slots.enter(room.slot)
         try:
-            is_whole = await self._fetch(room, shard, target)
+            is_whole = await self._fetch(room, shard, target, table)
         finally:
             if self._slots.leave(room.slot):
                 await self._reclaim(room.slot)
@@ -259,13 +262,17 @@ class DiskTier:
             await self._reclaim(room.slot)
             raise
 
-    async def _fetch(self, room: Room, shard: Shard, target: memoryview) -> bool:
+    async def _fetch(
+        self, room: Room, shard: Shard, target: memoryview, table: Digests64 | None
+    ) -> bool:
         job = Job(shard, room)
         read = self._payloads.read_part
         parts = [partial(read, job, target, start) for start in job.parts]
         header, *_ = found = await self._do(self._readers, parts, job.give_up)
         if header is None or None in found:
             return False
+        if table is not None:
+            table[:] = job.digests
         return header_holds(header, shard, job.digests)
 
     async def _quarantine(self, shard: Shard, place: Place, fingerprint: int) -> None:

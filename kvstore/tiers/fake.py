@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 import numpy as np
 
 from kvstore.errors import TierError
-from kvstore.hashing import block_digests, root_of
+from kvstore.hashing import Digests64, block_digests, root_of
 from kvstore.tiers.base import Recovered, RecoveredRun, Shard, ShardKey, TierUsage
 from kvstore.types import Digest, NamespaceId, Place, TierKind
 
@@ -76,7 +76,9 @@ class FakeTier:
         self._kept[shard.key] = _Kept(bytearray(source), shard)
         return _PLACE
 
-    async def read(self, shard: Shard, place: Place, target: memoryview) -> bool:
+    async def read(
+        self, shard: Shard, place: Place, target: memoryview, table: Digests64 | None = None
+    ) -> bool:
         """Fill *target* with what was written, if it is still what was written."""
         await self._fault(shard.key)
         kept = self._kept.get(shard.key)
@@ -86,6 +88,8 @@ class FakeTier:
             del self._kept[shard.key]
             return False
         target[:] = kept.payload
+        if table is not None:
+            table[:] = block_digests(target)
         return True
 
     async def remove(self, shard: Shard, place: Place) -> bool:

@@ -19,6 +19,7 @@ from typing import Final, TypeVar
 import msgspec
 
 from kvstore.errors import TierError
+from kvstore.hashing import Digests64
 from kvstore.limits import (
     BREAKER_FAILURES_MAX,
     BREAKER_PAUSE_MAX_SECONDS,
@@ -138,13 +139,18 @@ class GuardedTier:
         return self.tier.usage()
 
     async def read(
-        self, shard: Shard, place: Place, target: memoryview, let_go: Callable[[], None]
+        self,
+        shard: Shard,
+        place: Place,
+        target: memoryview,
+        let_go: Callable[[], None],
+        table: Digests64 | None = None,
     ) -> bool:
         """See `RemoteTier.read`."""
         size = shard.size_bytes
         began_at, moved = self.reads.begin(), 0
         try:
-            here = await self._call(self.tier.read(shard, place, target), size, let_go)
+            here = await self._call(self.tier.read(shard, place, target, table), size, let_go)
             moved = size if here else 0
         finally:
             self.reads.end(began_at, moved)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final, TypeVar
 
 from kvstore.errors import TierError
-from kvstore.hashing import root_of
+from kvstore.hashing import Digests64, root_of
 from kvstore.limits import KEYS_PER_REQUEST_MAX, REDIS_REDIRECTS_MAX
 from kvstore.tiers import redis_steps as steps
 from kvstore.tiers.base import Recovered, Shard, TierUsage
@@ -140,15 +140,18 @@ class RedisTier:
             return None
         return _PLACE
 
-    async def read(self, shard: Shard, place: Place, target: memoryview) -> bool:
+    async def read(
+        self, shard: Shard, place: Place, target: memoryview, table: Digests64 | None = None
+    ) -> bool:
         """Fill *target* with *shard*, checked; what fails the check twice is removed."""
+        into = Target.over(target, table)
         plan, budget = self._plan(shard), self._budget(shard.size_bytes)
         with self._reported("read"):
-            worst = await self._read(plan, target, budget)
+            worst = await self._read(plan, into, budget)
             if worst is Fetched.DAMAGED:
                 # It may be the connection that lies: only a second one can accuse the server.
                 await self._routes.distrust(plan.meta)
-                worst = await self._read(plan, target, self._budget(shard.size_bytes))
+                worst = await self._read(plan, into, self._budget(shard.size_bytes))
             if worst is Fetched.HERE:
                 return True
         await self._clear_away(plan, worst)
@@ -258,13 +261,12 @@ class RedisTier:
             self.counters.foreign += 1
         await self._routes.at_home(plan.meta, partial(steps.withdraw, plan=plan), self._budget())
 
-    async def _read(self, plan: Plan, target: memoryview, budget: Budget) -> Fetched:
+    async def _read(self, plan: Plan, into: Target, budget: Budget) -> Fetched:
         """Fetch all stripes; return HERE when all are right, else what is wrong."""
-        if len(target) != plan.shard.size_bytes:
+        if len(into.view) != plan.shard.size_bytes:
             raise TierError(
-                f"a target of {len(target)} bytes for a shard of {plan.shard.size_bytes}"
+                f"a target of {len(into.view)} bytes for a shard of {plan.shard.size_bytes}"
             )
-        into = Target.over(target)
         lanes = min(self._pace.lanes, len(plan.stripes))
         jobs = [
             partial(steps.fetch, plan=plan, stripes=plan.stripes[lane::lanes], target=into)

@@ -85,9 +85,11 @@ class Target(NamedTuple):
     digests: Digests64
 
     @classmethod
-    def over(cls, view: memoryview) -> Target:
-        """Return *view* as a target."""
-        return cls(view, np.zeros(block_count(len(view)), dtype=np.uint64))
+    def over(cls, view: memoryview, table: Digests64 | None = None) -> Target:
+        """Return *view* as a target, with *table* for its digests or one of its own."""
+        if table is None:
+            table = np.zeros(block_count(len(view)), dtype=np.uint64)
+        return cls(view, table)
 
     def digest(self, stripe: Stripe) -> None:
         """Take the digests of the bytes of *stripe*, while they still lie in a cache."""

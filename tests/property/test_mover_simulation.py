@@ -44,9 +44,9 @@ class ChancyTier(FakeTier):
         self.is_down = False
         self.under_way = self.most_under_way = 0
 
-    async def read(self, shard, place, target):
+    async def read(self, shard, place, target, table=None):
         target[: len(target) // 2] = bytes(len(target) // 2)
-        return await super().read(shard, place, target)
+        return await super().read(shard, place, target, table)
 
     async def _fault(self, key):
         self.under_way += 1

@@ -35,9 +35,9 @@ class SlowTier(FakeTier):
         super().__init__(capacity_bytes, kind=kind)
         self.read_digests: list[Digest] = []
 
-    async def read(self, shard, place, target):
+    async def read(self, shard, place, target, table=None):
         self.read_digests.append(shard.key.digest)
-        return await super().read(shard, place, target)
+        return await super().read(shard, place, target, table)
 
     async def _fault(self, key):
         await asyncio.sleep(0.1)
@@ -190,7 +190,7 @@ async def test_what_one_tier_cannot_give_another_may():
 
 async def test_a_tier_that_lies_about_bytes_is_found_out_here():
     class Liar(FakeTier):
-        async def read(self, shard, place, target):
+        async def read(self, shard, place, target, table=None):
             target[:] = bytes(len(target))
             return True
 

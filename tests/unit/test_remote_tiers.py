@@ -4,10 +4,11 @@ import asyncio
 from collections.abc import AsyncIterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from kvstore.errors import TierError
-from kvstore.hashing import block_digests, root_of
+from kvstore.hashing import block_count, block_digests, root_of
 from kvstore.tiers.base import RemoteTier, Shard, ShardKey
 from kvstore.tiers.disk_open import open_disk_tier
 from kvstore.tiers.fake import FakeTier, Fault
@@ -47,6 +48,13 @@ async def read(tier: RemoteTier, place: Place, shard: Shard = SHARD) -> bytes | 
 
 async def test_what_was_written_is_read(tier: RemoteTier) -> None:
     assert await read(tier, await write(tier)) == PAYLOAD
+
+
+async def test_who_reads_gets_the_digests_that_the_bytes_were_checked_by(tier: RemoteTier) -> None:
+    place, target = await write(tier), bytearray(len(PAYLOAD))
+    table = np.zeros(block_count(len(PAYLOAD)), np.uint64)
+    assert await tier.read(SHARD, place, memoryview(target), table)
+    assert table.tolist() == block_digests(PAYLOAD).tolist()
 
 
 @pytest.mark.parametrize(

@@ -243,8 +243,8 @@ async def test_a_copy_on_disk_is_found_there_after_redis_has_one_too():
             await super().write(shard, source)
             return Place(77)
 
-        async def read(self, shard, place, target):
-            return place == Place(77) and await super().read(shard, place, target)
+        async def read(self, shard, place, target, table=None):
+            return place == Place(77) and await super().read(shard, place, target, table)
 
     disk = Placed(64 * MIB, kind=DISK)
     async with running(Tiers([Slower(disk), Slower(fake(REDIS))])) as tiers:
