@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from kvstore import __version__
+from kvstore.cli import operate
 from kvstore.errors import (
     ConfigError,
     DeadlineError,
@@ -256,6 +257,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_daemon_options(status)
     _add_top_command(commands)
     _add_size_command(commands)
+    operate.add_commands(commands)
     doctor = _add(commands, "doctor", "check this machine, and say what to fix", _doctor)
     _add_config_options(doctor)
     _add_daemon_options(doctor)

@@ -177,6 +177,7 @@ class Reuse:
         self._count = 0
         self._asked: dict[int, int] = {}
         self.is_on = False
+        self._first_bytes = _FIRST_BYTES
         self._table = _table(_FIRST_BYTES)
 
     def stack(self, tenant: int) -> Stack | None:
@@ -203,11 +204,13 @@ class Reuse:
 
     def stored(self, tenant: int, digest: Digest, size_bytes: int) -> None:
         """Note that *digest* was stored: a use, but nobody asked for it."""
-        if self.is_on and digest[0] < _FIRST_BYTES:
+        if self.is_on and digest[0] < self._first_bytes:
             self._put(_Uses(tenant, [digest], size_bytes, is_counted=False))
 
     def work(self, most: int = REUSE_PENDING_MAX) -> None:
         """Take the distances of what was noted since, of *most* chunks at most."""
+        if not self._pending:
+            return
         while self._pending and most > 0:
             uses = self._pending.popleft()
             self._count -= len(uses.digests)
@@ -232,7 +235,10 @@ class Reuse:
         """Let look-ups note only what some stack still samples."""
         if self._stacks:
             highest = max(stack.threshold for stack in self._stacks.values())
-            self._table = _table(math.ceil(highest / (1 << (_HASH_BITS - 8))))
+            first_bytes = -(-highest >> (_HASH_BITS - 8))
+            if first_bytes != self._first_bytes:
+                self._first_bytes = first_bytes
+                self._table = _table(first_bytes)
 
 
 def points(
