@@ -231,6 +231,7 @@ async def _serve_admin(
         mover=server.mover,
         events=events,
         latencies=server.latencies,
+        tracing=server.tracing,
         socket=server.address.path,
         reloadable=frozenset(RELOADABLE),
         stats=server.stats,

@@ -175,6 +175,11 @@ ADMIN_TOKENS_MAX: Final = 16
 ADMIN_TOKEN_MIN_CHARS: Final = 32
 ADMIN_TOKEN_MAX_CHARS: Final = 256
 ADMIN_TOKEN_FILE_MAX_BYTES: Final = 16 * KIB
+# What is noted for `kvstore trace record`, and for how long after it has asked last.
+TRACE_LOOKUPS_MAX: Final = 16_384
+TRACE_DIGESTS_MAX: Final = 262_144
+TRACE_IDLE_SECONDS: Final = 10.0
+TRACE_PAGE_MAX: Final = 256
 ADMIN_SNAPSHOT_SECONDS: Final = 0.2
 ADMIN_STATUS_EVENTS_MAX: Final = 20
 ADMIN_HISTORY_SAMPLES_MAX: Final = 720

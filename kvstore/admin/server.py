@@ -19,6 +19,7 @@ from kvstore.admin.gate import Gate
 from kvstore.admin.openapi import document, served_path
 from kvstore.admin.routes import JSON, Call, Route, Text
 from kvstore.admin.status import Observer
+from kvstore.admin.tracing import Traces
 from kvstore.admin.views import Views
 from kvstore.errors import ConfigError
 from kvstore.limits import (
@@ -60,6 +61,7 @@ class Admin:
             *Views(subject, self._observer).routes(),
             *Explaining(subject).routes(),
             *Actions(subject).routes(),
+            *Traces(subject.tracing).routes(),
         ]
         self._routes.append(self._description())
         # Connections on which nothing has been asked yet, and when that is too long.

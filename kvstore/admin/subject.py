@@ -14,6 +14,7 @@ from kvstore.protocol.messages import DaemonStats
 from kvstore.store.mover import Mover
 from kvstore.store.namespace import Namespace
 from kvstore.store.store import Store
+from kvstore.store.tracing import Tracing
 from kvstore.types import Digest
 
 
@@ -37,6 +38,7 @@ class Subject:
     mover: Mover
     events: Events
     latencies: Latencies
+    tracing: Tracing
     socket: Path
     reloadable: frozenset[str]
     stats: Callable[[], DaemonStats]

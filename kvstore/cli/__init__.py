@@ -150,6 +150,55 @@ def _size(arguments: argparse.Namespace) -> int:
     return OK
 
 
+def _trace_record(arguments: argparse.Namespace) -> int:
+    from kvstore.cli import trace
+
+    source = trace.Source(_admin_url(arguments), _token(arguments.token_file))
+    source.after(0)  # who cannot be asked leaves no file behind
+    try:
+        with arguments.file.open("x", buffering=1, encoding="utf-8") as file:
+            recorded = trace.record(source, file, arguments.seconds)
+    except OSError as error:
+        raise ConfigError(f"{arguments.file}: cannot be written: {error.strerror}") from None
+    print(f"{recorded.lookups:,} look-ups, {recorded.chunks:,} chunks, {recorded.lost:,} lost")
+    return OK
+
+
+def _trace_replay(arguments: argparse.Namespace) -> int:
+    from kvstore.cli import trace
+    from kvstore.client.sync import Client
+
+    path = arguments.socket or _load(arguments).config.server.socket
+    Client.connect(path, timeout_seconds=_DAEMON_TIMEOUT_SECONDS).close()
+    print(trace.render(trace.replay(trace.read(arguments.file), path, arguments.speed)))
+    return OK
+
+
+def _admin_url(arguments: argparse.Namespace) -> str:
+    """Return where the admin API is asked: as given, or as this host's daemon is configured."""
+    if arguments.admin is not None:
+        if not arguments.admin.startswith(("http://", "https://")):
+            raise ConfigError(f"--admin {arguments.admin}: begins with http:// or https://")
+        return str(arguments.admin)
+    admin = _load(arguments).config.admin
+    if admin.listen is None:
+        raise ConfigError("admin.listen is empty: name the daemon's API with --admin")
+    return f"{'https' if admin.tls_cert_file else 'http'}://{admin.listen}"
+
+
+def _token(file: Path | None) -> str:
+    """Return the token in *file*, the last word of its first line."""
+    if file is None:
+        return ""
+    try:
+        words = file.read_text(encoding="utf-8").partition("\n")[0].split()
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
+    if not words:
+        raise ConfigError(f"{file}: holds no token")
+    return words[-1]
+
+
 def _completion(arguments: argparse.Namespace) -> int:
     import shtab
 
@@ -257,6 +306,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_daemon_options(status)
     _add_top_command(commands)
     _add_size_command(commands)
+    _add_trace_commands(commands)
     operate.add_commands(commands)
     doctor = _add(commands, "doctor", "check this machine, and say what to fix", _doctor)
     _add_config_options(doctor)
@@ -297,6 +347,25 @@ def _add_size_command(commands: _Commands[argparse.ArgumentParser]) -> None:
     size.add_argument("--chunk-tokens", type=int, default=256, metavar="N")
     size.add_argument("--capacity", default="64GiB", metavar="SIZE", help="default: 64GiB")
     size.add_argument("--output", choices=("table", "json"), default="table")
+
+
+def _add_trace_commands(commands: _Commands[argparse.ArgumentParser]) -> None:
+    text = "record what engines look up, and ask another daemon the same"
+    group = commands.add_parser("trace", help=text, description=text, allow_abbrev=False)
+    actions = group.add_subparsers(title="actions", metavar="ACTION", required=True)
+    record = _add(actions, "record", "write look-ups to a file, without tokens", _trace_record)
+    _add_config_options(record)
+    record.add_argument("file", type=Path, metavar="FILE", help="must not exist")
+    record.add_argument("--seconds", type=_seconds, help="for so long (default: until Ctrl-C)")
+    record.add_argument("--admin", metavar="URL", help="the admin API (default: as configured)")
+    record.add_argument("--token-file", type=Path, metavar="FILE", help="with a token for it")
+    replay = _add(actions, "replay", "store and load what a trace asks for", _trace_replay)
+    _add_config_options(replay)
+    replay.add_argument("file", type=Path, metavar="FILE")
+    replay.add_argument("--socket", type=Path, help="the daemon's socket (default: as configured)")
+    replay.add_argument(
+        "--speed", type=float, default=0.0, metavar="TIMES", help="default: 0, as fast as it goes"
+    )
 
 
 def _seconds(text: str) -> float:

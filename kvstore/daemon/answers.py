@@ -215,6 +215,9 @@ class Answers:
             lease=request.lease,
             recompute_seconds=request.recompute_us * _MICROSECOND,
         )
+        if self._server.tracing.is_on:
+            space, digests = self._space(request.space), _digests(request.digests)
+            self._server.tracing.note(space, digests, found.hits)
         if request.name:
             self._note(request, found.hits)
         expected_us = round(found.expected_seconds / _MICROSECOND)

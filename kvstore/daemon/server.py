@@ -23,6 +23,7 @@ from kvstore.errors import DrainingError, LimitError, RefusedError
 from kvstore.metrics import Latencies
 from kvstore.protocol import messages as m
 from kvstore.store.handoffs import Handoffs
+from kvstore.store.tracing import Tracing
 from kvstore.types import SessionId
 
 if TYPE_CHECKING:
@@ -65,6 +66,7 @@ class Server:
         self.prefaults = prefaults
         self.draining = False
         self.latencies = Latencies()
+        self.tracing = Tracing(time.monotonic, time.time)
         self.name = f"kvstore {__version__}"
         self.loop: asyncio.AbstractEventLoop
         self._admission = admission
