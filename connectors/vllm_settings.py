@@ -14,7 +14,7 @@ from kvstore.compression.policy import CodecPolicy
 from kvstore.config import default_socket_path
 from kvstore.connectors.codecs import read_codec
 from kvstore.errors import ConfigError
-from kvstore.limits import CHUNK_TOKENS_MAX
+from kvstore.limits import CHUNK_TOKENS_MAX, HANDOFF_TTL_MAX_SECONDS
 
 CHUNK_TOKENS_DEFAULT: Final = 256
 
@@ -37,6 +37,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     store_decoded: bool = False
     lookup_timeout_seconds: float = 0.25
     transfer_timeout_seconds: float = 1.0
+    handoff_timeout_seconds: float = 30.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.chunk_tokens <= CHUNK_TOKENS_MAX:
@@ -44,7 +45,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         for name in ("lookup_timeout_seconds", "transfer_timeout_seconds"):
             if not 0 < getattr(self, name) <= 60:
                 raise ValueError(f"{name} must lie in (0, 60]")
-        if self.layout == "opaque" and self.needs_values:
+        if not 0 < self.handoff_timeout_seconds <= HANDOFF_TTL_MAX_SECONDS:
+            raise ValueError(
+                f"handoff_timeout_seconds must lie in (0, {HANDOFF_TTL_MAX_SECONDS:g}]"
+            )
+        if self.needs_values and self.layout == "opaque":
             raise ValueError(
                 f"codec {self.policy.codec!r} must know what the bytes of pages are, so layout"
                 f" cannot be 'opaque'; use 'canonical', or one of {', '.join(OPAQUE_CODECS)}"

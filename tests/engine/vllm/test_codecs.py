@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-import pytest
 import torch
 import transformers
 
@@ -13,7 +12,7 @@ from deploy.demo.daemon import running_daemon
 from kvstore.client.sync import Client
 from kvstore.connectors.huggingface import PrefixReuse
 from tests.engine.vllm import models
-from tests.engine.vllm.driver import Engine, EngineError
+from tests.engine.vllm.driver import Engine
 from tests.engine.vllm.test_sharing import CHUNK, TOKENS, WEIGHTS, complete
 
 log = logging.getLogger(__name__)
@@ -80,9 +79,3 @@ def test_what_loses_nothing_changes_no_bit_of_what_an_engine_says(tmp_path):
             assert engine.call("counts")["tokens_hit"] == 1024
     assert (local.reused, loaded.reused) == (1024, 1024)
     assert loaded == local
-
-
-def test_a_lossy_codec_for_opaque_pages_stops_the_engine_with_a_reason(llama, tmp_path):
-    extra = {"codec": "int4kv", "layout": "opaque"}
-    with pytest.raises(EngineError, match=r"codec 'int4kv' must know what the bytes of pages are"):
-        Engine(llama, socket=tmp_path / "none", extra=extra)

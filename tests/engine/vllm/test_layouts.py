@@ -24,6 +24,7 @@ from kvstore.connectors.vllm_shards import HeadShard
 from kvstore.connectors.vllm_tilings import amx_tiles, rows, transposed_keys
 from kvstore.connectors.vllm_worker import WorkerHalf
 from kvstore.connectors.weights import UnsupportedError
+from kvstore.errors import ConfigError
 from kvstore.transfer.copies import Runs, gather, scatter
 from kvstore.types import Digest, HeadRange
 from tests.support.making import make_digests
@@ -349,6 +350,16 @@ def engine(spec: SimpleNamespace, *, device="cuda", total=8, backend=None, **par
 def attention(**changes: object) -> FullAttentionSpec:
     fields = {"block_size": 16, "num_kv_heads": 4, "head_size": 64, "head_size_v": 64}
     return FullAttentionSpec(**({"dtype": torch.bfloat16} | fields | changes))
+
+
+def test_a_codec_that_needs_values_has_pages_converted_or_is_refused():
+    on_cpu = engine(attention(num_kv_heads=1, head_size=32, head_size_v=32), device="cpu")
+    for codec, is_converted in (("rans", False), ("int4kv", True), ("exp3", True)):
+        (group,) = groups_of(*on_cpu, read_settings({"codec": codec}))
+        assert (group.tiling is not None) == is_converted
+    unknown = engine(attention(), backend="SOMETHING_NEW")
+    with pytest.raises(ConfigError, match=r"'int4kv', which must know .* rans, lz4 are for those"):
+        groups_of(*unknown, read_settings({"codec": "int4kv"}))
 
 
 def test_devices_convert_rows_whatever_the_type():

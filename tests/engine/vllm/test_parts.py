@@ -120,6 +120,9 @@ def test_chunks_are_whole_blocks():
         ({"chunk_tokens": -1}, "chunk_tokens must lie in"),
         ({"lookup_timeout_seconds": 0}, "lookup_timeout_seconds must lie in"),
         ({"layout": "mine"}, "layout"),
+        ({"codec": "int3"}, "codec 'int3' is unknown; known are raw"),
+        ({"codec": {"name": "int4kv", "edges": 1}}, "unknown field `edges`; known are name"),
+        ({"codec": "int4kv", "layout": "opaque"}, "'int4kv' must know what the bytes of pages are"),
     ],
 )
 def test_bad_settings_are_named(extra, words):
