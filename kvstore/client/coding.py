@@ -46,6 +46,15 @@ class Part(NamedTuple):
     sizes: Sequence[int]
     fill: Callable[[int, Vacancy], bool]
 
+    def between(self, start: int, stop: int) -> Part:
+        """Return the chunks from number *start* up to *stop*, or to the last."""
+        return Part(
+            self.digests[start:stop],
+            self.digests[start - 1] if start else self.parent,
+            self.sizes[start:stop],
+            lambda number, vacancy: self.fill(start + number, vacancy),
+        )
+
 
 def plain_part(
     digests: Sequence[Digest],

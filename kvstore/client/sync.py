@@ -58,6 +58,13 @@ class StoreReport(NamedTuple):
     bytes_stored: int
     volatile: int = 0
 
+    def plus(self, other: StoreReport) -> StoreReport:
+        """Return both as one."""
+        return StoreReport(*(a + b for a, b in zip(self, other, strict=True)))
+
+
+NOTHING_STORED: Final = StoreReport(0, 0, 0, 0)
+
 
 class Client:
     """A session with the daemon. Safe to share between threads; every error is typed."""
@@ -296,13 +303,31 @@ class Space:
         coding = coding or self.attached.coding(wanted)
         if coding is None:
             return self._store_part(plain_part(digests, sources, parent), wanted)
-        report = StoreReport(0, 0, 0, 0)
+        report = NOTHING_STORED
         for part in coding.parts(digests, sources, parent):
-            one = self._store_part(part, wanted)
-            report = StoreReport(*(a + b for a, b in zip(report, one, strict=True)))
+            report = report.plus(self._store_part(part, wanted))
         return report._replace(refused=len(digests) - report.stored - report.present)
 
     def _store_part(self, part: Part, heads: HeadRange) -> StoreReport:
+        """Store *part*, in turns when it is larger than the arena and is written through.
+
+        What a slower tier has can leave for what did not fit beside it.
+        """
+        total, start, turn = NOTHING_STORED, 0, len(part.digests)
+        while start < len(part.digests):
+            vacancies, volatile = self._store_what_fits(part.between(start, start + turn), heads)
+            outcomes = [vacancy.outcome for vacancy in vacancies]
+            is_short = ReserveOutcome.NO_SPACE in outcomes
+            fits = outcomes.index(ReserveOutcome.NO_SPACE) if is_short else len(outcomes)
+            goes_on = not is_short or (self.attached.through and fits and not volatile)
+            total = total.plus(report_of(vacancies[:fits] if goes_on else vacancies, volatile))
+            if not goes_on:
+                break
+            start, turn = start + fits, fits
+        return total._replace(refused=len(part.digests) - total.stored - total.present)
+
+    def _store_what_fits(self, part: Part, heads: HeadRange) -> tuple[list[Vacancy], int]:
+        """Return what became of *part*, and how many a slower tier was to have and has not."""
         vacancies = self._reserve(part.digests, part.parent, heads, part.sizes)
         todo = [(n, vacancy) for n, vacancy in enumerate(vacancies) if vacancy.is_reserved]
         commits: deque[Waiter] = deque()
@@ -323,7 +348,7 @@ class Space:
                 commits.append(self._begin_commit(filled))
         for commit in commits:
             volatile += self._finish_commit(commit)
-        return report_of(vacancies, volatile)
+        return vacancies, volatile
 
     def take_room(
         self,

@@ -74,6 +74,33 @@ def test_what_disk_was_to_keep_is_served_after_a_restart(tmp_path, settings, end
         load_all(daemon, digests)
 
 
+def test_a_prefix_larger_than_the_host_tier_is_stored_whole_where_it_is_written_through(
+    tmp_path, settings
+):
+    digests = make_digests(CHUNKS)
+    with Daemon(tmp_path, settings) as daemon:
+        with daemon.connect() as client:
+            space = client.attach(MANIFEST)
+            report = space.store(digests, sources_of(MANIFEST, digests))
+            assert (report.stored, report.refused, report.volatile) == (CHUNKS, 0, 0)
+            assert space.store(digests, sources_of(MANIFEST, digests)).present == CHUNKS
+        load_all(daemon, digests)
+
+
+def test_a_prefix_larger_than_the_host_tier_keeps_its_head_where_nothing_else_has_it(
+    tmp_path, settings
+):
+    digests = make_digests(CHUNKS)
+    with (
+        Daemon(tmp_path, settings | {"tiers.disk.write": "back"}) as daemon,
+        daemon.connect() as it,
+    ):
+        space = it.attach(MANIFEST)
+        report = space.store(digests, sources_of(MANIFEST, digests))
+        assert report.stored + report.refused == CHUNKS
+        assert 0 < report.stored == space.lookup(digests).hits < CHUNKS
+
+
 # --- tiers that hosts share -------------------------------------------------------------------
 
 
