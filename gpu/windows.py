@@ -41,7 +41,10 @@ class AllPinned:
 
 
 class Windows:
-    """Registers *size_bytes* from *address* on. *owner* is kept alive for as long."""
+    """Registers *size_bytes* from *address* on. *owner* is kept alive for as long.
+
+    A GPU registers whole pages of memory: *address* and *step_bytes* are multiples of them.
+    """
 
     def __init__(
         self,

@@ -34,6 +34,7 @@ class World:
         seed: int = 0,
         *,
         registered: bool = True,
+        window_bytes: int = 0,
         put: Callable[[int, np.ndarray], None] | None = None,
         get: Callable[[int, int], np.ndarray] | None = None,
     ) -> None:
@@ -56,18 +57,18 @@ class World:
             head_stride=TOKENS * ROW,
         )
         self._kept: list[Memory] = []
-        self._room = np.full(9 * self.layout.chunk_bytes, RUBBISH, np.uint8)
-        skip = -self._room.ctypes.data % 256
+        self._room = np.full(8 * self.layout.chunk_bytes + 4096, RUBBISH, np.uint8)
+        skip = -self._room.ctypes.data % 4096
         self.arena = self._room[skip : skip + 8 * self.layout.chunk_bytes]
         self.counters = DeviceCounters()
-        # Windows that end inside chunks.
+        # By default windows end inside chunks. A GPU registers whole pages.
         self.windows = Windows(
             device,
             self.arena.ctypes.data,
             self.arena.nbytes,
             owner=self.arena,
             counters=self.counters,
-            step_bytes=self.layout.chunk_bytes + 256,
+            step_bytes=window_bytes or self.layout.chunk_bytes + 256,
         )
         if registered:
             self.windows.start()

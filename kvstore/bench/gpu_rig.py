@@ -1,0 +1,272 @@
+"""What `kvstore bench gpu` measures with: pages on a device, memory like the arena, and lanes."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Self
+
+import numpy as np
+
+from kvstore.client.gpu_steps import groups_of, pipeline
+from kvstore.errors import InternalError
+from kvstore.gpu.counters import DeviceCounters
+from kvstore.gpu.device import Copy, Fence, Urgency, host_bytes, wait_for
+from kvstore.gpu.lanes import LaneSettings, LoadLane, Moved, StoreLane
+from kvstore.gpu.pages import PageLayout
+from kvstore.gpu.windows import Windows
+from kvstore.hashing import block_digests
+from kvstore.transfer.arena import Arena
+from kvstore.transfer.native import address_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from kvstore.gpu.device import Device, Memory, Stream
+    from kvstore.gpu.lanes import Lane, Transfer
+
+ENGINE_STREAM: Final = 0
+"""CUDA's default stream: the bench has no engine."""
+_SEED: Final = 7
+
+
+@dataclass(frozen=True, slots=True)
+class GpuShape:
+    """A model's KV, K and V in one row as FlashAttention has them, and how much of it is moved."""
+
+    name: str
+    layers: int
+    heads: int
+    head_dim: int
+    page_tokens: int
+    pages_per_chunk: int
+    chunks: int
+
+    @property
+    def row_bytes(self) -> int:
+        """K or V of one token of one head, in bfloat16."""
+        return self.head_dim * 2
+
+    @property
+    def page_bytes(self) -> int:
+        """One layer of one page, K and V."""
+        return self.heads * self.page_tokens * self.row_bytes * 2
+
+    def layout(self, base: int) -> PageLayout:
+        """Return the layout of pages `[layer][page][token][head][k|v]` from *base* on."""
+        layer_bytes = self.chunks * self.pages_per_chunk * self.page_bytes
+        return PageLayout(
+            planes=tuple(
+                base + layer * layer_bytes + side * self.row_bytes
+                for layer in range(self.layers)
+                for side in range(2)
+            ),
+            heads=self.heads,
+            page_tokens=self.page_tokens,
+            pages_per_chunk=self.pages_per_chunk,
+            row_bytes=self.row_bytes,
+            page_stride=self.page_bytes,
+            token_stride=self.heads * 2 * self.row_bytes,
+            head_stride=2 * self.row_bytes,
+        )
+
+    def opaque_layout(self, base: int) -> PageLayout:
+        """Return the layout of the same pages as they lie, each in one piece."""
+        layer_bytes = self.chunks * self.pages_per_chunk * self.page_bytes
+        row = min(self.page_bytes, 1024)
+        return PageLayout(
+            planes=tuple(base + layer * layer_bytes for layer in range(self.layers)),
+            heads=1,
+            page_tokens=self.page_bytes // row,
+            pages_per_chunk=self.pages_per_chunk,
+            row_bytes=row,
+            page_stride=self.page_bytes,
+            token_stride=row,
+            head_stride=self.page_bytes,
+        )
+
+
+class Rig:
+    """Two sets of pages on a device, and registered memory for all their chunks."""
+
+    def __init__(self, device: Device, shape: GpuShape) -> None:
+        self.device = device
+        self.shape = shape
+        self.counters = DeviceCounters()
+        chunk = shape.layout(0).chunk_bytes
+        self.total_bytes = shape.chunks * chunk
+        self.first = device.allocate(self.total_bytes)
+        self.second = device.allocate(self.total_bytes)
+        self.arena = Arena.create(max(2 * self.total_bytes, 1 << 20), huge_pages=False)
+        while self.arena.prefault_step():
+            pass
+        self.base = address_of(self.arena.view)
+        self.windows = Windows(
+            device, self.base, self.arena.size_bytes, owner=self.arena, counters=self.counters
+        )
+        started_at = time.perf_counter()
+        self.windows.start()
+        self.windows.wait()
+        self.register_seconds = time.perf_counter() - started_at
+        order = np.random.default_rng(_SEED).permutation(shape.chunks * shape.pages_per_chunk)
+        self.pages: list[list[int]] = order.reshape(shape.chunks, -1).tolist()
+        self._fill()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.windows.close()
+        self.first.free()
+        self.second.free()
+        self.arena.close()
+
+    def _fill(self) -> None:
+        """Put noise into the first pages, by way of the arena."""
+        self.noise = np.random.default_rng(_SEED).integers(0, 256, self.total_bytes, np.uint8)
+        host_bytes(self.base, self.total_bytes)[:] = self.noise
+        stream = self.device.stream(Urgency.HIGH)
+        stream.copy(self.flat(self.first, to_device=True))
+        wait_for(stream.record())
+
+    def flat(self, memory: Memory, *, to_device: bool, half: int = 0) -> list[Copy]:
+        """Return plain copies, as large as chunks, between *memory* and a half of the arena."""
+        size = self.total_bytes // self.shape.chunks
+        host = self.base + half * self.total_bytes
+        copies = []
+        for start in range(0, self.total_bytes, size):
+            for run in self.windows.pinned_runs(host + start, size):
+                at = memory.address + run.address - host
+                ends = (at, run.address) if to_device else (run.address, at)
+                copies.append(Copy(*ends, run.size_bytes))
+        return copies
+
+    def moved(self, half: int = 0) -> list[Moved]:
+        """Return all chunks, with places in a half of the arena."""
+        size = self.total_bytes // self.shape.chunks
+        start = self.base + half * self.total_bytes
+        return [Moved(pages, start + n * size) for n, pages in enumerate(self.pages)]
+
+    def lane(
+        self, kind: type[Lane], memory: Memory, *, opaque: bool = False, direct: bool = False
+    ) -> Lane:
+        """Return a lane between *memory* and the arena."""
+        make = self.shape.opaque_layout if opaque else self.shape.layout
+        layout = make(memory.address)
+        settings = LaneSettings(
+            staging_bytes=max(LaneSettings().staging_bytes, 4 * layout.chunk_bytes),
+            direct_page_min_bytes=1 if direct else None,
+        )
+        return kind(self.device, layout, self.windows, self.counters, settings)
+
+    def check(self) -> None:
+        """Store the first pages, load them into the second, and store those.
+
+        Raises `InternalError` unless the bytes are the right ones each time.
+        """
+        halves = [
+            host_bytes(self.base + half * self.total_bytes, self.total_bytes) for half in (0, 1)
+        ]
+        halves[0][:] = 0
+        store = self.lane(StoreLane, self.first)
+        digests = run_lane(store, self.moved())
+        _require(np.array_equal(halves[0], self._expected()), "chunks are not what the pages hold")
+        size = self.total_bytes // self.shape.chunks
+        for number, found in enumerate(digests):
+            chunk = halves[0][number * size : (number + 1) * size]
+            _require(np.array_equal(found, block_digests(chunk.data)), "digests are wrong")
+        load, again = self.lane(LoadLane, self.second), self.lane(StoreLane, self.second)
+        run_lane(load, self.moved())
+        run_lane(again, self.moved(1))
+        _require(np.array_equal(halves[0], halves[1]), "pages are not what the chunks hold")
+        for lane in (store, load, again):
+            lane.close()
+
+    def _expected(self) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+        shape = self.shape
+        form = (shape.layers, -1, shape.page_tokens, shape.heads, 2, shape.row_bytes)
+        pages = self.noise.reshape(form)
+        chunks = [pages[:, chosen].transpose(0, 4, 3, 1, 2, 5).reshape(-1) for chosen in self.pages]
+        return np.concatenate(chunks)
+
+
+def _require(is_right: bool, what: str) -> None:
+    if not is_right:
+        raise InternalError(what)
+
+
+def run_lane(lane: Lane, chunks: Sequence[Moved], *, checksums: bool = True) -> list[Any]:
+    """Move *chunks* as the client does; return their digests."""
+    fence = None
+    found: list[Any] = []
+
+    def begin(group: list[Moved]) -> Transfer:
+        return lane.begin(group, fence, checksums=checksums)
+
+    def end(transfer: Transfer, _: list[Moved]) -> bool:
+        digests = transfer.finish()
+        found.extend(() if digests is None else digests)
+        return True
+
+    def drop(transfer: Transfer, _: list[Moved]) -> None:
+        transfer.finish()
+
+    pipeline(lane, groups_of(chunks, lane.chunks_per_transfer), begin, end, drop)
+    return found
+
+
+def run_copies(stream: Stream, copies: Sequence[Copy]) -> None:
+    """Move *copies* and wait for them."""
+    stream.copy(copies)
+    wait_for(stream.record())
+
+
+def together(*calls: Callable[[], object]) -> None:
+    """Run *calls* at once, each in a thread of its own; raises what one of them raised."""
+    errors: list[BaseException] = []
+
+    def run(call: Callable[[], object]) -> None:
+        try:
+            call()
+        except BaseException as error:  # noqa: BLE001  # raised below
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(call,)) for call in calls]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
+def median_seconds(rounds: int, call: Callable[[], object]) -> float:
+    """Return the median of *rounds* calls, after one that does not count."""
+    call()
+    taken = []
+    for _ in range(rounds):
+        started_at = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - started_at)
+    return statistics.median(taken)
+
+
+def host_microseconds(rig: Rig, rounds: int) -> tuple[float, float]:
+    """Return what a fence costs the engine's thread, and what a begun transfer costs ours."""
+    engine = rig.device.engine_stream(ENGINE_STREAM)
+    fence = median_seconds(rounds, lambda: Fence.of(engine))
+    lane = rig.lane(StoreLane, rig.first)
+    chunks = rig.moved()[: lane.chunks_per_transfer]
+    begun: list[float] = []
+
+    def once() -> None:
+        started_at = time.perf_counter()
+        transfer = lane.begin(chunks, None)
+        begun.append(time.perf_counter() - started_at)
+        transfer.finish()
+
+    median_seconds(rounds, once)
+    lane.close()
+    return fence * 1e6, statistics.median(begun[1:]) * 1e6

@@ -1,0 +1,54 @@
+"""`kvstore bench gpu` runs from end to end, over the stand-in; its figures then mean nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from kvstore.bench import gpu
+from kvstore.bench.gpu_rig import GpuShape, Rig
+from kvstore.errors import InternalError
+from kvstore.gpu.standin import Standin
+
+TINY = GpuShape("tiny", layers=1, heads=2, head_dim=16, page_tokens=4, pages_per_chunk=2, chunks=3)
+
+
+@pytest.fixture
+def device() -> Standin:
+    return Standin(np.random.default_rng(1), eager=True)
+
+
+def test_it_measures_every_row_beside_its_floor(device, capsys) -> None:
+    found = gpu.measure(device, [TINY], 1, matmul=float)
+    names = [row["what"] for row in found["rows"]]
+    assert [name for name in names if name.startswith("floor")] == [
+        "floor: pinned copy to the host",
+        "floor: pinned copy to the device",
+        "floor: both at once",
+        "floor: copy on the device",
+    ]
+    for what in ("store, gathered", "load, gathered", "both, gathered"):
+        assert what in names
+    assert names[-2:] == ["store through the daemon", "load through the daemon"]
+    assert any("by the copy engine" in name for name in names)
+    assert all(row["gb_per_s"] > 0 and row["floor_gb_per_s"] > 0 for row in found["rows"])
+    targets = [verdict["target"] for verdict in found["targets"]]
+    assert "store through the daemon (tiny)" in targets
+    assert "matmul beside stores, slower by" in targets
+    gpu._print(found)
+    assert "| tiny " in capsys.readouterr().out
+
+
+def test_wrong_kernels_end_it(device) -> None:
+    def nothing(*_: object) -> list[object]:
+        return [lambda: None]
+
+    device.twins = {**device.twins, "raw_gather": nothing}
+    with Rig(device, TINY) as rig, pytest.raises(InternalError, match="not what the pages hold"):
+        rig.check()
+
+
+def test_without_a_gpu_it_says_so(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(gpu, "open_device", lambda _: None)
+    assert gpu.main(["--quick"]) == 1
+    assert "no GPU to use here" in capsys.readouterr().err
