@@ -11,6 +11,7 @@ import termios
 import time
 import tty
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Final, NamedTuple
 
 from kvstore.cli.tables import align
@@ -110,7 +111,7 @@ class Top:
                 round_size(tier.used_bytes),
                 round_size(tier.capacity_bytes) if tier.capacity_bytes else "-",
                 f"{tier.chunks:,}",
-                self._per_second(lambda one, at=place: one.tiers[at].hit_chunks),
+                self._per_second(partial(_hit_chunks, place)),
                 tier.state,
             )
             for place, tier in enumerate(stats.tiers)
@@ -184,6 +185,10 @@ def _whole_screen() -> Iterator[None]:
         sys.stdout.write(_LEAVE)
         sys.stdout.flush()
         termios.tcsetattr(fd, termios.TCSADRAIN, before)
+
+
+def _hit_chunks(place: int, stats: DaemonStats) -> int:
+    return stats.tiers[place].hit_chunks
 
 
 def _bar(tier: TierStats, room: int) -> str:
