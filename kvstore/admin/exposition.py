@@ -72,6 +72,31 @@ _COUNTERS: Final[dict[str, tuple[str, str, tuple[tuple[str, str], ...]]]] = {
             ("cancelled", "promote_chunks_cancelled"),
         ),
     ),
+    "handoffs": (
+        "Hand-offs of this host, by what became of them.",
+        "outcome",
+        tuple((word, f"handoffs_{word}") for word in ("opened", "taken", "broken", "expired")),
+    ),
+    "handoff_chunks": (
+        "Chunks of hand-offs.",
+        "outcome",
+        tuple((word, f"handoff_chunks_{word}") for word in ("published", "ready", "pulled")),
+    ),
+    "peer_bytes": (
+        "Bytes sent to and received from daemons of other hosts.",
+        "direction",
+        (("sent", "peer_sent_bytes"), ("received", "peer_received_bytes")),
+    ),
+    "peer_sessions": (
+        "Daemons of other hosts that called.",
+        "outcome",
+        (("opened", "peer_sessions_opened"), ("refused", "peer_sessions_refused")),
+    ),
+    "recover_shards": (
+        "Shards that an earlier daemon had left in memory.",
+        "outcome",
+        (("kept", "recover_shards"), ("dropped", "recover_shards_dropped")),
+    ),
     "demote_chunks": (
         "Chunks that were to leave the host tier for a slower one.",
         "outcome",
@@ -100,6 +125,10 @@ _PLAIN_COUNTERS: Final = {
     "deleted_chunks": ("delete_chunks", "Chunks removed because somebody asked for it."),
     "checksum_failures": ("checksum_failures", "Chunks whose bytes were not what they should be."),
     "lease_expirations": ("lease_expirations", "Leases that nobody let go of in time."),
+    "peer_faults": ("peer_faults", "Connections to or from other daemons that failed."),
+    "pull_failures": ("pull_failures", "Chunks of hand-offs that did not come from their host."),
+    "unrecorded_shards": ("unrecorded_shards", "Shards that a restart would not find in memory."),
+    "evicted_bytes": ("evict_bytes", "Bytes that left the host tier to make room."),
     "hints": ("hints", "Hints taken from engines."),
     "sessions_opened": ("sessions_opened", "Sessions taken in."),
     "sessions_refused": ("sessions_refused", "Connections refused."),

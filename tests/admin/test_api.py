@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
+from kvstore.admin.exposition import _COUNTERS, _PLAIN_COUNTERS
 from kvstore.hashing import chunk_digests
 from kvstore.limits import ADMIN_HISTORY_SECONDS
 from tests.support.admin import ADMIN, WRITE
+from tests.support.daemon import REPOSITORY
 from tests.support.making import CHUNK_TOKENS, make_digests, make_manifest, sources_of
 from tests.support.waiting import wait_until
 
@@ -101,6 +103,22 @@ def test_all_figures_obey_their_laws(admin, stored):
     for name in figures:
         assert name.startswith("kvstore_")
         assert "_total_total" not in name
+
+
+def test_every_counter_has_its_figure(admin, served):
+    named = [
+        *(counter for _, _, values in _COUNTERS.values() for _, counter in values),
+        *(counter for counter, _ in _PLAIN_COUNTERS.values()),
+        "evict_chunks",  # among those of all tiers
+    ]
+    assert sorted(named) == sorted(served.stats().counters)
+    page = (REPOSITORY / "docs" / "metrics.md").read_text(encoding="utf-8")
+    families = {
+        line.split()[2]
+        for line in admin.get("/metrics").body.decode().splitlines()
+        if line.startswith("# TYPE")
+    }
+    assert [family for family in sorted(families) if f"`{family}`" not in page] == []
 
 
 def test_namespaces_and_chunks_come_in_pages(admin, stored):
