@@ -31,7 +31,7 @@ from kvstore.protocol import peering as p
 from kvstore.store.handoffs import HandoffKey
 from kvstore.store.shards import choose_cover
 from kvstore.store.store import NO_LEASE
-from kvstore.transfer.wire import Wire, WireError, prepare
+from kvstore.transfer.wire import Wire, WireError, WireProtocolError, prepare
 from kvstore.types import Digest, HandoffState, HeadRange, LeaseId, NamespaceId, SessionId
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class PeerEndpoint:
             self._sessions -= 1
             self._store.end_session(session)
             error = None if serving.cancelled() else serving.exception()
-            if isinstance(error, KVStoreError):
+            if isinstance(error, KVStoreError | WireProtocolError):
                 self._store.counters.peer_faults += 1
                 log.warning("peer refused", extra={"from": str(address), "reason": str(error)})
             elif isinstance(error, WireError | OSError):

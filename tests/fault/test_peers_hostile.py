@@ -1,0 +1,246 @@
+"""Nobody across the network is trusted: callers without the token, and peers that lie."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+
+import pytest
+
+from kvstore.hashing import block_digests, root_of
+from kvstore.protocol import peering as p
+from kvstore.types import HandoffState
+from tests.support.daemon import Daemon
+from tests.support.handoffs import is_right, store_one, take_all, wait
+from tests.support.hosts import TOKEN, called, caller, free_port
+from tests.support.making import make_digests, make_manifest, make_payload
+from tests.support.redis_tls import make_certificates
+from tests.support.waiting import DEADLINE_SECONDS, wait_until
+
+MANIFEST = make_manifest(model="hostile")
+DIGESTS = make_digests(3)
+LIMITS = {"PULL_TROUBLE_SECONDS": 0.6, "PEER_TIMEOUT_SECONDS": 0.4}
+SIZE = MANIFEST.chunk_bytes
+
+
+def frame(message: p.PeerMessage) -> bytes:
+    body = p.encode(message)
+    return struct.pack("<I", len(body)) + body
+
+
+def read(connection: socket.socket) -> p.AnyPeerMessage:
+    head = connection.recv(4, socket.MSG_WAITALL)
+    if len(head) < 4:
+        raise ConnectionResetError("closed")
+    return p.decode(connection.recv(struct.unpack("<I", head)[0], socket.MSG_WAITALL))
+
+
+def offer(digest, payload=None, size=SIZE, heads=(0, 4)) -> p.Offer:
+    root = root_of(block_digests(payload or make_payload(digest, SIZE)))
+    return p.Offer(digest, [p.OfferedShard(*heads, size, root)])
+
+
+class Liar:
+    """A peer that knows the token: it offers *offers*, and *answer* is what it sends for them."""
+
+    def __init__(self, offers, answer, *, version: int = p.PEER_VERSION, token: str = TOKEN):
+        self.offers, self.answer, self.version = offers, answer, version
+        self.token = token.strip().encode()
+        self.listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self.listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def close(self) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return
+            threading.Thread(target=self._serve, args=[connection], daemon=True).start()
+
+    def _serve(self, connection: socket.socket) -> None:
+        with connection:
+            try:
+                nonce = bytes(32)
+                connection.sendall(frame(p.PeerNonce(self.version, nonce)))
+                hello = read(connection)
+                proof = p.called_proof(self.token, nonce, hello.nonce, "prefill")
+                connection.sendall(frame(p.PeerWelcome("prefill", proof)))
+                while True:
+                    self._reply(connection, read(connection))
+            except OSError:
+                return
+
+    def _reply(self, connection: socket.socket, request: p.AnyPeerMessage) -> None:
+        if isinstance(request, p.Follow):
+            offers = self.offers[request.first :]
+            connection.sendall(frame(p.Following(HandoffState.CLOSED, offers, True)))
+        elif isinstance(request, p.Want):
+            connection.sendall(self.answer(request))
+        else:
+            connection.sendall(frame(p.Left()))
+
+
+def right(want: p.Want) -> bytes:
+    payload = make_payload(want.digest, want.shard.size_bytes)
+    return frame(p.Sending(len(payload))) + payload
+
+
+def other_bytes(want: p.Want) -> bytes:
+    wrong = bytearray(right(want))
+    wrong[-1] ^= 1
+    return bytes(wrong)
+
+
+ONE = [offer(DIGESTS[0])]
+LIES = {
+    "other bytes": (ONE, other_bytes),
+    "bytes of another chunk": (
+        ONE,
+        lambda want: right(p.Want(want.namespace, DIGESTS[1], want.shard)),
+    ),
+    "more than it announced": (ONE, lambda _: frame(p.Sending(SIZE + 1)) + bytes(SIZE + 1)),
+    "less than it announced": (ONE, lambda _: frame(p.Sending(SIZE - 1)) + bytes(SIZE - 1)),
+    "another answer": (ONE, lambda _: frame(p.Left())),
+    "no message at all": (ONE, lambda _: struct.pack("<I", 3) + b"xyz"),
+    "a frame without end": (ONE, lambda _: struct.pack("<I", 2**32 - 1)),
+}
+ABSURD = {
+    "a chunk of another size": [offer(DIGESTS[0], size=SIZE - 1)],
+    "a chunk with a head missing": [offer(DIGESTS[0], size=SIZE // 4 * 3, heads=(0, 3))],
+    "a chunk with too many heads": [offer(DIGESTS[0], size=SIZE // 4 * 5, heads=(0, 5))],
+    "heads the wrong way round": [offer(DIGESTS[0], heads=(4, 0))],
+}
+
+
+@pytest.fixture
+def decode(tmp_path):
+    """Start the calling daemon, whose only peer is a liar."""
+    started = []
+
+    def start(liar: Liar) -> Daemon:
+        daemon = caller(tmp_path, liar.port, limits=LIMITS)
+        started.extend((liar, daemon))
+        return daemon.__enter__()
+
+    yield start
+    liar, daemon = started
+    daemon.stop()
+    liar.close()
+
+
+def nothing_comes(daemon: Daemon, name: str = "lies") -> None:
+    """The consumer is told in time that nothing comes, and nothing is left behind."""
+    with daemon.connect() as client:
+        space = client.attach(MANIFEST)
+        ready = wait(space, name, 0, "prefill")
+        while not ready.is_last:
+            ready = wait(space, name, 0, "prefill")
+        assert (ready.digests, ready.state) == ([], HandoffState.BROKEN), name
+        assert space.lookup(DIGESTS).hits == 0
+        space.handoffs.leave(name, peer="prefill")
+        stats = client.stats()
+        wait_until(lambda: not client.stats().handoffs, what="it ends")
+        assert (stats.reservations, stats.leases, stats.tiers[0].used_bytes) == (0, 0, 0)
+
+
+def test_a_peer_that_lies_about_bytes_is_found_out_and_left(decode):
+    liar = Liar(ONE, right)
+    daemon = decode(liar)
+    for name, (offers, answer) in LIES.items():
+        liar.offers, liar.answer = offers, answer
+        before = daemon.stats().counters["peer_faults"]
+        nothing_comes(daemon, name)
+        assert daemon.stats().counters["peer_faults"] > before, name
+        assert daemon.used_bytes() == 0
+    liar.offers, liar.answer = [offer(digest) for digest in DIGESTS], right
+    with daemon.connect() as client:
+        space = client.attach(MANIFEST)
+        assert take_all(space, "truth", "prefill") == DIGESTS
+        assert is_right(space, DIGESTS)
+
+
+def test_offers_that_cannot_be_are_refused(decode):
+    liar = Liar(ONE, right)
+    daemon = decode(liar)
+    for name, offers in ABSURD.items():
+        liar.offers = offers
+        nothing_comes(daemon, name)
+
+
+def test_a_peer_of_another_version_is_not_used(decode):
+    daemon = decode(Liar(ONE, right, version=2))
+    nothing_comes(daemon)
+    assert "peer protocol 2, this daemon 1" in daemon.log()
+
+
+def test_a_peer_that_does_not_know_the_token_is_not_used(decode):
+    daemon = decode(Liar(ONE, right, token="guessed, and wrongly"))
+    nothing_comes(daemon)
+    assert "does not know the token" in daemon.log()
+    assert TOKEN.strip() not in daemon.log()
+
+
+GREETINGS = {
+    "nothing": b"",
+    "noise": b"\xff" * 64,
+    "a web browser": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
+    "a proof of nothing": frame(p.PeerHello(1, "evil", bytes(32), bytes(32))),
+    "another version": frame(p.PeerHello(2, "evil", bytes(32), bytes(32))),
+    "a request without a greeting": frame(
+        p.Want(bytes(16), DIGESTS[0], p.OfferedShard(0, 4, 1, 0))
+    ),
+}
+
+
+def test_callers_without_the_token_see_nothing_and_disturb_nobody(tmp_path):
+    port = free_port()
+    with called(tmp_path, port, limits=LIMITS) as daemon, daemon.connect() as client:
+        space = client.attach(MANIFEST)
+        store_one(space, DIGESTS, 0)
+        for greeting in GREETINGS.values():
+            with socket.create_connection(("127.0.0.1", port), DEADLINE_SECONDS) as connection:
+                challenge = read(connection)
+                assert isinstance(challenge, p.PeerNonce)
+                connection.sendall(greeting)
+                while True:
+                    try:
+                        answer = read(connection)
+                    except (ConnectionResetError, OSError):
+                        break
+                    assert isinstance(answer, p.PeerFault)
+        wait_until(lambda: client.stats().counters["peer_faults"] == 5, what="all are counted")
+        assert client.stats().counters["peer_sent_bytes"] == 0
+        assert is_right(space, DIGESTS[:1])
+
+
+def test_over_tls_a_handoff_comes_and_a_foreign_authority_is_refused(tmp_path):
+    port = free_port()
+    ours = make_certificates(tmp_path / "ours")
+    theirs = make_certificates(tmp_path / "theirs")
+    secret = {"peer.tls_cert_file": ours.certificate, "peer.tls_key_file": ours.key}
+    with (
+        called(tmp_path / "a", port, secret) as prefill,
+        prefill.connect() as one,
+    ):
+        producer = one.attach(MANIFEST)
+        producer.handoffs.open("secret")
+        producer.handoffs.publish("secret", 0, DIGESTS)
+        for number in range(len(DIGESTS)):
+            store_one(producer, DIGESTS, number)
+        producer.handoffs.close("secret")
+        for authority, expected in ((theirs.authority, []), (ours.authority, DIGESTS)):
+            way = {
+                "peers.prefill.url": f"tls://127.0.0.1:{port}",
+                "peers.prefill.ca_file": authority,
+            }
+            with (
+                caller(tmp_path / authority.parent.name, port, way, LIMITS) as decode,
+                decode.connect() as other,
+            ):
+                assert take_all(other.attach(MANIFEST), "secret", "prefill") == expected
