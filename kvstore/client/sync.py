@@ -294,7 +294,8 @@ class Space:
     ) -> StoreReport:
         """Store chunk i from `sources[i]`; what is stored already costs no copy.
 
-        They are encoded by *coding*, or as the manifest's codec does by default. Chunks are
+        They are encoded by *coding*, or as the manifest's codec does by default; where the codec
+        is of variable rate, before it is known what is stored already. Chunks are
         committed in groups, while the next are being copied. Raises the error of the first
         commit that failed.
         """

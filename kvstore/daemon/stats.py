@@ -137,7 +137,7 @@ def _namespaces(store: Store) -> list[m.NamespaceStats]:
             dtype=space.manifest.dtype,
             group=space.manifest.group[:STATS_NAME_MAX_CHARS],
             chunk_tokens=space.manifest.chunk_tokens,
-            chunk_bytes=space.manifest.chunk_bytes,
+            chunk_bytes=space.manifest.plain_bytes(space.manifest.all_heads),
             chunks=len(space.ready),
             codec=space.manifest.codec,
         )

@@ -39,7 +39,7 @@ class CodecStats(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class NamespaceStats(msgspec.Struct, frozen=True, kw_only=True):
-    """What one namespace holds."""
+    """What one namespace holds. *chunk_bytes* are those of a chunk as engines have it."""
 
     namespace: str
     model: str
