@@ -197,7 +197,7 @@ REUSE_SAMPLES_MAX: Final = 8192
 REUSE_SAMPLES_TOTAL_MAX: Final = 65_536
 REUSE_PENDING_MAX: Final = 2048
 # How many of them are worked on at once, which takes about a millisecond, and how often.
-REUSE_BATCH: Final = 256
+REUSE_BATCH: Final = 128
 # A curve from fewer uses says nothing.
 REUSE_REFERENCES_MIN: Final = 200
 REUSE_PAUSE_SECONDS: Final = 0.1

@@ -17,6 +17,8 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
+import numpy as np
+
 from kvstore.limits import (
     REUSE_PENDING_MAX,
     REUSE_SAMPLES_MAX,
@@ -117,7 +119,8 @@ class Stack:
         self._weights[min(_bucket(distance), _BUCKETS - 1)] += weight
 
     def _touch(self, digest: Digest, size_bytes: int) -> None:
-        used = self._used.get(digest)
+        # Taken out and put in again, so that all stay in the order of their last use.
+        used = self._used.pop(digest, None)
         if used is None:
             heapq.heappush(self._largest, (-_hash(digest), digest))
         else:
@@ -142,14 +145,15 @@ class Stack:
 
     def _deal_times(self) -> None:
         """Give the sampled chunks new times, in their order."""
-        order = sorted(self._used.items(), key=lambda item: item[1][0])
-        self._tree = array("q", bytes(8 * (self._times + 1)))
-        self._total_bytes = 0
-        self._now = 0
-        for digest, (_, size_bytes) in order:
-            self._now += 1
-            self._used[digest] = (self._now, size_bytes)
-            self._add(self._now, size_bytes)
+        sizes = np.zeros(self._times + 1, np.int64)
+        for time, (digest, (_, size_bytes)) in enumerate(self._used.items(), 1):
+            self._used[digest] = (time, size_bytes)
+            sizes[time] = size_bytes
+        self._now = len(self._used)
+        # Each node of the tree is the sum of those that differ from it in its lowest bits.
+        sums, nodes = np.cumsum(sizes), np.arange(self._times + 1)
+        tree = sums - sums[nodes & (nodes - 1).clip(0)]
+        self._tree = array("q", tree.astype(np.int64).tobytes())
 
     def _add(self, time: int, size_bytes: int) -> None:
         tree, times = self._tree, self._times
@@ -218,18 +222,35 @@ class Reuse:
             stack = self._stacks.get(uses.tenant)
             if stack is None:
                 stack = self._stacks[uses.tenant] = Stack(self._samples_max)
+                stack.threshold = self._first_bytes << (_HASH_BITS - 8)
             stack.use(uses.digests, uses.size_bytes, is_counted=uses.is_counted)
         self._retune()
 
     def _put(self, uses: _Uses) -> None:
-        """Keep *uses* for later; more than can be worked on means that too much is sampled."""
+        """Keep *uses* for later; more than can be worked on means that too much is sampled.
+
+        Where the rate is so low already that this should not be, the oldest are let go.
+        """
         self._pending.append(uses)
         self._count += len(uses.digests)
         if self._count > REUSE_PENDING_MAX:
+            self._first_bytes = max(self._first_bytes // 2, 1)
+            self._table = _table(self._first_bytes)
             for stack in self._stacks.values():
                 stack.lower_by_half()
-            self._retune()
-            self.work(REUSE_PENDING_MAX // 2)
+            self._prune()
+
+    def _prune(self) -> None:
+        """Let go of pending uses of what is not sampled any more, and of the oldest if need be."""
+        thresholds = {tenant: stack.threshold for tenant, stack in self._stacks.items()}
+        pending = self._pending
+        self._pending, self._count = deque(), 0
+        for uses in reversed(pending):
+            threshold = thresholds.get(uses.tenant, self._first_bytes << (_HASH_BITS - 8))
+            left = [digest for digest in uses.digests if _hash(digest) < threshold]
+            if left and self._count + len(left) <= REUSE_PENDING_MAX // 2:
+                self._pending.appendleft(uses._replace(digests=left))
+                self._count += len(left)
 
     def _retune(self) -> None:
         """Let look-ups note only what some stack still samples."""

@@ -73,6 +73,7 @@ def test_more_than_can_be_worked_on_lowers_the_rate():
     before = 1 / 16
     for number in range(0, 64 * REUSE_PENDING_MAX, 64):
         reuse.looked_up(0, [loose_digest(number + at) for at in range(64)], MIB)
+    reuse.work()
     stack = reuse.stack(0)
     assert stack is not None
     assert stack.rate < before
