@@ -321,13 +321,13 @@ function levelPlaces(width, height, slower) {
   return at;
 }
 function uprightPlaces(width, height, slower) {
-  const at = { engine: { x: width / 2, y: 26 }, host: { x: width / 2, y: height / 2 - 6 }, none: { x: width - 54, y: height / 2 - 6 } };
-  slower.forEach((name, i) => { at[name] = { x: width * (i + 1) / (slower.length + 1), y: height - 30 }; });
+  const at = { engine: { x: 96, y: 26 }, host: { x: 96, y: height / 2 - 6 }, none: { x: width - 54, y: height / 2 - 6 } };
+  slower.forEach((name, i) => { at[name] = { x: slower.length === 1 ? 96 : 96 + (width - 150) * i / (slower.length - 1), y: height - 30 }; });
   return at;
 }
 function node(name, { x, y }) {
   const tier = latest.tiers.find((one) => one.tier === name);
-  const sub = name === "engine" ? `${latest.sessions} sessions` : name === "none" ? "" : tier ? `${count(tier.chunks)} chunks` : "";
+  const sub = name === "engine" ? `${latest.sessions} session${latest.sessions === 1 ? "" : "s"}` : name === "none" ? "" : tier ? `${count(tier.chunks)} chunks` : "";
   return svg("g", { class: `node ${name === "none" ? "none-node" : name}` },
     svg("rect", { x: x - 50, y: y - 22, width: 100, height: 44, rx: 10 }),
     svg("text", { x, y: sub ? y - 2 : y + 5 }, name === "none" ? "evicted" : name === "engine" ? "engines" : name),
@@ -343,7 +343,10 @@ function edge(from, to, speed, flow) {
   line.style.strokeWidth = speed > 0 ? String(Math.min(7, 1.5 + Math.log10(1 + speed / 1e4))) : "2";
   const arrow = Math.abs(x2 - x1) > Math.abs(y2 - y1) ? (x2 > x1 ? "→" : "←") : (y2 > y1 ? "↓" : "↑");
   const words = speed > 0 ? `${arrow} ${rate(speed)}` : flow.bytes ? `${arrow} ${bytes(flow.bytes)}` : "";
-  const label = svg("text", { class: speed > 0 ? "rate" : "rate still", x: (x1 + x2) / 2 + nx * (Math.abs(nx) > 0.2 ? 26 : 14), y: (y1 + y2) / 2 + ny * 16 + 4 }, words);
+  // Beside an upright line the words begin or end at it; along any other they lie above or below.
+  const isUpright = Math.abs(nx) > 0.8, away = isUpright ? 7 : Math.abs(nx) > 0.2 ? 26 : 14;
+  const label = svg("text", { class: speed > 0 ? "rate" : "rate still", x: (x1 + x2) / 2 + nx * away, y: (y1 + y2) / 2 + (isUpright ? 4 : ny * 16 + 4) }, words);
+  if (isUpright) label.style.textAnchor = nx < 0 ? "end" : "start";
   return [line, label];
 }
 
@@ -394,12 +397,14 @@ function drawReuse(curves) {
   times.forEach((one, i) => drawn.append(svg("text", { x: x(i), y: height - 4, "text-anchor": "middle" }, one === 1 ? "today" : `${one}×`)));
   const told = curves.slice(0, 6).map((curve) => {
     const spots = curve.points.map((point, i) => [x(i), y(point.hit_rate)]);
-    drawn.append(svg("path", { class: `line ${curve.tier}`, d: `M${spots.map((spot) => spot.join(",")).join("L")}` }));
+    const line = svg("path", { class: `line ${curve.tier}`, d: `M${spots.map((spot) => spot.join(",")).join("L")}` });
+    if (curve.tenant) line.style.strokeDasharray = "5 4";
+    drawn.append(line);
     spots.forEach(([cx, cy], i) => drawn.append(svg("circle", { class: `dot ${curve.tier}`, cx, cy, r: times[i] === 1 ? 6 : 4 })));
     return `${curve.tier}${curve.tenant ? ` of ${curve.tenant}` : ""}: ${curve.points.map((point) => `${percent(point.hit_rate)} at ${point.times === 1 ? "today's" : `${point.times} times`}`).join(", ")}`;
   });
   const legend = el("div", { class: "legend" }, ...curves.slice(0, 6).map((curve) => el("span", { class: curve.tier }, el("i"),
-    `${curve.tier}${curve.tenant ? `, ${curve.tenant}` : ""}: ${bytes(curve.capacity_bytes)} today`)));
+    `${curve.tier}${curve.tenant ? ` of ${curve.tenant} (dashed)` : ""}: ${bytes(curve.capacity_bytes)} today`)));
   place.setAttribute("role", "img");
   place.setAttribute("aria-label", `Hit rate by capacity. ${told.join(". ")}`);
   place.replaceChildren(drawn, legend);

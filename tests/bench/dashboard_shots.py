@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from pathlib import Path
@@ -20,19 +22,28 @@ from tests.support.redis import RedisServer
 from tests.support.traffic import Traffic
 
 LAPTOP = {"width": 1280, "height": 800}
+SMALLER = shutil.which("pngquant")
 PHONE = {"width": 390, "height": 844}
 
 
-def shoot(browser: Browser, url: str, path: Path, size: dict[str, int], theme: str) -> None:
-    """Take one picture of the whole page, once it shows something."""
+def shoot(
+    browser: Browser, url: str, path: Path, size: dict[str, int], theme: str, question: str = ""
+) -> None:
+    """Take one picture of the whole page, once it shows something and has answered *question*."""
     context = browser.new_context(viewport=size, color_scheme=theme, device_scale_factor=1)
     page = context.new_page()
     page.on("console", lambda message: print("console:", message.text))
     page.on("pageerror", lambda error: print("error:", error))
     page.goto(url)
     page.wait_for_selector("#tier-list li")
+    if question:
+        page.fill("#explain-keys", question)
+        page.click("#explain button")
+        page.wait_for_selector("#explanation li")
     page.wait_for_timeout(2500)
     page.screenshot(path=path, full_page=True)
+    if SMALLER is not None:
+        subprocess.run([SMALLER, "--force", "--ext", ".png", "128", path], check=True)
     print(path, path.stat().st_size)
     context.close()
 
@@ -74,8 +85,10 @@ def busy(browser: Browser, place: Path, out: Path, seconds: float) -> None:
                 one.start()
             time.sleep(seconds)
             url = admin_url(daemon)
+            digests = crew[0].digests_of(58, 2)
+            question = " ".join(digest.hex() for digest in digests[:8])
             for theme in ("light", "dark"):
-                shoot(browser, url, out / f"dashboard-busy-{theme}.png", LAPTOP, theme)
+                shoot(browser, url, out / f"dashboard-busy-{theme}.png", LAPTOP, theme, question)
             shoot(browser, url, out / "dashboard-phone.png", PHONE, "light")
             os.kill(redis.pid, signal.SIGSTOP)
             time.sleep(8)

@@ -14,6 +14,8 @@ from tests.support.making import CHUNK_TOKENS, empty_targets, make_manifest, sou
 
 TURN_CHUNKS = 6
 TURNS_MAX = 8
+# Of pictures of a machine with other things to do.
+_TIMEOUT_SECONDS = 2.0
 
 
 class Traffic(threading.Thread):
@@ -36,7 +38,9 @@ class Traffic(threading.Thread):
         super().__init__(name=f"traffic {model}")
         self.manifest = make_manifest(model=model, layers=8)
         self.turns = 0
-        self._cache = PrefixCache(self.manifest, socket=socket, tenant=tenant)
+        self._cache = PrefixCache(
+            self.manifest, socket=socket, tenant=tenant, timeout_seconds=_TIMEOUT_SECONDS
+        )
         self._random = np.random.default_rng(seed)
         self._pause_seconds = pause_seconds
         self._lengths = dict.fromkeys(range(conversations), 1)
