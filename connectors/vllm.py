@@ -26,12 +26,14 @@ from kvstore.client.sync import Client
 from kvstore.compression.policy import CodecPolicy
 from kvstore.connectors.vllm_backends import check_backends
 from kvstore.connectors.vllm_events import events_for
+from kvstore.connectors.vllm_handoff import SchedulerHandoffs
 from kvstore.connectors.vllm_layouts import KVGroup, groups_of
 from kvstore.connectors.vllm_manifests import manifests_of, policies_of
 from kvstore.connectors.vllm_metadata import StepMetadata
 from kvstore.connectors.vllm_scheduler import SchedulerHalf
 from kvstore.connectors.vllm_settings import Settings, read_settings
 from kvstore.connectors.vllm_stats import StoreMetrics, StoreStats, stats_since
+from kvstore.connectors.vllm_tracking import Role
 from kvstore.connectors.vllm_worker import Received, WorkerHalf
 from kvstore.connectors.weights import UnsupportedError
 from kvstore.errors import CodecError, ConfigError, KVStoreError
@@ -76,7 +78,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
                 caches = _open_worker(groups, manifests, policies, settings)
             except CodecError as error:
                 raise ConfigError(f"kv_connector_extra_config.codec: {error}") from error
-            self._worker = WorkerHalf(groups, caches)
+            self._worker = WorkerHalf(groups, caches, [cache.handoffs for cache in caches])
             return
         ranks = vllm_config.parallel_config.world_size
         of_ranks = [
@@ -84,12 +86,15 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
             for rank in range(groups[0].shard.ranks)
         ]
         timeout = settings.lookup_timeout_seconds
+        found_in = _open_scheduler(of_ranks, settings)
         self._scheduler = SchedulerHalf(
             groups,
-            _open_scheduler(of_ranks, settings),
+            found_in,
             ranks=ranks,
             store_decoded=settings.store_decoded,
             lookup_timeout_seconds=timeout,
+            role=_role(vllm_config.kv_transfer_config.kv_role, settings),
+            handoffs=_handoffs(vllm_config.kv_transfer_config, groups, found_in, settings),
             events=events_for(vllm_config, kv_cache_config, groups[0].chunk_tokens),
         )
         _announce(manifests, settings)
@@ -234,9 +239,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
         self, request: Any, block_ids: tuple[list[int], ...]
     ) -> tuple[bool, dict[str, Any] | None]:
         """Forget *request*; its blocks may be freed at once."""
-        if self._scheduler is not None:
-            self._scheduler.request_finished(request)
-        return False, None
+        if self._scheduler is None:
+            return False, None
+        return False, self._scheduler.request_finished(request)
 
     def has_pending_block_frees(self) -> bool:
         """Whether blocks will be free soon, so that nobody need be preempted."""
@@ -322,6 +327,30 @@ def _open_scheduler(
         ]
         for manifests in zip(*of_ranks, strict=True)
     ]
+
+
+def _role(kv_role: str, settings: Settings) -> Role:
+    """Return what `kv_role` stands for. A consumer stores its answers, if it is asked to."""
+    return Role(
+        produces=kv_role != "kv_consumer",
+        consumes=kv_role != "kv_producer",
+        stores=kv_role != "kv_consumer" or settings.store_decoded,
+    )
+
+
+def _handoffs(
+    transfer_config: Any,
+    groups: Sequence[KVGroup],
+    caches: Sequence[Sequence[PrefixCache]],
+    settings: Settings,
+) -> SchedulerHandoffs:
+    """Return the hand-offs of an engine; behind a sliding window, chunks have no order of use."""
+    is_plain = len(groups) == 1 and not groups[0].window
+    return SchedulerHandoffs(
+        [cache.handoffs for cache in caches[0]] if is_plain else [],
+        seconds=settings.handoff_timeout_seconds,
+        engine_id=str(transfer_config.engine_id),
+    )
 
 
 def _tensor_rank(vllm_config: Any) -> int:

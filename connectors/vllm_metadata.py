@@ -43,12 +43,32 @@ class Span:
 
 
 @dataclass(frozen=True, slots=True)
+class HandedOver:
+    """A hand-off that a request is fed from, and *first*, the chunk that it begins with here.
+
+    *tokens* have been announced, if any were. *early* says that it may not be open yet. After
+    *seconds* without a chunk the rest is computed.
+    """
+
+    name: str
+    peer: str
+    tokens: int | None
+    early: bool
+    seconds: float
+    first: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class LoadJob:
-    """Chunks that a request waits for. *lost* are blocks that nothing will be loaded into."""
+    """Chunks that a request waits for. *lost* are blocks that nothing will be loaded into.
+
+    With *source*, its one span is loaded as that delivers it.
+    """
 
     request_id: str
     spans: tuple[Span, ...]
     lost: tuple[int, ...] = ()
+    source: HandedOver | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +88,14 @@ class StoreJob:
 class StepMetadata(KVConnectorMetadata):
     """What the workers are to do in one step.
 
-    *is_idle* says that no token is computed, so that waiting costs nobody anything.
+    *is_idle* says that no token is computed, so that waiting costs nobody anything. The requests
+    *given_up* have ended: nobody waits for their loads.
     """
 
     loads: list[LoadJob] = field(default_factory=list)
     stores: list[StoreJob] = field(default_factory=list)
     is_idle: bool = False
+    given_up: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)

@@ -14,23 +14,26 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any, Final
 
 from kvstore.connectors.chunks import Group
 from kvstore.connectors.vllm_events import Events, NoEvents
+from kvstore.connectors.vllm_handoff import SchedulerHandoffs, read_terms
 from kvstore.connectors.vllm_holdings import Holdings
 from kvstore.connectors.vllm_keys import RequestKeys
 from kvstore.connectors.vllm_layouts import KVGroup
 from kvstore.connectors.vllm_lookups import Lookup, Lookups, TieredCache
 from kvstore.connectors.vllm_metadata import (
     NOWHERE,
+    HandedOver,
     LoadJob,
     Span,
     StepMetadata,
     StoreJob,
     WorkerReport,
 )
+from kvstore.connectors.vllm_tracking import Counts, Role, Tracked
 from kvstore.types import TierKind
 
 log = logging.getLogger("vllm.kvstore")
@@ -41,45 +44,6 @@ _LOADS_MAX: Final = 3
 # A step that computes nothing may wait for answers, so that their thread gets to run.
 _IDLE_WAIT_SECONDS: Final = 0.002
 _EPOCH_BYTES: Final = 16
-
-
-@dataclass(slots=True, eq=False)
-class Tracked:
-    """What is known of one request, in chunks.
-
-    *hit* is what was promised to be loaded, *stored* what needs no storing. *sources* says how
-    many tokens of the last load came from which tier.
-    """
-
-    request: Any
-    keys: RequestKeys
-    lookup: Lookup | None = None
-    blocks: tuple[list[int], ...] = ()
-    hit: int = 0
-    stored: int = 0
-    loads: int = 0
-    loading: LoadJob | None = None
-    has_failed: bool = False
-    first_loaded: int = 0
-    sources: dict[TierKind, int] = field(default_factory=dict)
-    may_store: bool = True
-
-
-@dataclass(slots=True)
-class Counts:
-    """What the scheduler's half has decided."""
-
-    lookups: int = 0
-    lookups_late: int = 0
-    tokens_asked: int = 0
-    tokens_hit: int = 0
-    tokens_hit_device: int = 0
-    tokens_hit_host: int = 0
-    tokens_hit_disk: int = 0
-    tokens_hit_redis: int = 0
-    tokens_hit_peer: int = 0
-    stores_skipped: int = 0
-    load_failures: int = 0
 
 
 class SchedulerHalf:
@@ -93,6 +57,8 @@ class SchedulerHalf:
         ranks: int,
         store_decoded: bool,
         lookup_timeout_seconds: float,
+        role: Role | None = None,
+        handoffs: SchedulerHandoffs | None = None,
         events: Events | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -115,6 +81,9 @@ class SchedulerHalf:
             ],
             clock,
         )
+        self._role = role or Role()
+        self._handoffs = handoffs or SchedulerHandoffs([])
+        self._given_up: list[str] = []
         self._events = events or NoEvents()
         self._to_tell: dict[int, tuple[Any, tuple[Span, ...], tuple[int, ...]]] = {}
         self._requests: dict[str, Tracked] = {}
@@ -134,7 +103,12 @@ class SchedulerHalf:
         """Begin to look up the chunks of *request*."""
         with self._failing_open():
             tracked = self._track(request)
-            if tracked.lookup is None:
+            terms = read_terms(getattr(request, "kv_transfer_params", None))
+            if self._role.produces and self._handoffs.begin(request.request_id, terms):
+                self.counts.handoffs_opened += 1
+            if self._role.consumes:
+                tracked.source = self._handoffs.promised(terms)
+            if tracked.lookup is None and tracked.source is None:
                 self._ask(tracked)
 
     def matched_tokens(self, request: Any, local_tokens: int) -> int | None:
@@ -171,7 +145,8 @@ class SchedulerHalf:
         is_idle = not output.total_num_scheduled_tokens
         if is_idle and not loads and self._is_asking():
             self._lookups.wait_for_progress(_IDLE_WAIT_SECONDS)
-        return StepMetadata(loads, stores, is_idle)
+        given_up, self._given_up = self._given_up, []
+        return StepMetadata(loads, stores, is_idle, given_up)
 
     # --- what vLLM tells after a step ---------------------------------------------------
 
@@ -180,15 +155,31 @@ class SchedulerHalf:
         report = output.kv_connector_worker_meta
         if isinstance(report, WorkerReport):
             with self._failing_open():
-                self._tell_stored(self._holdings.let_go(report.finished_stores), report.incomplete)
+                done = self._holdings.let_go(report.finished_stores)
+                self._tell_stored(done, report.incomplete)
+                self._handoffs.stored(done)
             if report.off:
                 self._turn_off(report.off)
         with self._failing_open():
             self._see_failures(output)
 
-    def request_finished(self, request: Any) -> None:
-        """Forget *request*. Its loads and stores in flight end as they would have."""
-        self._requests.pop(request.request_id, None)
+    def request_finished(self, request: Any) -> dict[str, Any] | None:
+        """Forget *request*. Its loads and stores in flight end as they would have.
+
+        Returns what a decode engine is to be given of it, if it is handed over.
+        """
+        tracked = self._requests.pop(request.request_id, None)
+        if tracked is not None:
+            self._handoffs.leave(tracked.source)
+        if tracked is not None and tracked.loading is not None:
+            self._given_up.append(request.request_id)
+            self._handoffs.leave(tracked.loading.source)
+        given = None
+        with self._failing_open():
+            is_aborted = getattr(request.status, "name", "") == "FINISHED_ABORTED"
+            tokens = request.num_prompt_tokens
+            given = self._handoffs.finish(request.request_id, tokens, is_aborted=is_aborted)
+        return given
 
     def has_holdings(self) -> bool:
         """Whether blocks are held that will be free soon, if steps go on."""
@@ -216,6 +207,7 @@ class SchedulerHalf:
     def close(self) -> None:
         """End the look-ups and the connections."""
         self._lookups.close()
+        self._handoffs.close()
         for cache in self._caches:
             cache.close()
 
@@ -243,6 +235,8 @@ class SchedulerHalf:
         tracked.hit = 0
         if self._off or tracked.loads >= _LOADS_MAX or chunks * self._chunk_tokens <= local_tokens:
             return 0
+        if tracked.source is not None:
+            return self._promised_tokens(tracked, tracked.source, local_tokens)
         now = self._clock()
         if tracked.lookup is None or tracked.lookup.is_stale(now):
             self._ask(tracked)
@@ -258,11 +252,26 @@ class SchedulerHalf:
         self._tell_missing(tracked, lookup)
         return max(0, lookup.hit * self._chunk_tokens - local_tokens)
 
+    def _promised_tokens(self, tracked: Tracked, source: HandedOver, local_tokens: int) -> int:
+        """Return how many tokens a hand-off will bring, whether it has them already or not."""
+        tokens = tracked.request.num_prompt_tokens
+        if source.tokens is not None:
+            tokens = min(tokens, source.tokens)
+        tracked.hit = tokens // self._chunk_tokens
+        return max(0, tracked.hit * self._chunk_tokens - local_tokens)
+
     def _load_job(self, request: Any, blocks: tuple[list[int], ...], tokens: int) -> LoadJob:
         tracked = self._track(request)
         tracked.stored = max(tracked.stored, tracked.hit)
         local_tokens = tracked.hit * self._chunk_tokens - tokens
-        job = LoadJob(request.request_id, tuple(self._load_spans(tracked, blocks, local_tokens)))
+        source = tracked.source
+        if source is not None:
+            tracked.source = None
+            source = replace(source, first=local_tokens // self._chunk_tokens)
+            self.counts.handoffs_taken += 1
+            self.counts.tokens_handed += tokens
+        spans = tuple(self._load_spans(tracked, blocks, local_tokens))
+        job = LoadJob(request.request_id, spans, source=source)
         tracked.loads += 1
         tracked.loading = job
         tracked.has_failed = False
@@ -300,6 +309,7 @@ class SchedulerHalf:
             if tracked is None or tracked.loading is None:
                 continue
             job, tracked.loading = tracked.loading, None
+            self._handoffs.leave(job.source)
             if request_id in failed or tracked.has_failed:
                 self.counts.load_failures += 1
                 # It computes what did not come, and stores that.
@@ -343,6 +353,7 @@ class SchedulerHalf:
         if tracked is None or tracked.request is not request:
             keys = RequestKeys(request, self._chunk_tokens, self._epoch)
             tracked = self._requests[request.request_id] = Tracked(request, keys)
+            tracked.may_store = self._role.stores
             if getattr(request, "resumable", False):
                 # A session takes back tokens that it has had: no key stands for them.
                 tracked.may_store = False
@@ -409,6 +420,7 @@ class SchedulerHalf:
             request = tracked.request
             tokens = request.num_tokens if self._store_decoded else request.num_prompt_tokens
             end = min(computed, tokens) // self._chunk_tokens
+            self._handoffs.publish(request_id, tracked.keys, end)
             tracked.stored = self._missing_from(tracked)
             if end <= tracked.stored:
                 continue
@@ -422,6 +434,7 @@ class SchedulerHalf:
                 continue
             tracked.stored = end
             if held:
+                self._handoffs.storing(request_id, self._last_job)
                 firsts = tuple(first for first, _ in placed)
                 self._to_tell[self._last_job] = (request, spans, firsts)
             yield StoreJob(self._last_job, spans, held)

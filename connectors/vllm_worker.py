@@ -20,6 +20,7 @@ import torch
 from kvstore.client.sync import StoreReport
 from kvstore.connectors.chunks import ChunkCache
 from kvstore.connectors.codecs import counted
+from kvstore.connectors.vllm_handoff import Arrivals, HandoffCalls
 from kvstore.connectors.vllm_layouts import KVGroup
 from kvstore.connectors.vllm_metadata import LoadJob, Span, StepMetadata, StoreJob, WorkerReport
 from kvstore.connectors.vllm_pages import GroupPages, self_test
@@ -56,7 +57,13 @@ class TransferCounts:
 class WorkerHalf:
     """Moves. Until pages are registered, and when they fail their test, every load fails."""
 
-    def __init__(self, groups: Sequence[KVGroup], caches: Sequence[ChunkCache]) -> None:
+    def __init__(
+        self,
+        groups: Sequence[KVGroup],
+        caches: Sequence[ChunkCache],
+        handoffs: Sequence[HandoffCalls] = (),
+    ) -> None:
+        """Take the namespace of every group and, where there are any, its hand-offs."""
         self.counts = TransferCounts()
         self.codec_figures: dict[str, float] = {}
         self._groups = groups
@@ -64,6 +71,8 @@ class WorkerHalf:
         self._pages: list[GroupPages] = []
         self._off = ""
         self._transfers = Transfers()
+        self._takes_handoffs = bool(handoffs)
+        self._arrivals = Arrivals(handoffs, self._transfers, self._load_span, self._arrived)
         self._lock = threading.Lock()
         self._received = Received()
         self._finished_stores: dict[int, int] = {}
@@ -99,7 +108,11 @@ class WorkerHalf:
     def start_loads(self, metadata: StepMetadata) -> None:
         """Begin the loads of a step."""
         fences = self._fences(metadata.loads)
+        self._arrivals.give_up(metadata.given_up)
         for job in metadata.loads:
+            if job.source is not None and self._pages and self._takes_handoffs:
+                self._arrivals.begin(job, job.source, fences)
+                continue
             self._transfers.submit(Urgency.LOAD, partial(self._load, job, fences))
 
     def start_stores(self, metadata: StepMetadata) -> None:
@@ -113,7 +126,7 @@ class WorkerHalf:
                 waits.append(done)
         for done in waits:
             done.wait()
-        if metadata.is_idle and self._transfers.unfinished:
+        if metadata.is_idle and (self._transfers.unfinished or self._arrivals):
             self._transfers.wait_for_progress(_IDLE_WAIT_SECONDS)
 
     def take_received(self) -> Received:
@@ -131,6 +144,7 @@ class WorkerHalf:
 
     def close(self) -> None:
         """Finish what is queued and end the connections. Idempotent."""
+        self._arrivals.close()
         self._transfers.close()
         for cache in self._caches:
             cache.close()
@@ -150,6 +164,14 @@ class WorkerHalf:
         except Exception:
             log.exception("kvstore: a load failed, its request is computed")
             failed = set().union(*(span.real_blocks for span in job.spans))
+        self._receive(job, failed, loaded, started)
+
+    def _arrived(self, job: LoadJob, loaded: int, started: float) -> None:
+        """Report a load that was fed by a hand-off."""
+        (span,) = job.spans
+        self._receive(job, _blocks_behind(span, loaded), loaded, started)
+
+    def _receive(self, job: LoadJob, failed: set[int], loaded: int, started: float) -> None:
         with self._lock:
             self._received.requests.add(job.request_id)
             if failed:

@@ -164,6 +164,7 @@ class Driver:
 
         if settings is not None:
             config = json.loads(transfer_config(None)) | {"kv_connector_extra_config": settings}
+            config["kv_role"] = arguments.pop("role", config["kv_role"])
             arguments["kv_transfer_config"] = config
         defaults = {
             "enforce_eager": True,
@@ -202,6 +203,55 @@ class Driver:
             lora = LoRARequest(adapter.name, number, str(adapter))
         results = self.llm.generate(requests, params, use_tqdm=False, lora_request=lora)
         return [_output(result) for result in results]
+
+    def hand_over(
+        self, prompt: list[int], params: dict[str, Any] | None, tokens: int
+    ) -> tuple[Output, dict[str, Any] | None]:
+        """Return what is made of *prompt* under *params*, and what is given for the next engine."""
+        from vllm import SamplingParams
+
+        asked = SamplingParams(
+            temperature=0,
+            ignore_eos=True,
+            detokenize=False,
+            max_tokens=tokens,
+            logprobs=5,
+            extra_args={"kv_transfer_params": params} if params else None,
+        )
+        (result,) = self.llm.generate([{"prompt_token_ids": prompt}], asked, use_tqdm=False)
+        return _output(result), result.kv_transfer_params
+
+    def abort_waiting(self, prompt: list[int], params: dict[str, Any]) -> None:
+        """Begin a request under *params* and abort it while it waits for its load."""
+        from vllm import SamplingParams
+
+        engine = self.llm.llm_engine
+        asked = SamplingParams(max_tokens=1, extra_args={"kv_transfer_params": params})
+        engine.add_request("waiting", {"prompt_token_ids": prompt}, asked)
+        for _ in range(3):
+            engine.step()
+        assert engine.has_unfinished_requests(), "it waits"
+        engine.abort_request(["waiting"])
+
+    def stepped_free_blocks(self) -> tuple[int, int]:
+        """Return `free_blocks` behind one more step."""
+        self.llm.llm_engine.engine_core.get_output()
+        return self.free_blocks()
+
+    def chunks_moved(self) -> tuple[int, int]:
+        """Return how many chunks the worker's half has loaded, and how many did not come."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        counts = get_kv_transfer_group()._worker.counts
+        return counts.chunks_loaded, counts.chunks_failed
+
+    def handoffs_kept(self) -> int:
+        """Return how many hand-offs the scheduler's half still feeds."""
+        return len(self.scheduler.connector._scheduler._handoffs._productions)
+
+    def manifest(self) -> Any:
+        """Return the manifest of the first group."""
+        return self.scheduler.connector._scheduler._caches[0].manifest
 
     def first_token(self, prompt: list[int]) -> tuple[float, float]:
         """Return the seconds until the first token of *prompt*, and this process' CPU seconds."""
