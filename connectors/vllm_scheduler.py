@@ -174,12 +174,9 @@ class SchedulerHalf:
         if tracked is not None and tracked.loading is not None:
             self._given_up.append(request.request_id)
             self._handoffs.leave(tracked.loading.source)
-        given = None
-        with self._failing_open():
-            is_aborted = getattr(request.status, "name", "") == "FINISHED_ABORTED"
-            tokens = request.num_prompt_tokens
-            given = self._handoffs.finish(request.request_id, tokens, is_aborted=is_aborted)
-        return given
+        is_aborted = getattr(request.status, "name", "") == "FINISHED_ABORTED"
+        tokens = request.num_prompt_tokens
+        return self._handoffs.finish(request.request_id, tokens, is_aborted=is_aborted)
 
     def has_holdings(self) -> bool:
         """Whether blocks are held that will be free soon, if steps go on."""
