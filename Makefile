@@ -10,7 +10,7 @@ VLLM := .venv-vllm
 UV_VERSION := 0.13.8
 NATIVE := $(wildcard hatch_build.py transfer/*.c transfer/*.h compression/*.c compression/*.h gpu/cuda/*.cuh)
 
-.PHONY: help demo test test-vllm check coverage lint format bench setup clean redis-server \
+.PHONY: help demo test test-vllm check coverage lint format bench bench-codecs setup clean redis-server \
     operators-tools
 
 help:
@@ -21,6 +21,7 @@ help:
 	@echo "make coverage  all tests of the daemon and its client, with branch coverage"
 	@echo "make lint      style, types, floors"
 	@echo "make bench     transfer and look-up against floors measured in the same run"
+	@echo "make bench-codecs  what codecs do to a model, how fast they are: docs/benchmarks/codecs.md"
 	@echo "make clean     remove everything that was made here, the environments included"
 
 demo: $(VENV)/hf.stamp
@@ -53,6 +54,9 @@ format: $(VENV)/dev.stamp
 bench: $(VENV)/dev.stamp
 	$(BIN)/kvstore bench transfer
 	$(BIN)/kvstore bench lookup
+
+bench-codecs: $(VENV)/hf.stamp
+	$(BIN)/kvstore bench codec --write docs/benchmarks/codecs.md
 
 setup: $(VENV)/dev.stamp
 

@@ -36,6 +36,7 @@ NAMES: Final = (
 )
 _HEADS: Final = 8
 _NUMPY_SECTIONS: Final = 2
+_NUMPY_ROUNDS: Final = 2
 
 Bf16 = NDArray[np.uint16]
 
@@ -99,7 +100,8 @@ def _measure_each(names: Iterable[str], sizes: Sizes, *, with_numpy: bool) -> It
             if with_numpy:
                 few = values[:_NUMPY_SECTIONS]
                 cap = section_cap_bytes(codec, shape)
-                found = _measure(REFERENCE[codec], shape, few, cap, timer)
+                slow = _Timer(pool, min(_NUMPY_ROUNDS, sizes.rounds))
+                found = _measure(REFERENCE[codec], shape, few, cap, slow)
                 yield Speed(name, "numpy", *found, copy, sizes.threads)
 
 

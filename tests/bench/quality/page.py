@@ -179,10 +179,10 @@ def speed_section(speed: Sequence[Speed]) -> list[str]:
     for figure in speed:
         copied = figure.copy_gb_per_second
         cells = [
-            f"{figure.encode / copied:.2f}",
-            f"{figure.encode:.1f}",
-            f"{figure.decode / copied:.2f}",
-            f"{figure.decode:.1f}",
+            f"{figure.encode / copied:.3f}",
+            f"{figure.encode:.2f}",
+            f"{figure.decode / copied:.3f}",
+            f"{figure.decode:.2f}",
         ]
         lines.append("| " + " | ".join([figure.codec, figure.loops, *cells]) + " |")
     return lines
@@ -234,7 +234,7 @@ _GOALS_INTRODUCTION: Final = """
 
 Measured *of* goal. Goals of KL were set with an earlier model that had not learnt to look back: its
 prefix mattered little, and all its KL were smaller, those of other systems' codecs too. Share is KL
-at level 8 as a share of that of a comparable codec in this run. *Outliers* passes when level 8 makes
+at level 8 as a share of that of a comparable codec here. *Outliers* passes when level 8 makes
 KL no more than 1.5 times worse, or leaves it below 6e-5.
 """
 

@@ -1,6 +1,6 @@
 """Train the small model of the quality bench: `python -m tests.bench.quality.train`.
 
-Run once; the weights are part of the repository. Takes about an hour on one core.
+Run once; the weights are part of the repository. Takes some forty minutes on one core.
 
 Looking back is learnt first, on short sequences where nothing else helps: repetitions and look-ups.
 Text comes then, and last the length of the bench. With long text from the start a model of this
