@@ -152,8 +152,11 @@ def _size(arguments: argparse.Namespace) -> int:
 
 def _trace_record(arguments: argparse.Namespace) -> int:
     from kvstore.cli import trace
+    from kvstore.cli.admin_client import AdminClient
 
-    source = trace.Source(_admin_url(arguments), _token(arguments.token_file))
+    admin = _load(arguments).config.admin
+    client = AdminClient.of(admin, arguments.admin, arguments.token_file, arguments.ca_file)
+    source = trace.Source(client)
     source.after(0)  # who cannot be asked leaves no file behind
     try:
         with arguments.file.open("x", buffering=1, encoding="utf-8") as file:
@@ -172,31 +175,6 @@ def _trace_replay(arguments: argparse.Namespace) -> int:
     Client.connect(path, timeout_seconds=_DAEMON_TIMEOUT_SECONDS).close()
     print(trace.render(trace.replay(trace.read(arguments.file), path, arguments.speed)))
     return OK
-
-
-def _admin_url(arguments: argparse.Namespace) -> str:
-    """Return where the admin API is asked: as given, or as this host's daemon is configured."""
-    if arguments.admin is not None:
-        if not arguments.admin.startswith(("http://", "https://")):
-            raise ConfigError(f"--admin {arguments.admin}: begins with http:// or https://")
-        return str(arguments.admin)
-    admin = _load(arguments).config.admin
-    if admin.listen is None:
-        raise ConfigError("admin.listen is empty: name the daemon's API with --admin")
-    return f"{'https' if admin.tls_cert_file else 'http'}://{admin.listen}"
-
-
-def _token(file: Path | None) -> str:
-    """Return the token in *file*, the last word of its first line."""
-    if file is None:
-        return ""
-    try:
-        words = file.read_text(encoding="utf-8").partition("\n")[0].split()
-    except OSError as error:
-        raise ConfigError(f"{file}: cannot be read: {error.strerror}") from None
-    if not words:
-        raise ConfigError(f"{file}: holds no token")
-    return words[-1]
 
 
 def _completion(arguments: argparse.Namespace) -> int:
@@ -359,6 +337,7 @@ def _add_trace_commands(commands: _Commands[argparse.ArgumentParser]) -> None:
     record.add_argument("--seconds", type=_seconds, help="for so long (default: until Ctrl-C)")
     record.add_argument("--admin", metavar="URL", help="the admin API (default: as configured)")
     record.add_argument("--token-file", type=Path, metavar="FILE", help="with a token for it")
+    record.add_argument("--ca-file", type=Path, help="what the daemon's certificate is judged by")
     replay = _add(actions, "replay", "store and load what a trace asks for", _trace_replay)
     _add_config_options(replay)
     replay.add_argument("file", type=Path, metavar="FILE")

@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import http.client
 import json
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Final, NamedTuple, TextIO, TypeVar
@@ -22,8 +19,9 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from kvstore.cli.admin_client import AdminClient
 from kvstore.client.cache import PrefixCache
-from kvstore.errors import ConfigError, RefusedError, UnavailableError
+from kvstore.errors import ConfigError, UnavailableError
 from kvstore.limits import CHUNK_SIZE_MAX_BYTES, KEYS_PER_REQUEST_MAX
 from kvstore.protocol.manifest import Manifest
 from kvstore.transfer.copies import Runs
@@ -31,8 +29,6 @@ from kvstore.types import Digest
 
 FORMAT: Final = 1
 _POLL_SECONDS: Final = 0.5
-_TIMEOUT_SECONDS: Final = 5.0
-_PAGE_MAX_BYTES: Final = 256 << 20
 
 _Line = TypeVar("_Line", bound=msgspec.Struct)
 Mark = Annotated[str, Meta(pattern=r"^[0-9a-f]{16}$")]
@@ -78,25 +74,18 @@ class Recorded(NamedTuple):
 
 
 class Source:
-    """The admin API of the daemon at *url*."""
+    """The look-ups that a daemon notes, over its admin API."""
 
-    def __init__(self, url: str, token: str = "") -> None:
-        self._url = url.rstrip("/")
-        self._headers = {"Authorization": f"Bearer {token}"} if token else {}
+    def __init__(self, client: AdminClient) -> None:
+        self._client = client
 
     def after(self, number: int) -> Page:
         """Return the look-ups behind *number*; raises `UnavailableError` or `RefusedError`."""
-        url = f"{self._url}/v1/trace?after={number}"
-        request = urllib.request.Request(url, headers=self._headers)  # noqa: S310  # checked where it is made
+        answer = self._client.ask("GET", f"/v1/trace?after={number}")
         try:
-            with urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS) as answer:  # noqa: S310
-                return msgspec.json.decode(answer.read(_PAGE_MAX_BYTES), type=Page)
-        except urllib.error.HTTPError as error:
-            raise RefusedError(f"{url}: {error.code} {error.reason}") from None
-        except (OSError, http.client.HTTPException) as error:
-            raise UnavailableError(f"{url}: {error}") from None
-        except msgspec.DecodeError as error:
-            raise UnavailableError(f"{url}: no trace: {error}") from None
+            return msgspec.convert(answer, Page)
+        except msgspec.ValidationError as error:
+            raise UnavailableError(f"the daemon speaks of other traces: {error}") from None
 
 
 def record(source: Source, file: TextIO, seconds: float | None) -> Recorded:

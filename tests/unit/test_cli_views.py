@@ -19,6 +19,7 @@ from kvstore.cli.top import Top
 from kvstore.errors import ConfigError, UnavailableError
 from kvstore.metrics import Counters
 from kvstore.protocol.messages import ArenaStats, DaemonStats, NamespaceStats, TierStats
+from kvstore.units import round_size
 from tests.support.daemon import REPOSITORY
 from tests.support.making import make_digests, make_manifest, sources_of
 from tests.support.waiting import wait_until
@@ -152,6 +153,27 @@ def test_size_is_what_the_geometry_says(capsys):
 def test_latent_attention_has_one_head_and_no_values():
     found = size.sizes_of(size.MODELS["deepseek-v3"], chunk_tokens=256, capacity_bytes=2**30)
     assert found.bytes_per_token == 61 * 576 * 2
+
+
+def test_the_table_in_the_docs_is_right():
+    lines = (REPOSITORY / "docs" / "sizing.md").read_text().splitlines()
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines if " x " in line
+    ]
+    told = [row[1:] for row in rows if len(row) == 5]
+    known = dict.fromkeys(size.MODELS.values())
+    found = {}
+    for geometry in known:
+        sizes = size.sizes_of(geometry, chunk_tokens=256, capacity_bytes=64 * 2**30)
+        kinds = () if geometry.values == "k" else (2, geometry.kv_heads)
+        product = " x ".join(map(str, (geometry.layers, *kinds, geometry.head_dim)))
+        found[product] = [
+            round_size(sizes.bytes_per_token), round_size(sizes.chunk_bytes),
+            f"{sizes.capacity_tokens:,}",
+        ]  # fmt: skip
+    assert len(told) == 7
+    for product, *figures in told:
+        assert figures == found[product], product
 
 
 @pytest.mark.parametrize(

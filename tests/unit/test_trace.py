@@ -136,8 +136,8 @@ def test_recording_says_what_is_wrong_and_leaves_nothing_behind(tmp_path, capsys
     assert cli.main([*words, "--set", "admin.listen="]) == cli.USAGE
     assert not file.exists()
     said = capsys.readouterr().err
-    assert "begins with http://" in said
-    assert "name the daemon's API with --admin" in said
+    assert "an admin URL is http://" in said
+    assert "the admin API is off" in said
 
 
 def test_replaying_what_is_not_there_says_so(shared_daemon, tmp_path, capsys):
