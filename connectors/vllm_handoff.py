@@ -116,7 +116,7 @@ class SchedulerHandoffs:
     """
 
     def __init__(
-        self, calls: Sequence[HandoffCalls], *, seconds: float = 30.0, engine_id: str = ""
+        self, calls: Sequence[HandoffCalls], *, seconds: float = 120.0, engine_id: str = ""
     ) -> None:
         self._calls = calls
         self._engine_id = engine_id

@@ -37,7 +37,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     store_decoded: bool = False
     lookup_timeout_seconds: float = 0.25
     transfer_timeout_seconds: float = 1.0
-    handoff_timeout_seconds: float = 30.0
+    handoff_timeout_seconds: float = 120.0
 
     def __post_init__(self) -> None:
         if not 0 <= self.chunk_tokens <= CHUNK_TOKENS_MAX:
