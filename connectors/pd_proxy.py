@@ -118,7 +118,9 @@ class Proxy:
         finally:
             begun.response.close()
             if prefilling is not None:
+                # Its answer is of no use to anybody any more.
                 prefilling.cancel()
+                await asyncio.gather(prefilling, return_exceptions=True)
 
     async def _models(self, request: web.Request) -> web.Response:
         for engine in self._decode.in_order():

@@ -35,6 +35,7 @@ class Calls:
     host: str | None = "here"
     publishes: bool = True
     told: queue.SimpleQueue[tuple[object, ...]] = field(default_factory=queue.SimpleQueue)
+    asked: list[tuple[str, str, bool]] = field(default_factory=list)
     answers: queue.SimpleQueue[Awaited] = field(default_factory=queue.SimpleQueue)
 
     def open(self, name: str, *, consumers: int = 1, ttl_seconds: float = 0.0) -> Opened | None:
@@ -52,8 +53,11 @@ class Calls:
     def abort(self, name: str) -> None:
         self.told.put(("abort", name))
 
-    def wait(self, name: str, first: int, *, timeout_seconds: float, **_: object) -> Awaited:
+    def wait(
+        self, name: str, first: int, *, timeout_seconds: float, peer: str = "", early: bool = False
+    ) -> Awaited:
         self.told.put(("wait", first))
+        self.asked.append((name, peer, early))
         try:
             return self.answers.get(timeout=timeout_seconds)
         except queue.Empty:
@@ -140,6 +144,18 @@ def test_what_breaks_is_published_no_more(calls):
     assert [calls.next() for _ in range(2)] == [("publish", 0, 1), ("abort", name)]
 
 
+def test_a_decode_engine_asks_the_daemon_that_it_is_told_of_and_leaves_it(calls):
+    side = SchedulerHandoffs([calls], seconds=9.0)
+    carried = {"do_remote_prefill": True, "transfer_id": "x", "remote_host": "host-a"}
+    source = side.promised(read_terms(carried | {"remote_num_tokens": 70}))
+    assert source == HandedOver("x", "host-a", 70, early=False, seconds=9.0)
+    side.leave(source)
+    side.leave(None)
+    side.close()
+    assert calls.next() == ("leave", "x", "host-a")
+    assert calls.told.empty()
+
+
 @pytest.mark.parametrize(
     "params",
     [
@@ -181,7 +197,7 @@ class Worker:
         self.reports.put((job.request_id, done))
 
     def begin(self, name: str, chunks: int, *, first: int = 0, seconds: float = 60.0) -> None:
-        source = HandedOver(name, "", None, early=True, seconds=seconds, first=first)
+        source = HandedOver(name, "host-a", None, early=True, seconds=seconds, first=first)
         ours = digests(first + chunks)[first:]
         span = Span(0, ours, list(range(2 * chunks)), digests(first)[-1] if first else None)
         self.arrivals.begin(LoadJob(name, (span,), source=source), source, [])
@@ -207,6 +223,7 @@ def test_chunks_are_loaded_as_they_come_and_in_order(calls):
         calls.answers.put(answer)
     assert worker.ended() == ("r", 5)
     assert [calls.next() for _ in range(3)] == [("wait", 2), ("wait", 4), ("wait", 5)]
+    assert set(calls.asked) == {("r", "host-a", True)}
     chain = digests(7)
     assert worker.loaded == [
         (chain[2:4], [0, 1, 2, 3], chain[1]),
