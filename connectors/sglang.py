@@ -65,6 +65,7 @@ class KVStoreHiCache(HiCacheStorage):
         self._served_name = storage_config.model_name
         self._model: Model | None = None
         self._shelves: dict[str, Shelf] = {}
+        self._stands_for_others = False
         self._epoch = b""
         self._off = ""
 
@@ -73,7 +74,8 @@ class KVStoreHiCache(HiCacheStorage):
     def register_mem_pool_host(self, mem_pool_host: Any) -> None:
         """Take the pool of keys and values. One without memory stands for others' pages."""
         super().register_mem_pool_host(mem_pool_host)
-        if getattr(mem_pool_host, "kv_buffer", None) is None:
+        self._stands_for_others = _is_empty(mem_pool_host)
+        if self._stands_for_others:
             return
 
         def stored(model: Model) -> Stored:
@@ -322,12 +324,6 @@ class KVStoreHiCache(HiCacheStorage):
         before = getattr(extra_info, "prefix_keys", None)
         return self._digest(before[-1]) if before else None
 
-    @property
-    def _stands_for_others(self) -> bool:
-        """Whether the pool of keys and values has no bytes of its own."""
-        pool = getattr(self, "mem_pool_host", None)
-        return pool is not None and getattr(pool, "kv_buffer", None) is None
-
     def _guarded(self, miss: Answer, question: Callable[[], Answer]) -> Answer:
         """Return the answer, or *miss*, whatever happens."""
         try:
@@ -392,6 +388,11 @@ class Shelf:
         if report.stored + report.present == len(digests):
             return len(digests)
         return self.cache.lookup(digests)
+
+
+def _is_empty(pool: Any) -> bool:
+    """Whether *pool* has no bytes of its own: its pages only number those of other pools."""
+    return getattr(pool, "kv_buffer", pool) is None and getattr(pool, "layer_num", None) == 0
 
 
 def _server_arguments() -> Any:

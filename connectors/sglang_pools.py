@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -61,6 +61,20 @@ class Shape:
     dtype: torch.dtype
 
 
+class _Spread(NamedTuple):
+    """Where the bytes of a page lie behind its beginning; see `Runs`."""
+
+    offsets: np.ndarray[Any, np.dtype[np.uint64]]
+    piece_bytes: int
+    inner_count: int
+    inner_stride: int
+
+    def at(self, base: int | np.uint64, owner: object) -> Runs:
+        """Return the runs of a page that begins at *base*."""
+        addresses = self.offsets + np.uint64(base)
+        return Runs(addresses, self.piece_bytes, self.inner_count, self.inner_stride, owner)
+
+
 class CanonicalPages:
     """Pages that are stored as canonical chunks. Raises `UnsupportedError` when they are not."""
 
@@ -79,15 +93,13 @@ class CanonicalPages:
             dtype=buffer.dtype,
         )
         self._itemsize = int(buffer.itemsize)
-        self._offsets, self._piece_bytes = self._spread(
-            dict(zip(axes, buffer.stride(), strict=True))
-        )
+        self._lying = self._spread(dict(zip(axes, buffer.stride(), strict=True)))
         self._refuse_other_geometry(pool)
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page."""
-        return self._offsets.size * self._piece_bytes
+        return self._lying.offsets.size * self._lying.inner_count * self._lying.piece_bytes
 
     def runs(self, host_indices: torch.Tensor) -> list[Runs]:
         """Return where pages lie; see `Pages`. Raises `RequestError` for half pages."""
@@ -100,7 +112,7 @@ class CanonicalPages:
         stride = self._buffer.stride(self._pool_axes.index(axis)) * self._itemsize
         bases = starts.astype(np.uint64) // np.uint64(each) * np.uint64(stride)
         bases += np.uint64(self._buffer.data_ptr())
-        return [self._page_at(base, self._buffer) for base in bases]
+        return [self._lying.at(base, self._buffer) for base in bases]
 
     def flat_runs(self, page: torch.Tensor) -> Runs:
         """Return where one page lies in *page*, as the pool's `get_data_page` gives it.
@@ -116,14 +128,10 @@ class CanonicalPages:
         strides, stride = {}, 1
         for axis in reversed(self._pool_axes):
             strides[axis], stride = stride, stride * alone[axis]
-        offsets, piece_bytes = self._spread(strides)
-        return Runs(offsets + np.uint64(page.data_ptr()), piece_bytes, owner=page)
+        return self._spread(strides).at(page.data_ptr(), page)
 
-    def _page_at(self, base: np.uint64, owner: object) -> Runs:
-        return Runs(self._offsets + base, self._piece_bytes, owner=owner)
-
-    def _spread(self, strides: dict[str, int]) -> tuple[np.ndarray[Any, np.dtype[np.uint64]], int]:
-        """Return the offsets of the pieces of a page in canonical order, and their size.
+    def _spread(self, strides: dict[str, int]) -> _Spread:
+        """Return how the bytes of a page lie, in canonical order.
 
         Axes that lie in the same order in memory are taken together.
         """
@@ -134,11 +142,18 @@ class CanonicalPages:
         piece = counts[axes.pop()]
         while axes and strides[axes[-1]] == piece:
             piece *= counts[axes.pop()]
+        inner = axes.pop() if axes else ""
         offsets = np.zeros(1, dtype=np.uint64)
         for axis in axes:
             steps = np.arange(counts[axis], dtype=np.uint64) * np.uint64(strides[axis])
             offsets = (offsets[:, None] + steps).ravel()
-        return offsets * np.uint64(self._itemsize), piece * self._itemsize
+        size = self._itemsize
+        return _Spread(
+            offsets * np.uint64(size),
+            piece * size,
+            counts.get(inner, 1),
+            strides.get(inner, 0) * size,
+        )
 
     def _refuse_other_geometry(self, pool: Any) -> None:
         """Raise `UnsupportedError` unless the buffer is what the pool says of itself."""
@@ -149,6 +164,8 @@ class CanonicalPages:
         found = (self.shape.layers, self.shape.heads, self.shape.head_dim)
         if said != found:
             raise UnsupportedError(f"(layers, heads, width) are {found}, not {said}")
+        if getattr(pool, "target_layer_num", pool.layer_num) != pool.layer_num:
+            raise UnsupportedError("the pool has layers of a draft model, too")
         in_pages = self._sizes["token"] == self.page_tokens
         if "page" in self._sizes and not in_pages:
             raise UnsupportedError(f"pages hold {self._sizes['token']} tokens")

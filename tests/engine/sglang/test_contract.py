@@ -166,7 +166,7 @@ def test_pools_beside_the_first_decide_how_far_a_prefix_reaches(socket, tiny):
 
 def test_a_first_pool_without_memory_stands_for_the_others(socket, tiny):
     anchor, side = pools.keys_values("page_first"), pools.keys_values("page_first", seed=8)
-    anchor.kv_buffer = None
+    anchor.kv_buffer, anchor.layer_num = None, 0
     keys = some_keys(3, seed=50)
     held = PoolTransfer(PoolName.DEEPSEEK_V4_C4, indices([0, 1]), keys=keys[:2])
     with closing(storage(socket, tiny, anchor)) as made:
@@ -192,6 +192,22 @@ def test_what_is_not_understood_is_kept_as_it_is_by_each_rank(socket, tiny):
     with closing(storage(socket, tiny, target, **ranks, tp_rank=0)) as reader:
         assert all(reader.batch_get_v1(keys, indices([3, 2])))
     assert torch.equal(page_of(target, 3), page_of(source, 0))
+
+
+def test_pools_that_are_not_what_they_seem_are_not_kept_as_canonical(socket, tiny):
+    keys = some_keys(2, seed=65)
+    drafted = pools.keys_values("page_first", target_layer_num=3)
+    short = pools.keys_values("page_first", layer_num=3, end_layer=3)
+    gone = pools.keys_values("page_first")
+    gone.kv_buffer = None
+    for pool in (drafted, short, gone):
+        with closing(storage(socket, tiny, pool, layout="canonical")) as made:
+            assert made.batch_set_v1(keys, indices([0, 1])) == [False] * 2
+            assert made.batch_exists(keys) == 0
+    for pool in (drafted, short):
+        with closing(storage(socket, tiny, pool)) as made:
+            assert all(made.batch_set_v1(keys, indices([0, 1])))
+            assert made._shelves["kv"].stored.manifest.layout == "opaque"
 
 
 @pytest.mark.parametrize(
