@@ -455,7 +455,7 @@ def test_config_schema_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(capsys.readouterr().out)["additionalProperties"] is False
 
 
-@pytest.mark.parametrize("name", ["transfer", "lookup"])
+@pytest.mark.parametrize("name", ["transfer", "lookup", "codec"])
 def test_a_benchmark_reads_its_own_arguments(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     given: list[list[str]] = []
     bench = SimpleNamespace(main=lambda words: given.append(words) or 1)
