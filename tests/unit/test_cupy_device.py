@@ -5,6 +5,7 @@ CuPy is scripted here; on a GPU, tests/gpu/test_transfers.py asks the real one.
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from itertools import count
 from types import SimpleNamespace
@@ -248,3 +249,12 @@ def test_no_gpu_is_a_value(cupy, monkeypatch, tmp_path) -> None:
 
     monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", no_driver)
     assert open_device() is None
+
+
+def test_the_daemon_knows_no_gpu() -> None:
+    code = (
+        "import sys, kvstore.app, kvstore.cli, kvstore.doctor\n"
+        "found = [name for name in sys.modules if 'cupy' in name or name == 'kvstore.client.gpu']\n"
+        "assert not found, found\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
