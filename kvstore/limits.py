@@ -248,8 +248,10 @@ PEER_SHARDS_PER_CHUNK_MAX: Final = 64
 # Bytes that are digested together, while they are in a cache.
 PEER_PART_BYTES: Final = MIB
 PEER_SOCKET_BUFFER_BYTES: Final = 4 * MIB
-# Chunks of one hand-off that are on their way at once.
-PULL_CHUNKS_AHEAD: Final = 16
+# Shards of one hand-off are asked for in batches, so many of them at once.
+PULL_BATCHES_AHEAD: Final = 6
+PULL_BATCH_CHUNKS_MAX: Final = 16
+PULL_BATCH_BYTES: Final = 16 * MIB
 PULLS_MAX: Final = 1024
 # A hand-off that comes no further for so long is given up, and the rest computed.
 PULL_TROUBLE_SECONDS: Final = 10.0

@@ -100,7 +100,12 @@ class Wire:
 
     def send_frame(self, body: bytes) -> None:
         """Send *body* with its length before it."""
-        self._send([memoryview(_LENGTH.pack(len(body))), memoryview(body)])
+        self.send_frames([body])
+
+    def send_frames(self, bodies: Sequence[bytes]) -> None:
+        """Send *bodies*, each with its length before it, at once."""
+        framed = b"".join(_LENGTH.pack(len(body)) + body for body in bodies)
+        self._send([memoryview(framed)])
 
     def receive_frame(self) -> bytes:
         """Return the body of the next frame; raises `WireError`."""

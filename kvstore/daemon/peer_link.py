@@ -11,7 +11,7 @@ import contextlib
 import logging
 import secrets
 import ssl
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple, TypeVar
 
@@ -27,7 +27,6 @@ from kvstore.limits import (
 from kvstore.metrics import Counters
 from kvstore.protocol import peering as p
 from kvstore.transfer.wire import Wire, WireError, WireProtocolError, dial
-from kvstore.types import Digest, NamespaceId
 
 log = logging.getLogger(__name__)
 
@@ -85,17 +84,30 @@ class PeerLink:
             await self._run(lambda wire: _ask(wire, request, p.Left, PEER_TIMEOUT_SECONDS))
 
     async def fetch(
-        self, namespace: NamespaceId, digest: Digest, shard: p.OfferedShard, target: memoryview
-    ) -> Digests64 | None:
-        """Fill *target* with *shard*; return the digests of its blocks, or None: it has gone.
+        self,
+        wanted: Sequence[tuple[p.Want, memoryview]],
+        arrived: Callable[[int, Digests64 | None], None],
+    ) -> None:
+        """Fill each target with the shard that is wanted there.
 
-        What came is what was announced: its length and its root have been compared.
+        *arrived* is told of each as it comes, in order: its number and the digests of its
+        blocks, or None where it has gone. What came is what was announced: its length and its
+        root have been compared.
         """
-        want = p.Want(namespace, digest, shard)
+        loop = asyncio.get_running_loop()
+
+        def tell(number: int, blocks: Digests64 | None) -> None:
+            self._counters.peer_received_bytes += (
+                len(wanted[number][1]) if blocks is not None else 0
+            )
+            arrived(number, blocks)
+
+        def work(wire: Wire) -> None:
+            for number, blocks in enumerate(_fetch(wire, wanted)):
+                loop.call_soon_threadsafe(tell, number, blocks)
+
         async with self._lanes:
-            blocks = await self._run(lambda wire: _fetch(wire, want, target))
-        self._counters.peer_received_bytes += len(target) if blocks is not None else 0
-        return blocks
+            await self._run(work)
 
     def close(self) -> None:
         """End everything that is under way. Idempotent."""
@@ -213,11 +225,17 @@ def _receive(wire: Wire, kind: type[Kind]) -> Kind:
     raise WireProtocolError(f"{type(message).__name__} in place of {kind.__name__}")
 
 
-def _fetch(wire: Wire, want: p.Want, target: memoryview) -> Digests64 | None:
-    shard = want.shard
+def _fetch(wire: Wire, wanted: Sequence[tuple[p.Want, memoryview]]) -> Iterator[Digests64 | None]:
+    """Ask for all at once, so that the other side never waits for us; yield each as it comes."""
+    size_bytes = sum(len(target) for _, target in wanted)
+    wire.begin(PEER_TIMEOUT_SECONDS + size_bytes / PEER_SPEED_MIN_BYTES_PER_SECOND)
+    wire.send_frames([p.encode(want) for want, _ in wanted])
+    for want, target in wanted:
+        yield _fetch_one(wire, want.shard, target)
+
+
+def _fetch_one(wire: Wire, shard: p.OfferedShard, target: memoryview) -> Digests64 | None:
     assert len(target) == shard.size_bytes, "room for exactly what was offered"
-    wire.begin(PEER_TIMEOUT_SECONDS + shard.size_bytes / PEER_SPEED_MIN_BYTES_PER_SECOND)
-    wire.send_frame(p.encode(want))
     try:
         answer = p.decode(wire.receive_frame())
     except FrameError as error:

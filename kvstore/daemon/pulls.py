@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from kvstore.daemon.peer_link import PeerLink
@@ -18,13 +20,16 @@ from kvstore.daemon.peers import owner_of
 from kvstore.errors import (
     KVStoreError,
     LimitError,
+    NoSpaceError,
     RequestError,
     ReservationError,
     TierError,
 )
 from kvstore.limits import (
     PEER_FOLLOW_SECONDS,
-    PULL_CHUNKS_AHEAD,
+    PULL_BATCH_BYTES,
+    PULL_BATCH_CHUNKS_MAX,
+    PULL_BATCHES_AHEAD,
     PULL_PAUSE_MAX_SECONDS,
     PULL_PAUSE_MIN_SECONDS,
     PULL_TROUBLE_SECONDS,
@@ -36,9 +41,10 @@ from kvstore.store.shards import covers
 from kvstore.types import Digest, HandoffState, HeadRange, ReserveOutcome, Root, SessionId
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine, Mapping
+    from collections.abc import Coroutine, Iterator, Mapping, Sequence
 
     from kvstore.daemon.server import Server
+    from kvstore.hashing import Digests64
     from kvstore.store.namespace import Namespace
     from kvstore.store.store import Granted
 
@@ -143,6 +149,15 @@ class _Trouble:
         return True
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Job:
+    """One shard that is to come, and the room for it."""
+
+    want: p.Want
+    place: Granted
+    target: memoryview
+
+
 class _Pull:
     """One hand-off on its way here. It owns its mirror through a session of its own."""
 
@@ -166,7 +181,7 @@ class _Pull:
         self._tenant = tenant
         self._session: SessionId = server.new_session_id()
         self._trouble = _Trouble(server.loop)
-        self._ahead = asyncio.Semaphore(PULL_CHUNKS_AHEAD)
+        self._ahead = asyncio.Semaphore(PULL_BATCHES_AHEAD)
         self._first = 0
         self._parent: Digest | None = None
         self._has_failed = False
@@ -225,10 +240,11 @@ class _Pull:
                 self._handoffs.publish(
                     self._session, self.key, self._first, [], self._server.loop.time()
                 )
-            for offer in following.offers:
-                if not offer.shards or not self._is_wanted:
+            for offers in _batches(following.offers):
+                if not await self._take(offers, group):
                     return None
-                await self._take(offer, group)
+            if not all(offer.shards for offer in following.offers):
+                return None
             if following.is_last:
                 return following
         return None
@@ -249,84 +265,104 @@ class _Pull:
             if reached > manifest.kv_heads:
                 raise RequestError("an offered chunk has more heads than its manifest")
 
-    async def _take(self, offer: p.Offer, group: asyncio.TaskGroup) -> None:
-        """Publish the chunk here, and begin to fetch what of it is not here yet."""
-        digest = Digest(offer.digest)
+    async def _take(self, offers: Sequence[p.Offer], group: asyncio.TaskGroup) -> bool:
+        """Publish chunks here, and begin to fetch what of them is not here yet.
+
+        Returns whether to go on.
+        """
         await self._ahead.acquire()
-        now = self._server.loop.time()
-        if not self._is_wanted:
-            self._ahead.release()
-            return
+        jobs: list[_Job] = []
         try:
-            self._handoffs.publish(self._session, self.key, self._first, [digest], now)
-            granted = [(shard, self._reserve(digest, shard)) for shard in offer.shards]
+            for offer in offers:
+                digest = Digest(offer.digest)
+                if not self._is_wanted:
+                    break
+                now = self._server.loop.time()
+                self._handoffs.publish(self._session, self.key, self._first, [digest], now)
+                jobs += self._reserve(digest, offer.shards)
+                self._first += 1
+                self._parent = digest
         except KVStoreError as error:
             self._note(error)
             self._has_failed = True
-            self._ahead.release()
-            return
-        self._first += 1
-        self._parent = digest
-        group.create_task(self._fetch_chunk(digest, granted), name="fetch")
+        group.create_task(self._fetch(jobs), name="fetch")
+        return self._is_wanted
 
-    def _reserve(self, digest: Digest, shard: p.OfferedShard) -> Granted:
-        (granted,) = self._store.reserve(
-            self._session,
-            self._space,
-            [digest],
-            parent=self._parent,
-            heads=HeadRange(shard.head_start, shard.head_stop),
-            sizes=[shard.size_bytes],
-            tenant=self.key.tenant,
-        )
-        return granted
+    def _reserve(self, digest: Digest, shards: Sequence[p.OfferedShard]) -> Iterator[_Job]:
+        """Take room for *shards*, but for those that are here or on their way."""
+        for shard in shards:
+            (place,) = self._store.reserve(
+                self._session,
+                self._space,
+                [digest],
+                parent=self._parent,
+                heads=HeadRange(shard.head_start, shard.head_stop),
+                sizes=[shard.size_bytes],
+                tenant=self.key.tenant,
+            )
+            if place.outcome is ReserveOutcome.NO_SPACE:
+                raise NoSpaceError("no room for a chunk that is handed over")
+            if place.outcome is ReserveOutcome.RESERVED:
+                target = self._store.host.view(place.extent)
+                yield _Job(p.Want(self._space.id, digest, shard), place, target)
 
-    async def _fetch_chunk(
-        self, digest: Digest, granted: list[tuple[p.OfferedShard, Granted]]
-    ) -> None:
+    async def _fetch(self, jobs: Sequence[_Job]) -> None:
+        """Bring shards to their places and publish each as it comes; what does not is given up."""
+        missing = dict.fromkeys(jobs)
         try:
-            for shard, place in granted:
-                if place.outcome is ReserveOutcome.NO_SPACE:
-                    self._has_failed = True
-                if place.outcome is ReserveOutcome.RESERVED:
-                    self._has_failed |= not await self._fetch(digest, shard, place)
+            while missing and self._is_wanted:
+                try:
+                    await self._fetch_once(list(missing), missing)
+                except TierError as error:
+                    self._note(error)
+                    if not await self._trouble.wait():
+                        break
         finally:
             self._ahead.release()
-        if not self._has_failed:
-            self._server.store.counters.handoff_chunks_pulled += 1
-
-    async def _fetch(self, digest: Digest, shard: p.OfferedShard, place: Granted) -> bool:
-        """Bring one shard to its *place* and publish it; return whether that went well."""
-        is_here = False
-        try:
-            is_here = await self._fill(digest, shard, place)
-        except KVStoreError as error:
-            self._note(error)
-        finally:
-            if not is_here:
+            self._has_failed |= bool(missing)
+            for job in missing:
                 # A commit that was refused has given it back already.
                 with contextlib.suppress(ReservationError):
-                    self._store.abort(self._session, [place.reservation])
-        return is_here
+                    self._store.abort(self._session, [job.place.reservation])
+        lost = {job.want.digest for job in missing}
+        came = {job.want.digest for job in jobs} - lost
+        self._store.counters.handoff_chunks_pulled += len(came)
 
-    async def _fill(self, digest: Digest, shard: p.OfferedShard, place: Granted) -> bool:
-        target = self._store.host.view(place.extent)
-        while self._is_wanted:
-            try:
-                blocks = await self._link.fetch(self._space.id, digest, shard, target)
-            except TierError as error:
-                self._note(error)
-                if not await self._trouble.wait():
-                    return False
-                continue
+    async def _fetch_once(self, asked: Sequence[_Job], missing: dict[_Job, None]) -> None:
+        def arrived(number: int, blocks: Digests64 | None) -> None:
+            job = asked[number]
             if blocks is None:
-                return False
+                self._has_failed = True
+                return
             self._trouble.progressed()
-            self._store.host.seal(place.extent, blocks)
-            self._store.commit(self._session, place.reservation, Root(shard.root))
-            return True
-        return False
+            self._store.host.seal(job.place.extent, blocks)
+            try:
+                root = Root(job.want.shard.root)
+                self._store.commit(self._session, job.place.reservation, root)
+            except KVStoreError as error:
+                self._note(error)
+                self._has_failed = True
+            else:
+                del missing[job]
+
+        await self._link.fetch([(job.want, job.target) for job in asked], arrived)
 
     def _note(self, error: KVStoreError) -> None:
         self._store.counters.pull_failures += 1
         log.info("pull in trouble", extra={"peer": self.key.peer, "reason": str(error)})
+
+
+def _batches(offers: Sequence[p.Offer]) -> Iterator[list[p.Offer]]:
+    """Yield the leading *offers* that have shards, as many at a time as are asked for at once."""
+    batch: list[p.Offer] = []
+    size_bytes = 0
+    for offer in itertools.takewhile(lambda offer: offer.shards, offers):
+        length = sum(shard.size_bytes for shard in offer.shards)
+        is_full = len(batch) == PULL_BATCH_CHUNKS_MAX or size_bytes + length > PULL_BATCH_BYTES
+        if batch and is_full:
+            yield batch
+            batch, size_bytes = [], 0
+        batch.append(offer)
+        size_bytes += length
+    if batch:
+        yield batch

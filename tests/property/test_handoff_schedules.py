@@ -96,19 +96,21 @@ class Way:
         await self._pass()
         await self._endpoint._leave(request)
 
-    async def fetch(self, namespace, digest, shard, target):
-        await self._pass()
-        ready = await self._endpoint._begin(p.Want(namespace, digest, shard), self._session)
-        if ready is None:
-            return None
-        try:
-            half = len(target) // 2
-            target[:half] = ready.view[:half]
+    async def fetch(self, wanted, arrived):
+        for number, (want, target) in enumerate(wanted):
             await self._pass()
-            target[half:] = ready.view[half:]
-        finally:
-            self._endpoint._end(self._session, ready.lease, len(target))
-        return block_digests(target)
+            ready = await self._endpoint._begin(want, self._session)
+            if ready is None:
+                arrived(number, None)
+                continue
+            try:
+                half = len(target) // 2
+                target[:half] = ready.view[:half]
+                await self._pass()
+                target[half:] = ready.view[half:]
+            finally:
+                self._endpoint._end(self._session, ready.lease, len(target))
+            arrived(number, block_digests(target))
 
     def close(self) -> None:
         """Nothing is open."""
