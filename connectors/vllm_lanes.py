@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -23,7 +22,7 @@ from kvstore.connectors.weights import UnsupportedError
 from kvstore.errors import KVStoreError, RequestError
 from kvstore.gpu.counters import DeviceCounters
 from kvstore.gpu.cupy_device import open_device
-from kvstore.gpu.device import Device, DeviceLostError, Fence, StuckError
+from kvstore.gpu.device import Device, DeviceError, DeviceLostError, Fence, StuckError
 from kvstore.gpu.lanes import Lane, LaneSettings, LoadLane, Moved, StoreLane, Transfer
 from kvstore.gpu.pages import PageLayout
 from kvstore.gpu.windows import Run
@@ -36,6 +35,9 @@ log = logging.getLogger("vllm.kvstore")
 _ROW_BYTES: Final = (1024, 512, 256, 128, 64, 32, 16)
 """In what an opaque page is cut: the largest that fits is moved with the fewest steps."""
 _SLOTS: Final = 2
+
+After = Fence | DeviceError | None
+"""What a transfer comes behind; or why that is not known, and it must not be made."""
 
 
 class LaneMover:
@@ -58,15 +60,23 @@ class LaneMover:
         self._host = _Staged()
         self._lanes: dict[type[Lane], Lane] = {}
         self._direct: dict[PrefixCache, DeviceCache | None] = {}
-        # What self-tests make is gone before the engine starts.
-        weakref.finalize(self, _close, self._lanes, self._direct)
 
-    def fence(self) -> Fence:
-        """Return what stands for all work that the engine's stream has been given so far."""
-        return Fence.of(self._device.engine_stream(self._current_stream()))
+    def fence(self) -> Fence | DeviceError:
+        """Return what stands for all work that the engine's stream has been given so far.
 
-    def direct(self, chunks: ChunkCache) -> DeviceCache | None:
-        """Return the way between pages and the daemon that goes around us, if there is one."""
+        The engine's thread is never failed: an error is returned, and ends what comes behind it.
+        """
+        try:
+            return Fence.of(self._device.engine_stream(self._current_stream()))
+        except DeviceError as error:
+            return error
+
+    def direct(self, chunks: ChunkCache, after: After) -> DeviceCache | None:
+        """Return the way between pages and the daemon that goes around us, if there is one.
+
+        Raises the `DeviceError` that stands for the fence.
+        """
+        _check_fence(after)
         if not isinstance(chunks, PrefixCache):
             return None
         if chunks not in self._direct:
@@ -74,17 +84,24 @@ class LaneMover:
         found = self._direct[chunks]
         return None if found is None or found.off else found
 
-    def gather(
-        self, chunks: torch.Tensor, blocks: Sequence[Sequence[int]], after: Fence | None
-    ) -> None:
+    def gather(self, chunks: torch.Tensor, blocks: Sequence[Sequence[int]], after: After) -> None:
         """Fill *chunks*; see `Mover`."""
         self._move(StoreLane, chunks, blocks, after)
 
-    def scatter(
-        self, chunks: torch.Tensor, blocks: Sequence[Sequence[int]], after: Fence | None
-    ) -> None:
+    def scatter(self, chunks: torch.Tensor, blocks: Sequence[Sequence[int]], after: After) -> None:
         """Fill *blocks*; see `Mover`."""
         self._move(LoadLane, chunks, blocks, after)
+
+    def close(self) -> None:
+        """Free what was taken of the device. Not left to the collector of garbage.
+
+        That could come while the engine captures a graph, when memory must not be freed.
+        """
+        for lane in self._lanes.values():
+            lane.close()
+        for each in self._direct.values():
+            if each is not None:
+                each.close()
 
     def _make_direct(self, chunks: PrefixCache) -> DeviceCache | None:
         try:
@@ -98,8 +115,9 @@ class LaneMover:
         kind: type[Lane],
         chunks: torch.Tensor,
         blocks: Sequence[Sequence[int]],
-        after: Fence | None,
+        after: After,
     ) -> None:
+        fence = _check_fence(after)
         if not len(blocks):
             return
         lane = self._lane(kind)
@@ -117,7 +135,7 @@ class LaneMover:
                 if not lane.can_begin:
                     begun.popleft().finish()
                 some = moved[start : start + lane.chunks_per_transfer]
-                begun.append(lane.begin(some, after, checksums=False))
+                begun.append(lane.begin(some, fence, checksums=False))
         finally:
             # All have to end, also when one has failed.
             with contextlib.ExitStack() as ends:
@@ -148,12 +166,10 @@ class _Staged:
         return [Run(address, size_bytes)] if self.is_pinned else []
 
 
-def _close(lanes: dict[type[Lane], Lane], direct: dict[PrefixCache, DeviceCache | None]) -> None:
-    for lane in lanes.values():
-        lane.close()
-    for each in direct.values():
-        if each is not None:
-            each.close()
+def _check_fence(after: After) -> Fence | None:
+    if isinstance(after, DeviceError):
+        raise after
+    return after
 
 
 def find_lane_mover(group: KVGroup, layers: Sequence[torch.Tensor]) -> LaneMover | None:

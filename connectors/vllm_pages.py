@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -57,6 +58,11 @@ class GroupPages:
         self._nowhere = torch.empty(group.page_bytes, dtype=torch.uint8)
         self._staging: dict[Urgency, torch.Tensor] = {}
 
+    def close(self) -> None:
+        """Give back what was taken of a device."""
+        if isinstance(self._mover, LaneMover):
+            self._mover.close()
+
     @property
     def moves_both_ways(self) -> bool:
         """Whether loads and stores get on beside each other: not where the processor moves."""
@@ -68,7 +74,7 @@ class GroupPages:
 
     def load(self, cache: ChunkCache, span: Span, after: Any = None) -> int:
         """Fill the blocks of *span*; return how many leading chunks are whole and right."""
-        if (around := self._around(cache)) is not None:
+        if (around := self._around(cache, after)) is not None:
             return around.load(span.digests, list(self._per_chunk(span)), after=after)
         if self._is_direct:
             targets = [self._page_runs(blocks) for blocks in self._per_chunk(span)]
@@ -86,7 +92,7 @@ class GroupPages:
 
     def store(self, cache: ChunkCache, span: Span, after: Any = None) -> StoreReport:
         """Store the chunks of *span* from their blocks; return what became of them."""
-        if (around := self._around(cache)) is not None:
+        if (around := self._around(cache, after)) is not None:
             blocks = list(self._per_chunk(span))
             return around.store(span.digests, blocks, parent=span.parent, after=after)
         stored = StoreReport(0, 0, 0, 0)
@@ -143,9 +149,9 @@ class GroupPages:
             self._staging[urgency] = staging
         return staging[:chunks]
 
-    def _around(self, cache: ChunkCache) -> DeviceCache | None:
+    def _around(self, cache: ChunkCache, after: Any) -> DeviceCache | None:
         """Return what moves chunks between our pages and the daemon without us, if anything."""
-        return self._mover.direct(cache) if isinstance(self._mover, LaneMover) else None
+        return self._mover.direct(cache, after) if isinstance(self._mover, LaneMover) else None
 
 
 def self_test(
@@ -163,8 +169,9 @@ def self_test(
     loaded = list(range(2 * each - 1, 0, -2))
     kept = _OneChunk()
     writer, reader = (GroupPages(group, pages, make_mover) for pages in (first, second))
-    writer.store(kept, Span(0, [_TESTED], stored), writer.fence())
-    reader.load(kept, Span(0, [_TESTED], loaded), reader.fence())
+    with contextlib.closing(writer), contextlib.closing(reader):
+        writer.store(kept, Span(0, [_TESTED], stored), writer.fence())
+        reader.load(kept, Span(0, [_TESTED], loaded), reader.fence())
     for source, target, old in zip(first, second, before, strict=True):
         old[loaded] = source[stored]
         if not torch.equal(target, old):

@@ -21,6 +21,7 @@ from kvstore.connectors.vllm_tilings import amx_tiles, transposed_keys
 from kvstore.connectors.vllm_transfers import Transfers, Urgency
 from kvstore.connectors.vllm_worker import WorkerHalf
 from kvstore.connectors.weights import UnsupportedError
+from kvstore.gpu.device import DeviceLostError
 from kvstore.gpu.standin import Standin
 from tests.engine.vllm.test_layouts import (
     DIGESTS,
@@ -80,6 +81,33 @@ def test_pages_of_every_layout_are_moved(device: Standin, layout: str, is_opaque
 def test_the_self_test_accepts_it(device: Standin) -> None:
     group = group_of()
     self_test(group, pages_in("LBNHC", group, 1), on(device))
+
+
+def test_the_engine_is_not_failed_by_a_device_that_takes_no_fence(device: Standin) -> None:
+    group, kept = group_of(), Kept()
+    pages = GroupPages(group, pages_in("LBHNC", group, 1), on(device))
+    pages.store(kept, Span(0, DIGESTS, FROM), pages.fence())
+    device.lose()
+    fence = pages.fence()
+    for move in (pages.store, pages.load):
+        with pytest.raises(DeviceLostError):
+            move(kept, Span(0, DIGESTS, FROM), fence)
+
+
+def test_what_a_test_has_taken_of_the_device_it_gives_back(device: Standin) -> None:
+    group = group_of()
+    layers = pages_in("LBNHC", group, 1)
+    adopted: list[int] = []
+    make = on(device)
+
+    def noted(group: KVGroup, layers: Sequence[torch.Tensor]) -> LaneMover:
+        adopted.extend({layer.untyped_storage().nbytes() for layer in layers})
+        return make(group, layers)
+
+    self_test(group, layers, noted)
+    kept = {layer.untyped_storage().data_ptr() for layer in layers}
+    owned = [size for start, (size, _) in device._claims.items() if start not in kept]
+    assert set(owned) <= set(adopted)  # the pages of the test, and nothing of ours
 
 
 def test_a_page_that_is_nowhere_is_not_written(device: Standin) -> None:
