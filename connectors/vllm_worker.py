@@ -146,6 +146,8 @@ class WorkerHalf:
         """Finish what is queued and end the connections. Idempotent."""
         self._arrivals.close()
         self._transfers.close()
+        for pages in self._pages:
+            pages.close()
         for cache in self._caches:
             cache.close()
 
