@@ -39,6 +39,7 @@ _PRIORITIES: Final = {Urgency.HIGH: -1, Urgency.LOW: 0}
 
 # Numbers of cudaError and cudaMemcpyKind.
 _OUT_OF_MEMORY: Final = 2
+_NOT_READY: Final = 600
 _NEVER_BETTER: Final = frozenset(
     [
         *(3, 4, 46, 100, 101, 214, 220, 226),  # no context any more, no device, broken memory
@@ -73,8 +74,12 @@ class CupyEvent:
 
     def is_done(self) -> bool:
         """Ask the driver, without blocking."""
-        with self._device.entered():
-            return bool(self.event.done)
+        # Not `Event.done`: to that, an event of a lost device is one that is not done yet.
+        with self._device.entered() as runtime:
+            status = int(runtime.eventQuery(self.event.ptr))
+        if status not in {0, _NOT_READY}:
+            raise _error_of(status, f"an event ended with error {status} of CUDA")
+        return status == 0
 
 
 class CupyStream:

@@ -1,8 +1,8 @@
 """Chunks between pages on a GPU and the daemon, for whoever has a device and a `PrefixCache`.
 
-    device = open_device()                        # kvstore.gpu.cupy_device; None where there is no GPU
+    device = open_device()                # kvstore.gpu.cupy_device; None where there is no GPU
     on_gpu = DeviceCache(cache, device, PageLayout(...))
-    fence = on_gpu.fence(stream_handle)           # behind what the engine has been given so far
+    fence = on_gpu.fence(stream_handle)   # behind what the engine has been given so far
     on_gpu.store(digests, pages, after=fence)
     on_gpu.load(digests, pages, after=fence)
 

@@ -49,7 +49,7 @@ class Scripted:
         self.status = 0
         self.devices = 1
         self.current: list[int] = []
-        answers = {"malloc": 4096, "hostAlloc": 8192}
+        answers = {"malloc": 4096, "hostAlloc": 8192, "eventQuery": 0}
         silent = ("free", "freeHost", "hostRegister", "hostUnregister", "memcpyAsync")
         calls = {name: self._call(name, answers.get(name)) for name in (*answers, *silent)}
         stream = stream_of(self)
@@ -61,7 +61,7 @@ class Scripted:
             Device=device_of(self),
             Stream=stream,
             ExternalStream=lambda handle: stream(handle=handle),
-            Event=event_of(self),
+            Event=event_of(),
         )
 
     def RawModule(self, path: str) -> Any:  # noqa: N802  # CuPy's name
@@ -122,18 +122,14 @@ def stream_of(cupy: Scripted) -> type:
     return Stream
 
 
-def event_of(cupy: Scripted) -> type:
+def event_of() -> type:
     numbers = count()
 
     class Event:
         def __init__(self, *, disable_timing: bool) -> None:
             assert disable_timing
             self.number = next(numbers)
-
-        @property
-        def done(self) -> bool:
-            cupy.note("query", self.number)
-            return True
+            self.ptr = 500 + self.number
 
     return Event
 
@@ -211,6 +207,21 @@ def test_errors_of_cuda_have_our_names(device, cupy, status: int, kind: type) ->
     with pytest.raises(DeviceError) as raised:
         device.register(0, 4096)
     assert type(raised.value) is (kind if status >= 700 else RegistrationError)
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"), [(0, True), (600, False), (700, DeviceLostError), (1, DeviceError)]
+)
+def test_an_event_of_a_lost_device_is_not_taken_for_one_that_is_not_done(
+    device, cupy, status: int, expected: object
+) -> None:
+    event = device.stream(Urgency.LOW).record()
+    cupy.cuda.runtime.eventQuery = lambda ptr: status if ptr >= 500 else None
+    if isinstance(expected, bool):
+        assert event.is_done() is expected
+    else:
+        with pytest.raises(expected):
+            event.is_done()
 
 
 def test_an_older_cupy_has_streams_without_priorities(device, cupy, monkeypatch) -> None:
