@@ -13,7 +13,7 @@ import secrets
 import socket
 import ssl
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from kvstore.daemon.handoffs import HandoffWait
 from kvstore.errors import ConfigError, FrameError, KVStoreError, ManifestError, RefusedError
@@ -44,6 +44,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 Answer = TypeVar("Answer")
+
+_ACCEPT_PAUSE_SECONDS: Final = 0.1
 
 
 class _Ready(NamedTuple):
@@ -107,7 +109,13 @@ class PeerEndpoint:
         log.info("peers may call", extra={"host": self._listen.host, "port": self.port})
         try:
             while True:
-                connection, address = await loop.sock_accept(self._listener)
+                try:
+                    connection, address = await loop.sock_accept(self._listener)
+                except OSError as error:
+                    # Out of descriptors, say: engines are served on, and callers come again.
+                    log.warning("peer not accepted", extra={"reason": error.strerror})
+                    await asyncio.sleep(_ACCEPT_PAUSE_SECONDS)
+                    continue
                 self._accept(connection, address)
         finally:
             self._listener.close()

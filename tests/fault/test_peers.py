@@ -5,13 +5,14 @@ from __future__ import annotations
 import threading
 from itertools import count
 
+import numpy as np
 import pytest
 
 from kvstore.client.handoff import Awaited
 from kvstore.types import HandoffState, HeadRange
 from tests.support.handoffs import is_right, store_one, take_all, wait
 from tests.support.hosts import ProxiedHosts
-from tests.support.making import make_digests, make_manifest, make_payload
+from tests.support.making import make_digests, make_manifest, make_payload, runs_of
 from tests.support.redis_proxy import cut, dripping, late, lost
 from tests.support.waiting import DEADLINE_SECONDS, wait_until
 
@@ -120,6 +121,41 @@ def test_a_chunk_of_two_ranks_comes_whole(ends):
         shard.verify()
         assert bytes(shard.view) == make_payload(digest, shard.size_bytes)
     consumer.handoffs.leave("ranks", peer="prefill")
+
+
+@pytest.mark.parametrize("codec", ["raw", "int4kv"])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_producer_and_consumer_of_other_parallel_sizes_agree(hosts, codec, ranks):
+    """What *ranks* of the producer have stored, the other number of the consumer's reads."""
+    manifest = make_manifest(model=f"ranks {codec}", codec=codec, chunk_tokens=64)
+    digests = make_digests(2, next(PROMPTS))
+    halves = [HeadRange(0, 2), HeadRange(2, 4)]
+    stored, read = (halves, [HeadRange(0, 4)]) if ranks == 2 else ([HeadRange(0, 4)], halves)
+    name = f"{codec} of {ranks}"
+    with hosts.prefill.connect() as one, hosts.decode.connect() as other:
+        producer, consumer = one.attach(manifest), other.attach(manifest)
+        producer.handoffs.open(name)
+        producer.handoffs.publish(name, 0, digests)
+        for heads in stored:
+            size = manifest.plain_bytes(heads)
+            plain = np.random.default_rng(heads.start).standard_normal(size // 2, np.float32)
+            kv = (plain.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+            assert producer.store(digests, runs_of([kv, kv]), heads=heads).stored == 2
+        producer.handoffs.close(name)
+        assert wait(consumer, name, 1, "prefill", early=True).digests == digests[1:]
+        for heads in read:
+            there, here = (load_heads(space, digests, heads) for space in (producer, consumer))
+            assert there == here
+            assert any(here[0])
+        consumer.handoffs.leave(name, peer="prefill")
+
+
+def load_heads(space, digests, heads) -> list[bytearray]:
+    """Return the decoded KV of *heads* of all *digests*."""
+    buffers = [bytearray(space.manifest.plain_bytes(heads)) for _ in digests]
+    with space.load(digests, heads=heads) as loaded:
+        loaded.copy_to(runs_of(buffers))
+    return buffers
 
 
 def test_what_both_hosts_have_is_not_sent(hosts, ends):
