@@ -44,14 +44,17 @@ async def until_stopped(reload: Callable[[], object]) -> str:
 
 
 def _reload(reload: Callable[[], object]) -> None:
+    """Reload, and tell systemd that it is over whatever has come of it."""
     notify_reloading()
+    status: list[str] = []
     try:
         reload()
-        notify("READY=1")
     except ConfigError as error:
         problems = str(error).splitlines()
-        log.error("configuration not reloaded", extra={"problems": "; ".join(problems)})  # no trace
-        notify("READY=1", f"STATUS=configuration not reloaded: {problems[0]}")
+        log.error("configuration not reloaded", extra={"problems": "; ".join(problems)})
+        status = [f"STATUS=configuration not reloaded: {problems[0]}"]
+    finally:
+        notify("READY=1", *status)
 
 
 async def keep_house(store: Store) -> None:

@@ -15,6 +15,7 @@ from playwright.sync_api import Browser, Page
 from tests.support.addresses import admin_url
 from tests.support.daemon import Daemon
 from tests.support.pages import CHROMIUM, chromium, serve
+from tests.support.redis import free_port
 from tests.support.traffic import Traffic
 from tests.support.waiting import wait_until
 
@@ -44,7 +45,8 @@ def daemon(tmp_path_factory) -> Iterator[Daemon]:
         "tiers.disk.path": place / "disk",
         "tiers.disk.capacity": "64MiB",
         "tenants.blue.quota": "8MiB",
-        "admin.listen": "127.0.0.1:7429",
+        # Not just any: it is to be the same after a restart.
+        "admin.listen": f"127.0.0.1:{free_port()}",
     }
     with serve(place, settings) as running:
         yield running

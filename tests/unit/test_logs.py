@@ -127,3 +127,19 @@ def _fail() -> None:
         _ = 1 // 0
     except ZeroDivisionError:
         log.exception("request failed")
+
+
+def test_lines_for_the_journal_begin_with_their_priority_and_leave_the_time_to_it() -> None:
+    formatter = logs.JournalFormatter(logs.TextFormatter(timed=False))
+    try:
+        raise ValueError("here")
+    except ValueError:
+        record = logging.LogRecord(
+            "kvstore.x", logging.ERROR, "", 0, "failed", None, sys.exc_info()
+        )
+    lines = formatter.format(record).splitlines()
+    assert lines[0] == "<3>ERROR x failed"
+    assert len(lines) > 2
+    assert all(line.startswith("<3>") for line in lines)
+    warning = logging.LogRecord("kvstore.x", logging.WARNING, "", 0, "odd", None, None)
+    assert formatter.format(warning) == "<4>WARNING x odd"
