@@ -6,6 +6,7 @@ is needed, and the scenes would notice if it were lost.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -166,3 +167,26 @@ def _survives(scene: Scene, kind: type[Lane], seed: int, told: LaneSettings) -> 
         return scene(world, world.lane(kind, told), device)
     except AssertionError:
         return False
+
+
+# --- both directions at once ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_stores_and_loads_of_two_threads_do_not_meet(seed: int) -> None:
+    device = Standin(np.random.default_rng(seed))
+    results: dict[str, bool] = {}
+
+    def run(name: str, scene: Scene, kind: type[Lane]) -> None:
+        world = World(device, seed)
+        results[name] = scene(world, world.lane(kind, settings()), device)
+
+    threads = [
+        threading.Thread(target=run, args=("store", STORE, StoreLane)),
+        threading.Thread(target=run, args=("load", LOAD, LoadLane)),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {"store": True, "load": True}
