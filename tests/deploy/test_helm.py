@@ -137,6 +137,13 @@ def test_nothing_comes_in_unless_it_is_named(chart):
     assert spec["egress"][1] == {"to": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]}
 
 
+def test_other_daemons_come_in_where_they_are_named(chart):
+    rule = {"ports": [{"port": 7412, "protocol": "TCP"}]}
+    made = render(chart, {"networkPolicy": {"ingress": [rule]}})["NetworkPolicy"]
+    kubernetes_validate.validate(made, KUBERNETES[-1], strict=True)
+    assert made["spec"]["ingress"] == [rule]
+
+
 def test_scraping_goes_over_tls_with_a_token(chart):
     (endpoint,) = render(chart, EVERYTHING)["PodMonitor"]["spec"]["podMetricsEndpoints"]
     assert endpoint["scheme"] == "https"
