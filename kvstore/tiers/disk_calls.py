@@ -51,7 +51,12 @@ class Job:
 
 
 class Crew:
-    """*count* threads that take calls one after the other."""
+    """*count* threads that take calls one after the other.
+
+    They have the priority of the event loop. With less, one that holds the interpreter's lock
+    would not be let on where engines keep the processors busy, and the loop would wait for it:
+    tests/bench/disk_silence.py shows it.
+    """
 
     def __init__(self, name: str, count: int) -> None:
         self._pool = ThreadPoolExecutor(count, thread_name_prefix=f"kvstore-disk-{name}")
