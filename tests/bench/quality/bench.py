@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
+import torch
+
 from kvstore.bench import report
 from tests.bench import codecs_cpu
 from tests.bench.quality import corpus, ours, page, peers, synthetic
@@ -24,6 +26,8 @@ def main(argv: Sequence[str]) -> int:
     """Measure and print; return 0, whatever the figures."""
     options = _parse(argv)
     started_at = time.monotonic()
+    # All tensors are small: a second thread would spend more on waiting than it saves.
+    torch.set_num_threads(1)
     model = load(options.weights)
     rows, exact_needles = _measure(model, _QUICK_PASSAGES if options.quick else _PASSAGES)
     speed = [] if options.quick or options.no_speed else codecs_cpu.measure_all()

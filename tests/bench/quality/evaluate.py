@@ -42,14 +42,15 @@ RoundTrip = Callable[[Bf16], Coded]
 """Encode and decode one canonical chunk `[layer, 2, kv_head, token, head_dim]`."""
 
 
-class Passage(NamedTuple):
-    """One sequence: its prefix as stored, and what the model says about the rest."""
+class Passages(NamedTuple):
+    """Sequences of one kind: prefixes as stored, and what the model says about the rest."""
 
     tokens: Tensor
-    outliers: Outliers
-    stored: Bf16
-    prefix: Floats
+    outliers: list[Outliers]
+    stored: list[Bf16]
     exact: Pass
+    attended: list[Tensor]
+    """Of each layer, what exact queries find in the exact prefix alone."""
     is_asked: NDArray[np.bool_] | None
     """Which bytes behind the prefix are needles, where there are any."""
 
@@ -66,26 +67,29 @@ class Quality(NamedTuple):
     needle_accuracy: float
 
 
-def make_passages(model: TinyModel, level: int, *, count: int, seed: int = 7) -> list[Passage]:
+def make_passages(
+    model: TinyModel, level: int, *, count: int, seed: int = 7
+) -> tuple[Passages, Passages]:
     """Return *count* held-out texts and *count* with needles; keys have outliers of *level*."""
     chance = np.random.default_rng(seed)
     source = corpus.standard_library(held_out=True)
     texts = [corpus.text(source, chance, PREFIX_TOKENS + TEXT_TOKENS) for _ in range(count)]
     needles = [corpus.needles(chance, PREFIX_TOKENS) for _ in range(count)]
-    return [
-        *(_make_passage(model, level, text.tokens, None) for text in texts),
-        *(_make_passage(model, level, *needle) for needle in needles),
-    ]
+    is_asked = np.stack([needle.is_asked[PREFIX_TOKENS:] for needle in needles])
+    return (
+        _make_passages(model, level, [text.tokens for text in texts], None),
+        _make_passages(model, level, [needle.tokens for needle in needles], is_asked),
+    )
 
 
-def needle_accuracy(passages: Sequence[Passage]) -> float:
+def needle_accuracy(passages: Sequence[Passages]) -> float:
     """Return the accuracy with the exact prefix."""
-    return float(np.nanmean([_needles(passage, passage.exact.logits) for passage in passages]))
+    return float(np.nanmean([_needles(some, some.exact.logits) for some in passages]))
 
 
-def measure(model: TinyModel, passages: Sequence[Passage], round_trip: RoundTrip) -> Quality:
+def measure(model: TinyModel, passages: Sequence[Passages], round_trip: RoundTrip) -> Quality:
     """Return the quality of *round_trip*."""
-    found = [_measure_one(model, passage, round_trip) for passage in passages]
+    found = [_measure_some(model, some, round_trip) for some in passages]
     # Texts have no needles, and say nothing of them.
     return Quality(*(float(np.nanmean(column)) for column in np.array(found, np.float64).T))
 
@@ -101,59 +105,62 @@ def from_bf16(bits: Bf16) -> Floats:
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
-def _make_passage(
-    model: TinyModel, level: int, row: corpus.Bytes, is_asked: NDArray[np.bool_] | None
-) -> Passage:
-    tokens = torch.from_numpy(row.astype(np.int64))[None]
+def _make_passages(
+    model: TinyModel,
+    level: int,
+    rows: Sequence[corpus.Bytes],
+    is_asked: NDArray[np.bool_] | None,
+) -> Passages:
+    tokens = torch.from_numpy(np.stack(rows).astype(np.int64))
     with torch.inference_mode():
         before = model(tokens[:, :PREFIX_TOKENS]).kv
-        chunk = torch.stack([torch.stack((kv.keys[0], kv.values[0])) for kv in before]).numpy()
-        outliers = make_outliers(level, chunk[:, 0])
-        chunk[:, 0] = outliers.inject(chunk[:, 0])
-        stored = to_bf16(chunk)
+        kept = torch.stack([torch.stack((kv.keys, kv.values)) for kv in before])
+        outliers, stored = [], []
+        for chunk in kept.permute(2, 0, 1, 3, 4, 5).numpy():
+            outliers.append(make_outliers(level, chunk[:, 0]))
+            chunk[:, 0] = outliers[-1].inject(chunk[:, 0])
+            stored.append(to_bf16(chunk))
         # An engine holds bf16: that loss is not the codec's, so it is part of what is exact.
         prefix = _read_back(stored, outliers)
         exact = _go_on(model, tokens, prefix)
-    asked = None if is_asked is None else is_asked[PREFIX_TOKENS:]
-    return Passage(tokens, outliers, stored, prefix, exact, asked)
+        attended = _attend(exact.queries, prefix)
+    return Passages(tokens, outliers, stored, exact, attended, is_asked)
 
 
-def _read_back(stored: Bf16, outliers: Outliers) -> Floats:
-    """Return a stored chunk as the model's own queries expect it."""
-    chunk = from_bf16(stored)
-    chunk[:, 0] = outliers.undo(chunk[:, 0])
-    return chunk
+def _read_back(stored: Sequence[Bf16], outliers: Sequence[Outliers]) -> list[LayerKV]:
+    """Return stored chunks as the model's own queries expect them."""
+    chunks = np.stack([from_bf16(chunk) for chunk in stored])
+    for chunk, injected in zip(chunks, outliers, strict=True):
+        chunk[:, 0] = injected.undo(chunk[:, 0])
+    layers = torch.from_numpy(chunks).permute(1, 2, 0, 3, 4, 5).contiguous()
+    return [LayerKV(keys, values) for keys, values in layers]
 
 
-def _measure_one(model: TinyModel, passage: Passage, round_trip: RoundTrip) -> Quality:
-    coded = round_trip(passage.stored)
-    read = _read_back(coded.chunk, passage.outliers)
-    with torch.inference_mode():
-        spoiled = _go_on(model, passage.tokens, read).logits
-    exact = passage.exact
-    found, wanted = from_bf16(coded.chunk), from_bf16(passage.stored)
-    return Quality(
-        8 * coded.stored_bytes / passage.stored.size,
-        _kl(exact.logits, spoiled),
-        _agreement(exact.logits, spoiled),
-        _attention_error(exact.queries, passage.prefix, read),
-        _error(found[:, 0], wanted[:, 0]),
-        _error(found[:, 1], wanted[:, 1]),
-        _needles(passage, spoiled),
-    )
-
-
-def _go_on(model: TinyModel, tokens: Tensor, prefix: Floats) -> Pass:
+def _go_on(model: TinyModel, tokens: Tensor, prefix: list[LayerKV]) -> Pass:
     """Read what lies behind the prefix."""
     last = tokens[:, PREFIX_TOKENS - 1 : PREFIX_TOKENS]
-    return model(tokens[:, PREFIX_TOKENS:], _as_layers(prefix), last)
+    return model(tokens[:, PREFIX_TOKENS:], prefix, last)
 
 
-def _as_layers(chunk: Floats) -> list[LayerKV]:
-    return [
-        LayerKV(torch.from_numpy(keys.copy())[None], torch.from_numpy(values.copy())[None])
-        for keys, values in chunk
+def _measure_some(model: TinyModel, passages: Passages, round_trip: RoundTrip) -> Quality:
+    coded = [round_trip(chunk) for chunk in passages.stored]
+    read = _read_back([chunk for chunk, _ in coded], passages.outliers)
+    with torch.inference_mode():
+        spoiled = _go_on(model, passages.tokens, read).logits
+        attended = _attend(passages.exact.queries, read)
+    values = sum(chunk.size for chunk in passages.stored)
+    pairs = [
+        (from_bf16(found), from_bf16(wanted))
+        for (found, _), wanted in zip(coded, passages.stored, strict=True)
     ]
+    return Quality(
+        8 * sum(stored_bytes for _, stored_bytes in coded) / values,
+        _kl(passages.exact.logits, spoiled),
+        _agreement(passages.exact.logits, spoiled),
+        _attention_error(attended, passages.attended),
+        *(np.mean([_error(f[:, side], w[:, side]) for f, w in pairs]) for side in (0, 1)),
+        _needles(passages, spoiled),
+    )
 
 
 def _error(found: Floats, wanted: Floats) -> float:
@@ -178,25 +185,28 @@ def _agreement(exact: Tensor, spoiled: Tensor) -> float:
     return float((exact.argmax(-1) == spoiled.argmax(-1)).double().mean())
 
 
-def _attention_error(queries: Sequence[Tensor], exact: Floats, read: Floats) -> float:
-    """Return the mean error over layers of attention to the prefix alone, by exact queries."""
-    errors = []
-    for query, wanted, found in zip(queries, _as_layers(exact), _as_layers(read), strict=True):
-        attended = [
-            functional.scaled_dot_product_attention(
-                query, kv.keys, kv.values, enable_gqa=True
-            ).numpy()
-            for kv in (found, wanted)
-        ]
-        errors.append(_error(*attended))
-    return float(np.mean(errors))
+def _attend(queries: Sequence[Tensor], prefix: Sequence[LayerKV]) -> list[Tensor]:
+    """Return attention of each layer's queries to the prefix alone."""
+    return [
+        functional.scaled_dot_product_attention(query, kv.keys, kv.values, enable_gqa=True)
+        for query, kv in zip(queries, prefix, strict=True)
+    ]
 
 
-def _needles(passage: Passage, logits: Tensor) -> float:
+def _attention_error(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Return the mean error over layers and sequences."""
+    errors = [
+        (some - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
+        for some, exact in zip(found, wanted, strict=True)
+    ]
+    return float(torch.stack(errors).mean())
+
+
+def _needles(passages: Passages, logits: Tensor) -> float:
     """Return the share of needles that are the most likely byte; NaN without any."""
-    if passage.is_asked is None:
+    if passages.is_asked is None:
         return math.nan
-    rest = passage.tokens[0, PREFIX_TOKENS:]
+    rest = passages.tokens[:, PREFIX_TOKENS:]
     # The byte at position i is foretold at i - 1.
-    is_right = logits[0, :-1].argmax(-1) == rest[1:]
-    return float(is_right[torch.from_numpy(passage.is_asked[1:])].double().mean())
+    is_right = logits[:, :-1].argmax(-1) == rest[:, 1:]
+    return float(is_right[torch.from_numpy(passages.is_asked[:, 1:])].double().mean())
