@@ -24,8 +24,8 @@ _FRESH_SECONDS: Final = 1.0
 class TieredCache(ChunkCache, Protocol):
     """A namespace that says which tiers hold what it has."""
 
-    def find(self, digests: Sequence[Digest], *, window: int = 0) -> Hits:
-        """Look up like `lookup`, and say where."""
+    def find(self, digests: Sequence[Digest], *, window: int = 0, name: str = "") -> Hits:
+        """Look up like `lookup`, and say where; *name* is what to explain it by later."""
         ...
 
 
@@ -35,6 +35,7 @@ class SearchedGroup:
 
     found_in: TieredCache
     window: int
+    name: str = ""
     tiers: list[tuple[int, int]] = field(default_factory=list)
 
     @property
@@ -44,7 +45,7 @@ class SearchedGroup:
 
     def lookup(self, digests: Sequence[Digest], *, window: int = 0) -> int:
         """Return how many leading chunks can be served."""
-        found = self.found_in.find(digests, window=window)
+        found = self.found_in.find(digests, window=window, name=self.name)
         self.tiers = found.tiers
         return found.chunks
 
@@ -55,10 +56,11 @@ class Lookup:
     *tiers* says where each of them was found; it may be shorter, and is by sliding windows.
     """
 
-    __slots__ = ("_answered_at", "_asked_at", "chunks", "hit", "keys", "tiers")
+    __slots__ = ("_answered_at", "_asked_at", "chunks", "hit", "keys", "name", "tiers")
 
-    def __init__(self, keys: RequestKeys, chunks: int, asked_at: float) -> None:
+    def __init__(self, keys: RequestKeys, chunks: int, asked_at: float, name: str = "") -> None:
         self.keys = keys
+        self.name = name
         self.chunks = chunks
         self.hit = 0
         self.tiers: list[TierKind] = []
@@ -99,9 +101,12 @@ class Lookups:
         self._thread = threading.Thread(target=self._run, name="kvstore-lookups", daemon=True)
         self._thread.start()
 
-    def ask(self, keys: RequestKeys, chunks: int) -> Lookup:
-        """Return the question how many of the first *chunks* chunks can be loaded."""
-        lookup = Lookup(keys, chunks, self._clock())
+    def ask(self, keys: RequestKeys, chunks: int, name: str = "") -> Lookup:
+        """Return the question how many of the first *chunks* chunks can be loaded.
+
+        *name* is the engine's id of the request, by which operators ask why it was a miss.
+        """
+        lookup = Lookup(keys, chunks, self._clock(), name)
         self._questions.put(lookup)
         return lookup
 
@@ -119,16 +124,16 @@ class Lookups:
         while (lookup := self._questions.get()) is not None:
             hit, tiers = 0, list[TierKind]()
             try:
-                hit, tiers = self._find(lookup.keys.up_to(lookup.chunks))
+                hit, tiers = self._find(lookup.keys.up_to(lookup.chunks), lookup.name)
             except Exception:
                 log.exception("kvstore: a look-up failed, counted as a miss")
             lookup.answer(hit, tiers, self._clock())
             self._progress.set()
 
-    def _find(self, digests: Sequence[Digest]) -> tuple[int, list[TierKind]]:
+    def _find(self, digests: Sequence[Digest], name: str) -> tuple[int, list[TierKind]]:
         if not digests:
             return 0, []
-        groups = [SearchedGroup(cache, window) for cache, window in self._caches]
+        groups = [SearchedGroup(cache, window, name) for cache, window in self._caches]
         hit = joint_hit(groups, digests)
         # Groups travel together: one of those that need every chunk speaks for all.
         speaker = min(groups, key=lambda group: group.window)

@@ -361,7 +361,8 @@ class SchedulerHalf:
         tokens = tracked.request.num_tokens
         self.counts.lookups += 1
         self.counts.tokens_asked += tokens
-        tracked.lookup = self._lookups.ask(tracked.keys, tokens // self._chunk_tokens)
+        chunks, name = tokens // self._chunk_tokens, tracked.request.request_id
+        tracked.lookup = self._lookups.ask(tracked.keys, chunks, name)
 
     def _missing_from(self, tracked: Tracked) -> int:
         """Return the first chunk that is not known to be stored."""

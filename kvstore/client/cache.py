@@ -152,17 +152,20 @@ class PrefixCache:
         """
         return self.find(digests, window=window).chunks
 
-    def find(self, digests: Sequence[Digest], *, window: int = 0) -> Hits:
-        """Return the same, and which tiers hold what was found."""
+    def find(self, digests: Sequence[Digest], *, window: int = 0, name: str = "") -> Hits:
+        """Return the same, and which tiers hold what was found.
+
+        By its *name*, such as the engine's id of the request, a look-up can be explained later.
+        """
         window = min(window, len(digests))
         is_one_request = len(digests) <= KEYS_PER_REQUEST_MAX
         # Longer windows would make requests overlap too much to get on. For them the leading
         # chunks are counted, which are right for every window.
         if window > 0 and (is_one_request or window <= KEYS_PER_REQUEST_MAX // 2):
-            return self._find_window(digests, window)
+            return self._find_window(digests, window, name)
         hits, tiers = 0, list[tuple[int, int]]()
         for start, batch in _batches(digests, KEYS_PER_REQUEST_MAX):
-            found = self.ask(partial(self._find, batch, 0), _NOTHING_FOUND)
+            found = self.ask(partial(self._find, batch, 0, name), _NOTHING_FOUND)
             hits += found.chunks
             tiers += found.tiers
             if hits < start + len(batch):
@@ -241,19 +244,20 @@ class PrefixCache:
         """End the session. Idempotent."""
         self._breaker.close()
 
-    def _find_window(self, digests: Sequence[Digest], window: int) -> Hits:
+    def _find_window(self, digests: Sequence[Digest], window: int, name: str) -> Hits:
         """Look from the end, request by request, overlapping by what a window may reach back."""
         stop = len(digests)
         while stop > 0:
             start = max(0, stop - KEYS_PER_REQUEST_MAX)
-            found = self.ask(partial(self._find, digests[start:stop], window), _NOTHING_FOUND)
+            part = digests[start:stop]
+            found = self.ask(partial(self._find, part, window, name), _NOTHING_FOUND)
             if found.chunks >= window or start == 0:
                 return Hits(start + found.chunks if found.chunks else 0, found.tiers)
             stop = start + window - 1
         return _NOTHING_FOUND
 
-    def _find(self, digests: Sequence[Digest], window: int, space: Space) -> Hits:
-        found = space.lookup(digests, window=window, recompute_us=self._recompute_us)
+    def _find(self, digests: Sequence[Digest], window: int, name: str, space: Space) -> Hits:
+        found = space.lookup(digests, window=window, recompute_us=self._recompute_us, name=name)
         return Hits(found.hits, found.tiers)
 
     def _load_parts(

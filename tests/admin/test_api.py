@@ -9,7 +9,13 @@ from kvstore.hashing import chunk_digests
 from kvstore.limits import ADMIN_HISTORY_SECONDS
 from tests.support.admin import ADMIN, WRITE
 from tests.support.daemon import REPOSITORY
-from tests.support.making import CHUNK_TOKENS, make_digests, make_manifest, sources_of
+from tests.support.making import (
+    CHUNK_TOKENS,
+    make_digests,
+    make_manifest,
+    make_payload,
+    sources_of,
+)
 from tests.support.waiting import wait_until
 
 assert ADMIN_HISTORY_SECONDS < 20, "a test waits for one sample"
@@ -211,6 +217,20 @@ def test_verifying_finds_good_bytes_good_and_absent_ones_absent(admin, stored):
     asked = chunks(space, [*digests[:1], *make_digests(1, prompt=7)])
     verified = admin.post("/v1/chunks/verify", asked, token=WRITE).json
     assert [one["verdict"] for one in verified["chunks"]] == ["ok", "absent"]
+
+
+def test_verifying_finds_damage_removes_it_and_an_explanation_knows(admin, client):
+    space = client.attach(make_manifest(model="damaged"))
+    digests = make_digests(4, prompt=77)  # their bytes are nowhere else
+    space.store(digests, sources_of(space.manifest, digests))
+    view = space.attached.arena.view
+    at = bytes(view).find(make_payload(digests[3], space.manifest.chunk_bytes))
+    view[at + 5] ^= 1
+    asked = chunks(space, digests)
+    verified = admin.post("/v1/chunks/verify", asked, token=WRITE).json
+    assert [one["verdict"] for one in verified["chunks"]] == ["ok", "ok", "ok", "damaged"]
+    assert space.lookup(digests).hits == 3
+    assert admin.post("/v1/prefixes/explain", asked).json["cause"] == "quarantined"
 
 
 def test_prefetching_what_is_here_brings_nothing(admin, stored):

@@ -43,7 +43,7 @@ class Cache:
         self.gate = threading.Event()
         self.gate.set()
 
-    def find(self, digests: list[bytes], *, window: int = 0) -> Hits:
+    def find(self, digests: list[bytes], *, window: int = 0, name: str = "") -> Hits:
         assert self.gate.wait(20)
         return Hits(min(self.hits, len(digests)), self.tiers)
 
