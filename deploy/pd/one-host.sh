@@ -12,7 +12,7 @@ shift
 folder=$(mktemp -d)
 socket=$folder/kvstore.sock
 python=${PYTHON:-python}
-capacity=${KVSTORE_CAPACITY:-4GiB}
+capacity=${HOST_CAPACITY:-4GiB}
 chunk=${CHUNK_TOKENS:-128}
 port=${PORT:-8000}
 prefill=$((port + 100)) decode=$((port + 200))
