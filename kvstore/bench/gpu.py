@@ -223,7 +223,12 @@ def _through_a_daemon(device: Device, shape: GpuShape, rounds: int) -> Iterator[
         with cache, DeviceCache(cache, device, shape.layout(rig.first.address)) as on_gpu:
             space = daemon.client.attach(manifest)
             on_gpu.store(digests[:1], rig.pages[:1])  # has the arena registered
-            _wait(lambda: on_gpu.registered_bytes == space.attached.arena.size_bytes)
+            _wait(
+                lambda: (
+                    on_gpu.registered_bytes == space.attached.arena.size_bytes
+                    or on_gpu.counters.registrations_failed > 0
+                )
+            )
             fence = partial(on_gpu.fence, ENGINE_STREAM)
 
             def store() -> None:

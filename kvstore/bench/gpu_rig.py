@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import numpy as np
 
 from kvstore.client.gpu_steps import groups_of, pipeline
-from kvstore.errors import InternalError
+from kvstore.errors import InternalError, UnavailableError
 from kvstore.gpu.counters import DeviceCounters
 from kvstore.gpu.device import Copy, Fence, Urgency, host_bytes, wait_for
 from kvstore.gpu.lanes import LaneSettings, LoadLane, Moved, StoreLane
@@ -92,6 +92,7 @@ class Rig:
     """Two sets of pages on a device, and registered memory for all their chunks."""
 
     def __init__(self, device: Device, shape: GpuShape) -> None:
+        """Raise `UnavailableError` when the memory cannot be registered: floors need all of it."""
         self.device = device
         self.shape = shape
         self.counters = DeviceCounters()
@@ -110,6 +111,13 @@ class Rig:
         self.windows.start()
         self.windows.wait()
         self.register_seconds = time.perf_counter() - started_at
+        found, needed = self.windows.registered_bytes, self.arena.size_bytes
+        if found < needed:
+            self.__exit__()
+            raise UnavailableError(
+                f"{needed} bytes of memory could not be registered, only {found}:"
+                " raise the limit of locked memory (ulimit -l)"
+            )
         order = np.random.default_rng(_SEED).permutation(shape.chunks * shape.pages_per_chunk)
         self.pages: list[list[int]] = order.reshape(shape.chunks, -1).tolist()
         self._fill()

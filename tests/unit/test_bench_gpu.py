@@ -7,7 +7,7 @@ import pytest
 
 from kvstore.bench import gpu
 from kvstore.bench.gpu_rig import GpuShape, Rig
-from kvstore.errors import InternalError
+from kvstore.errors import InternalError, UnavailableError
 from kvstore.gpu.standin import Standin
 
 TINY = GpuShape("tiny", layers=1, heads=2, head_dim=16, page_tokens=4, pages_per_chunk=2, chunks=3)
@@ -46,6 +46,12 @@ def test_wrong_kernels_end_it(device) -> None:
     device.twins = {**device.twins, "raw_gather": nothing}
     with Rig(device, TINY) as rig, pytest.raises(InternalError, match="not what the pages hold"):
         rig.check()
+
+
+def test_memory_that_cannot_be_registered_ends_it(device) -> None:
+    device.fail("register")
+    with pytest.raises(UnavailableError, match="ulimit -l"):
+        Rig(device, TINY)
 
 
 def test_without_a_gpu_it_says_so(monkeypatch, capsys) -> None:
