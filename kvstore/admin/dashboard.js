@@ -432,9 +432,12 @@ async function explain(event) {
   }
 }
 function showExplanation(place, found) {
-  const whole = found.hits === found.chunks_asked;
-  const summary = whole ? `All ${found.chunks_asked} chunks are hits.` : `${found.hits} of ${found.chunks_asked} chunks are hits; the prefix ends there: ${(found.cause_of_miss || "miss").replaceAll("_", " ")}.`;
-  place.replaceChildren(el("p", { class: "verdict" }, summary), el("ol", {}, ...found.chunks.map((chunk) => el("li", {},
+  const { hits, chunks_asked: asked, cause, text } = found;
+  const ended = cause ? `${hits} of ${asked} chunks are hits; the prefix ends there: ${cause.replaceAll("_", " ")}.` : text;
+  const summary = hits && hits === asked ? `All ${asked} chunks are hits.` : ended;
+  const first = found.chunks.length ? found.chunks[0].number : 0;
+  const leading = first > 0 ? el("li", {}, el("span", {}, first > 1 ? `#0 to #${first - 1}` : "#0"), el("span", { class: "pill good" }, "present")) : null;
+  place.replaceChildren(el("p", { class: "verdict" }, summary), el("ol", {}, ...(leading ? [leading] : []), ...found.chunks.map((chunk) => el("li", {},
     el("span", {}, `#${chunk.number}`),
     el("span", { class: `pill ${CAUSES_GOOD.includes(chunk.cause) ? "good" : "warn"}` }, chunk.cause.replaceAll("_", " ")),
     el("code", {}, chunk.digest.slice(0, 12)),

@@ -14,6 +14,7 @@ from playwright.sync_api import Browser, Page
 
 from tests.support.addresses import admin_url
 from tests.support.daemon import Daemon
+from tests.support.making import make_digests, make_manifest, sources_of
 from tests.support.pages import CHROMIUM, chromium, serve
 from tests.support.redis import free_port
 from tests.support.traffic import Traffic
@@ -162,6 +163,23 @@ def test_it_works_by_keyboard(daemon, watched):
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     page.wait_for_selector("#explanation .verdict")
+    assert watched.wrong == []
+
+
+def test_it_explains_a_miss_chunk_by_chunk(daemon, watched):
+    manifest, digests = make_manifest(model="explained"), make_digests(10, prompt=77)
+    with daemon.connect() as client:
+        client.attach(manifest).store(digests[:8], sources_of(manifest, digests[:8]))
+    page = watched.open(daemon)
+    page.fill("#explain-keys", "\n".join(digest.hex() for digest in digests))
+    page.click("#explain button")
+    page.wait_for_selector("#explanation li")
+    said = text(page, "#explanation")
+    # Which of both depends on what the history still has of the time before.
+    ends = "8 of 10 chunks are hits; the prefix ends there: "
+    assert f"{ends}never stored." in said or f"{ends}not remembered." in said
+    assert "#0 to #3" in said
+    assert page.locator("#explanation li").count() == 1 + 4 + 2
     assert watched.wrong == []
 
 
