@@ -170,6 +170,8 @@ ADMIN_REQUESTS_BURST: Final = 200
 # Wrong tokens, from one address.
 ADMIN_FAILURES_PER_SECOND: Final = 1
 ADMIN_FAILURES_BURST: Final = 10
+# An address that is taken is tried again.
+ADMIN_RETRY_SECONDS: Final = 5.0
 ADMIN_ADDRESSES_MAX: Final = 1024
 ADMIN_TOKENS_MAX: Final = 16
 ADMIN_TOKEN_MIN_CHARS: Final = 32

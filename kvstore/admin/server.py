@@ -27,6 +27,7 @@ from kvstore.limits import (
     ADMIN_CONNECTIONS_MAX,
     ADMIN_FIRST_REQUEST_SECONDS,
     ADMIN_HISTORY_SECONDS,
+    ADMIN_RETRY_SECONDS,
     REUSE_BATCH,
     REUSE_PAUSE_SECONDS,
 )
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_RETRY_SECONDS: Final = 5.0
 _HEADER_MAX_BYTES: Final = 8190
 _LOCAL_NAMES: Final = ("localhost", "127.0.0.1", "::1")
 
@@ -158,7 +158,7 @@ class Admin:
                     extra={"address": str(self._address)},
                 )
                 told = True
-            await asyncio.sleep(_RETRY_SECONDS)
+            await asyncio.sleep(ADMIN_RETRY_SECONDS)
 
     def _description(self) -> Route:
         async def describe(call: Call) -> Text:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final, Literal, NamedTuple
 
 import msgspec
 
-from kvstore.limits import EXPLAINED_ELSEWHERE_MAX
+from kvstore.limits import EXPLAINED_CHUNKS_MAX, EXPLAINED_ELSEWHERE_MAX
 from kvstore.store.history import Entry, Fate
 from kvstore.store.recompute import worth_loading
 from kvstore.types import NO_SLOT, Digest, TierKind
@@ -112,8 +112,9 @@ def explain(
     recompute_seconds: float = 0.0,
     other_scopes: Sequence[tuple[str, Sequence[Digest]]] = (),
 ) -> Explanation:
-    """Say of every one of *digests*, one prefix in order, where it is or what became of it.
+    """Say of *digests*, one prefix in order, where each is or what became of it.
 
+    Of those that are no hits, the first `EXPLAINED_CHUNKS_MAX` are explained.
     *recompute_seconds* is what one chunk costs the engine. *other_scopes* are the same tokens
     under other roots: (name of the scope, digests).
     """
@@ -121,7 +122,7 @@ def explain(
     worth = _worth(store, space, slots, recompute_seconds)
     explained: list[Explained] = []
     elsewhere = EXPLAINED_ELSEWHERE_MAX
-    for number, digest in enumerate(digests):
+    for number, digest in enumerate(digests[: known + EXPLAINED_CHUNKS_MAX]):
         if number < known:
             explained.append(_present(store, space, digest, is_declined=number >= worth))
             continue

@@ -179,32 +179,39 @@ class Reuse:
         self._stacks: dict[int, Stack] = {}
         self._pending: deque[_Uses] = deque()
         self._count = 0
-        self._asked: dict[int, int] = {}
+        self._asked = [0] * TENANTS_MAX
         self.is_on = False
         self._first_bytes = _FIRST_BYTES
+        self._second_bytes = 256
         self._table = _table(_FIRST_BYTES)
 
     def stack(self, tenant: int) -> Stack | None:
         """Return what is known of *tenant*, if it was ever heard of."""
         stack = self._stacks.get(tenant)
         if stack is not None:
-            stack.asked = self._asked.get(tenant, 0)
+            stack.asked = self._asked[tenant]
         return stack
 
     def looked_up(
         self, tenant: int, digests: Sequence[Digest], size_bytes: int, firsts: bytes = b""
     ) -> None:
         """Note a look-up of *digests*; *firsts* are their first bytes, where these are at hand."""
-        self._asked[tenant] = self._asked.get(tenant, 0) + len(digests)
-        marks = (firsts or b"".join(digests)[::32]).translate(self._table)
-        at = marks.find(1)
+        self._asked[tenant] += len(digests)
+        marks = firsts or b"".join(digests)[::32]
+        wanted = 0
+        if self._first_bytes > 1:
+            marks, wanted = marks.translate(self._table), 1
+        at = marks.find(wanted)
         if at < 0:
             return
         sampled: list[Digest] = []
         while at >= 0:
-            sampled.append(digests[at])
-            at = marks.find(1, at + 1)
-        self._put(_Uses(tenant, sampled, size_bytes, is_counted=True))
+            # Where the first byte says little any more, the second says most of the rest.
+            if digests[at][1] < self._second_bytes:
+                sampled.append(digests[at])
+            at = marks.find(wanted, at + 1)
+        if sampled:
+            self._put(_Uses(tenant, sampled, size_bytes, is_counted=True))
 
     def stored(self, tenant: int, digest: Digest, size_bytes: int) -> None:
         """Note that *digest* was stored: a use, but nobody asked for it."""
@@ -256,6 +263,8 @@ class Reuse:
         """Let look-ups note only what some stack still samples."""
         if self._stacks:
             highest = max(stack.threshold for stack in self._stacks.values())
+            # Of a digest whose first byte is 0, when no other is sampled any more.
+            self._second_bytes = min(256, -(-highest >> (_HASH_BITS - 16)))
             first_bytes = -(-highest >> (_HASH_BITS - 8))
             if first_bytes != self._first_bytes:
                 self._first_bytes = first_bytes

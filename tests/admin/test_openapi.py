@@ -10,7 +10,7 @@ from schemathesis.config import SchemathesisConfig
 
 from tests.support.admin import ADMIN
 
-EXAMPLES = 8
+EXAMPLES = 6
 
 
 @pytest.fixture(scope="module")
