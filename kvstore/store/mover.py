@@ -135,7 +135,8 @@ class Mover:
             if route.is_selective:
                 for slot in slots:
                     route.note_use(slot)
-            if route.policy != "on_evict":
+            # A tier that fails is offered what is used once it answers again.
+            if route.policy != "on_evict" and route.tier.is_usable:
                 for slot in [slot for slot in slots if not index.tiers_of(slot) & route.kind]:
                     for shard in index.shards(slot):
                         self._offer(route, slot, shard)

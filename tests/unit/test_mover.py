@@ -409,6 +409,26 @@ def test_what_is_only_in_a_failing_tier_is_a_miss_until_it_answers():
     run(main())
 
 
+def test_a_tier_that_fails_is_offered_what_is_used_once_it_answers():
+    async def main() -> None:
+        redis = fake(script=[(n, Fault.FAIL) for n in range(4)])
+        async with running(Tiers([Slower(redis)])) as tiers:
+            engine = tiers.engine(MANIFEST)
+            digests = make_digests(4)
+            engine.put(digests)
+            await tiers.settle()
+            route = tiers.mover.routes[REDIS]
+            assert not route.tier.is_usable
+            await tiers.load(engine, digests)
+            assert route.lane.write_chunks == 0
+            await asyncio.sleep(1.0)
+            await tiers.load(engine, digests)
+            await tiers.settle()
+            assert tiers.store.slower.residents[REDIS].count == 4
+
+    run(main())
+
+
 def test_what_waits_behind_a_tier_that_starts_to_fail_is_answered_then():
     async def main() -> None:
         redis = fake(script=[(n, Fault.HANG) for n in range(20, 40)])
