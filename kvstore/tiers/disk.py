@@ -251,9 +251,11 @@ class DiskTier:
         page = room.offset // EXTENT_ALIGNMENT_BYTES
         record = pack_record(shard, sequence=sequence, page=page, fingerprint=fingerprint)
         job = Job(shard, room, record)
-        write = self._payloads.write_part
-        calls = [partial(self._payloads.write_header, job, source)]
-        calls += [partial(write, job, source, start) for start in job.parts]
+        calls = [partial(self._payloads.write_whole, job, source)]
+        if len(job.parts) > 1:
+            write = self._payloads.write_part
+            calls = [partial(self._payloads.write_header, job, source)]
+            calls += [partial(write, job, source, start) for start in job.parts]
         try:
             await self._do(self._writers, calls, job.give_up)
         except BaseException:

@@ -31,7 +31,8 @@ class Job:
         self.is_recorded = False
         self.parts = range(0, shard.size_bytes, DISK_PART_SIZE_BYTES)
         self.digests: Digests64 = np.zeros(block_count(shard.size_bytes), "<u8")
-        self._writes_left = len(self.parts) + 1
+        # A header of its own comes with several parts alone.
+        self._writes_left = len(self.parts) + (len(self.parts) > 1)
         self._lock = threading.Lock()
 
     def give_up(self) -> None:

@@ -40,21 +40,37 @@ class Payloads:
         self._volume = volume
         self._buffers = Buffers()
 
+    def write_whole(self, job: Job, source: memoryview) -> None:
+        """Write header and payload of a chunk of one part, which is not worth two threads."""
+        if job.is_given_up:
+            return
+        self._volume.write([self._header(job, source), *self._pages(source)], job.room.offset)
+        self._finish(job)
+
     def write_header(self, job: Job, source: memoryview) -> None:
         """Digest all of *source*, and write the header: while others write the parts."""
-        job.add(0, copies.digest_blocks(source))
-        if root_of(job.digests) != job.shard.root:
-            raise TierError("the bytes of a shard are not those of its root; not kept")
-        header = self._buffers.header(job.shard.size_bytes)
-        header[:] = pack_header(job.shard, job.digests)
-        self._volume.write([header], job.room.offset)
+        self._volume.write([self._header(job, source)], job.room.offset)
         self._finish(job)
 
     def write_part(self, job: Job, source: memoryview, start: int) -> None:
         """Write the part of *source* at *start*."""
         if job.is_given_up:
             return
-        part = source[start : start + DISK_PART_SIZE_BYTES]
+        pages = self._pages(source[start : start + DISK_PART_SIZE_BYTES])
+        self._volume.write(pages, job.room.offset + header_size(job.shard.size_bytes) + start)
+        self._finish(job)
+
+    def _header(self, job: Job, source: memoryview) -> memoryview:
+        """Digest *source*, and return its header; raises `TierError` for other bytes."""
+        job.add(0, copies.digest_blocks(source))
+        if root_of(job.digests) != job.shard.root:
+            raise TierError("the bytes of a shard are not those of its root; not kept")
+        header = self._buffers.header(job.shard.size_bytes)
+        header[:] = pack_header(job.shard, job.digests)
+        return header
+
+    def _pages(self, part: memoryview) -> list[memoryview]:
+        """Return *part* as whole pages, the last one padded with zeros."""
         whole = 0 if self._must_bounce(part) else len(part) // _PAGE * _PAGE
         views = [part[:whole]] if whole else []
         if whole < len(part):
@@ -62,8 +78,7 @@ class Payloads:
             rest[: len(part) - whole] = part[whole:]
             rest[len(part) - whole :] = bytes(len(rest) - len(part) + whole)
             views.append(rest)
-        self._volume.write(views, job.room.offset + header_size(job.shard.size_bytes) + start)
-        self._finish(job)
+        return views
 
     def _finish(self, job: Job) -> None:
         """Whoever is last writes the record: then all else is written."""
