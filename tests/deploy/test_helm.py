@@ -27,7 +27,12 @@ EVERYTHING: dict[str, Any] = {
     "disk": {"enabled": True},
     "gpu": {"enabled": True, "runtimeClassName": "nvidia"},
     "admin": {"secret": "kvstore-admin", "allowedHosts": ["kv.example.org"]},
-    "podMonitor": {"enabled": True, "tokenSecret": "scrape", "labels": {"release": "prometheus"}},
+    "podMonitor": {
+        "enabled": True,
+        "tokenSecret": "scrape",
+        "labels": {"release": "prometheus"},
+        "tlsConfig": {"serverName": "kv.example.org"},
+    },
     "networkPolicy": {
         "monitoring": [{"namespaceSelector": {"matchLabels": {"name": "monitoring"}}}],
         "egress": [{"to": [{"ipBlock": {"cidr": "10.0.0.0/8"}}]}],
@@ -144,9 +149,25 @@ def test_other_daemons_come_in_where_they_are_named(chart):
     assert made["spec"]["ingress"] == [rule]
 
 
+def test_the_pod_answers_to_its_address_where_it_is_asked_from_elsewhere(chart, tmp_path):
+    def environment(values: dict[str, Any]) -> list[dict[str, Any]]:
+        (container,) = render(chart, values)["DaemonSet"]["spec"]["template"]["spec"]["containers"]
+        return container.get("env", [])
+
+    assert environment({}) == []
+    address, hosts = environment(EVERYTHING)
+    assert address["valueFrom"] == {"fieldRef": {"fieldPath": "status.podIP"}}
+    assert hosts["value"] == "$(POD_IP),kv.example.org"
+    file = tmp_path / "kvstore.toml"
+    file.write_text(config_of(render(chart, EVERYTHING)))
+    given = {"POD_IP": "10.1.2.3", hosts["name"]: "10.1.2.3,kv.example.org"}
+    assert load(file, given, ()).admin.allowed_hosts == ("10.1.2.3", "kv.example.org")
+
+
 def test_scraping_goes_over_tls_with_a_token(chart):
     (endpoint,) = render(chart, EVERYTHING)["PodMonitor"]["spec"]["podMetricsEndpoints"]
     assert endpoint["scheme"] == "https"
+    assert endpoint["tlsConfig"] == {"serverName": "kv.example.org"}
     assert endpoint["authorization"]["credentials"] == {"name": "scrape", "key": "token"}
 
 

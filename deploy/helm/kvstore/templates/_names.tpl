@@ -34,7 +34,7 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version }}
 {{- if not .Values.admin.enabled }}
 {{- $_ := set $config "admin" (dict "listen" "") }}
 {{- else if include "kvstore.isOpen" . }}
-{{- $admin := dict "listen" (printf "0.0.0.0:%v" .Values.admin.port) "insecure" .Values.admin.insecure "allowed_hosts" .Values.admin.allowedHosts }}
+{{- $admin := dict "listen" (printf "0.0.0.0:%v" .Values.admin.port) "insecure" .Values.admin.insecure }}
 {{- if .Values.admin.secret }}
 {{- $_ := set $admin "token_file" "/run/secrets/kvstore/tokens" }}
 {{- if not .Values.admin.insecure }}
