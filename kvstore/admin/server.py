@@ -28,6 +28,7 @@ from kvstore.limits import (
     ADMIN_FIRST_REQUEST_SECONDS,
     ADMIN_HISTORY_SECONDS,
     ADMIN_RETRY_SECONDS,
+    ADMIN_SILENT_MAX,
     REUSE_BATCH,
     REUSE_PAUSE_SECONDS,
 )
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _HEADER_MAX_BYTES: Final = 8190
+_SHUTDOWN_SECONDS: Final = 0.2
 _LOCAL_NAMES: Final = ("localhost", "127.0.0.1", "::1")
 
 
@@ -77,15 +79,20 @@ class Admin:
             max_line_size=_HEADER_MAX_BYTES,
             max_field_size=_HEADER_MAX_BYTES,
             lingering_time=0.0,
-            shutdown_timeout=1.0,
+            shutdown_timeout=_SHUTDOWN_SECONDS,
         )
         await runner.setup()
         try:
             listening = await self._listen()
             server = runner.server
             assert server is not None, "the runner is set up"
-            async with await self._accept(server, listening):
+            listener = await self._accept(server, listening)
+            try:
                 await self._observe()
+            finally:
+                self._subject.store.reuse.is_on = False
+                # Its connections are the runner's to end: to wait for them here would be for ever.
+                listener.close()
         finally:
             await runner.cleanup()
 
@@ -121,7 +128,8 @@ class Admin:
         loop = asyncio.get_running_loop()
 
         def connection() -> asyncio.Protocol:
-            if len(server.connections) >= ADMIN_CONNECTIONS_MAX:
+            is_full = len(server.connections) >= ADMIN_CONNECTIONS_MAX
+            if is_full or len(self._silent) >= ADMIN_SILENT_MAX:
                 return _Refused()
             handler = server()
             self._silent[handler] = loop.call_later(

@@ -8,7 +8,9 @@ from tests.support.admin import AdminClient, port_of
 from tests.support.waiting import wait_until
 
 
-def test_a_taken_address_is_waited_for_and_a_full_daemon_is_not_ready(start_daemon):
+def test_a_taken_address_is_waited_for_a_full_daemon_is_not_ready_and_the_end_is_prompt(
+    start_daemon,
+):
     with socket.socket() as taken:
         taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         taken.bind(("127.0.0.1", 0))
@@ -32,3 +34,9 @@ def test_a_taken_address_is_waited_for_and_a_full_daemon_is_not_ready(start_daem
         assert admin.get("/livez").status == 200
         assert client.ping(b"served") == b"served"
     wait_until(lambda: admin.get("/readyz").status == 200, what="it is ready again")
+    with admin.connect() as waiting:
+        waiting.sendall(b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert waiting.recv(1000).startswith(b"HTTP/1.1 200 ")
+        # Whoever stays connected does not keep the daemon from ending.
+        assert daemon.stop() == 0
+        assert waiting.recv(1000) == b""
