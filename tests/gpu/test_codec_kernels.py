@@ -7,15 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from kvstore.compression.shapes import CodecId, Kind, SourceType
+from kvstore.compression.shapes import CodecId
 from kvstore.gpu.batches import Places
-from kvstore.gpu.kernels import WIDTH_MAX, WIDTHS_MAX, Kernels, load
-from tests.support.kernels import CODECS, Scene
+from kvstore.gpu.kernels import Kernels, load
+from tests.support.kernels import CODECS, SIZES, WIDE, Scene, check_kernels
 
 pytestmark = pytest.mark.gpu
-
-SIZES = ((2, 64, 64), (1, 70, 80), (3, 33, 96), (1, 65, 112), (8, 256, 128), (1, 300, 192))
-WIDE = ((1, 20, 256), (1, 66, 576), (1, 1, 64))
 
 
 class GpuKernels:
@@ -61,16 +58,9 @@ def kernels() -> GpuKernels:
     return GpuKernels(cupy, found)
 
 
-@pytest.mark.parametrize("size", [*SIZES, *WIDE], ids=str)
+@pytest.mark.parametrize("size", [*SIZES, (8, 256, 128), *WIDE], ids=str)
 @pytest.mark.parametrize("codec", CODECS, ids=lambda codec: codec.name)
 def test_kernels_give_the_bytes_of_numpy(
     kernels: GpuKernels, codec: CodecId, size: tuple[int, int, int]
 ) -> None:
-    if size[2] > WIDTHS_MAX.get(CODECS[codec], WIDTH_MAX):
-        pytest.skip("refused by gpu/kernels.py")
-    for kind in Kind:
-        for source in (SourceType.BFLOAT16, SourceType.FLOAT16):
-            for sinks in (0, 4):
-                scene = Scene.by_chance(codec, kind, source, size, sinks)
-                scene.check_encode(kernels)
-                scene.check_decode(kernels)
+    check_kernels(kernels, codec, size)

@@ -29,6 +29,7 @@ from kvstore.compression.shapes import (
 from kvstore.compression.tables import HQ3, HQ4
 from kvstore.gpu.batches import REPORT, SECTION, Chunks, Pages, Places, batch_of
 from kvstore.gpu.build import SOURCES, source_names
+from kvstore.gpu.kernels import WIDTH_MAX, WIDTHS_MAX
 from kvstore.types import HeadRange
 
 CODECS = {
@@ -42,6 +43,9 @@ CODECS = {
 """Kernels' names of codecs."""
 SOURCES_OF = {"hq4": "hadamard", "hq3": "hadamard"}
 TABLES = {CodecId.HQ4: HQ4.table_id, CodecId.HQ3: HQ3.table_id}
+SIZES = ((2, 64, 64), (1, 70, 80), (3, 33, 96), (1, 65, 112), (2, 128, 128), (1, 300, 192))
+WIDE = ((1, 20, 256), (1, 66, 576), (1, 1, 64))
+"""Heads, tokens, width."""
 PAGE_TOKENS = 16
 CHUNKS, SECTIONS = 2, 2
 SUPPORT = Path(__file__).parent
@@ -268,6 +272,18 @@ class Scene:
             assert np.array_equal(ours[:, self.shape.sinks :], decoded[:, self.shape.sinks :])
         touched = CHUNKS * SECTIONS * self.shape.heads * self.shape.tokens * self.shape.dim
         assert (self.planes == 0x1234).sum() >= self.planes.size - touched
+
+
+def check_kernels(kernels: Kernels, codec: CodecId, size: tuple[int, int, int]) -> None:
+    """Compare both directions, for K and V of either type, with sinks and without."""
+    if size[2] > WIDTHS_MAX.get(CODECS[codec], WIDTH_MAX):
+        pytest.skip("refused by gpu/kernels.py")
+    for kind in Kind:
+        for source in (SourceType.BFLOAT16, SourceType.FLOAT16):
+            for sinks in (0, 4):
+                scene = Scene.by_chance(codec, kind, source, size, sinks)
+                scene.check_encode(kernels)
+                scene.check_decode(kernels)
 
 
 def _fields(shape: SectionShape) -> dict[str, Any]:
