@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -17,12 +18,20 @@ from kvstore.connectors.chunks import ChunkCache
 from kvstore.connectors.vllm_lanes import LaneMover
 from kvstore.connectors.vllm_layouts import KVGroup
 from kvstore.connectors.vllm_metadata import NOWHERE, Span
-from kvstore.connectors.vllm_movers import Mover, choose_mover, chunk_shape, page_order
+from kvstore.connectors.vllm_movers import (
+    DeviceMover,
+    Mover,
+    choose_mover,
+    chunk_shape,
+    page_order,
+)
 from kvstore.connectors.vllm_transfers import Urgency
 from kvstore.connectors.weights import UnsupportedError
 from kvstore.limits import MIB
 from kvstore.transfer.copies import Runs, gather, scatter
 from kvstore.types import Digest
+
+log = logging.getLogger("vllm.kvstore")
 
 # What is converted at a time: enough to keep the daemon busy, and no more memory than that.
 _STAGING_BYTES: Final = 32 * MIB
@@ -152,6 +161,25 @@ class GroupPages:
     def _around(self, cache: ChunkCache, after: Any) -> DeviceCache | None:
         """Return what moves chunks between our pages and the daemon without us, if anything."""
         return self._mover.direct(cache, after) if isinstance(self._mover, LaneMover) else None
+
+
+def checked_pages(
+    group: KVGroup, layers: Sequence[torch.Tensor], make_mover: MakeMover = choose_mover
+) -> GroupPages:
+    """Return the pages of *group*, once a test has shown that they are understood.
+
+    Where the device cannot move them by itself, torch does. Raises what the test raises.
+    """
+    pages = GroupPages(group, layers, make_mover)
+    try:
+        self_test(group, layers, make_mover)
+    except Exception:
+        pages.close()
+        if not pages.moves_both_ways:
+            raise
+        log.exception("kvstore: the device does not move pages as it should: torch moves them")
+        return checked_pages(group, layers, DeviceMover)
+    return pages
 
 
 def self_test(

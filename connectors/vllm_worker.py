@@ -23,7 +23,7 @@ from kvstore.connectors.codecs import counted
 from kvstore.connectors.vllm_handoff import Arrivals, HandoffCalls
 from kvstore.connectors.vllm_layouts import KVGroup
 from kvstore.connectors.vllm_metadata import LoadJob, Span, StepMetadata, StoreJob, WorkerReport
-from kvstore.connectors.vllm_pages import GroupPages, self_test
+from kvstore.connectors.vllm_pages import GroupPages, checked_pages
 from kvstore.connectors.vllm_stats import codec_figures
 from kvstore.connectors.vllm_transfers import Transfers, Urgency
 from kvstore.connectors.weights import UnsupportedError
@@ -84,8 +84,7 @@ class WorkerHalf:
             pages = []
             for group in self._groups:
                 layers = [kv_caches[name] for name in group.layer_names]
-                pages.append(GroupPages(group, layers))
-                self_test(group, layers)
+                pages.append(checked_pages(group, layers))
             self._pages = pages
             if all(each.moves_both_ways for each in pages):
                 self._transfers.split()

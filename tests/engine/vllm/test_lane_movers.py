@@ -16,13 +16,13 @@ from kvstore.client.cache import PrefixCache
 from kvstore.connectors.vllm_lanes import LaneMover, find_lane_mover, page_layout
 from kvstore.connectors.vllm_layouts import KVGroup
 from kvstore.connectors.vllm_metadata import NOWHERE, LoadJob, Span, StepMetadata, StoreJob
-from kvstore.connectors.vllm_pages import GroupPages, self_test
+from kvstore.connectors.vllm_pages import GroupPages, checked_pages, self_test
 from kvstore.connectors.vllm_tilings import amx_tiles, transposed_keys
 from kvstore.connectors.vllm_transfers import Transfers, Urgency
 from kvstore.connectors.vllm_worker import WorkerHalf
 from kvstore.connectors.weights import UnsupportedError
 from kvstore.gpu.device import DeviceLostError
-from kvstore.gpu.standin import Standin
+from kvstore.gpu.standin import Fault, Standin
 from tests.engine.vllm.test_layouts import (
     DIGESTS,
     FROM,
@@ -94,6 +94,21 @@ def test_the_engine_is_not_failed_by_a_device_that_takes_no_fence(device: Standi
             move(kept, Span(0, DIGESTS, FROM), fence)
 
 
+@pytest.mark.parametrize("fault", ["launch", "allocate", "copy"])
+def test_where_the_device_fails_its_test_torch_moves_the_pages(
+    device: Standin, fault: Fault
+) -> None:
+    group, kept = group_of(), Kept()
+    source, target = pages_in("LBNHC", group, 1), pages_in("LBNHC", group, 2)
+    old = [layer.clone() for layer in target]
+    device.fail(fault, times=1_000_000)
+    writer, reader = (checked_pages(group, pages, on(device)) for pages in (source, target))
+    assert not writer.moves_both_ways
+    writer.store(kept, Span(0, DIGESTS, FROM), writer.fence())
+    reader.load(kept, Span(0, DIGESTS, TO), reader.fence())
+    check_moved(source, target, old)
+
+
 def test_what_a_test_has_taken_of_the_device_it_gives_back(device: Standin) -> None:
     group = group_of()
     layers = pages_in("LBNHC", group, 1)
@@ -142,10 +157,7 @@ def test_odd_pages_are_left_to_others() -> None:
 def test_a_worker_moves_straight_between_pages_and_the_daemon(
     device: Standin, socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(
-        "kvstore.connectors.vllm_pages.GroupPages.__init__.__defaults__", (on(device),)
-    )
-    monkeypatch.setattr("kvstore.connectors.vllm_worker.self_test", lambda *_: None)
+    monkeypatch.setattr(checked_pages, "__defaults__", (on(device),))
     group = group_of()
     manifest = group.manifest(model=f"lanes {id(device)}", revision="1", rope="")
     source, target = pages_in("LBNHC", group, 1), pages_in("LBNHC", group, 2)
