@@ -215,6 +215,7 @@ def _note(request: web.Request, route: Route, grant: Grant | None, status: int) 
             "path": request.path[:128],
             "address": request.remote or "",
             "token_line": 0 if grant is None else grant.line,
+            "scope": "none" if grant is None else grant.scope.name.lower(),
             "status": status,
         },
     )

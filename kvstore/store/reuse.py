@@ -261,14 +261,13 @@ class Reuse:
 
     def _retune(self) -> None:
         """Let look-ups note only what some stack still samples."""
-        if self._stacks:
-            highest = max(stack.threshold for stack in self._stacks.values())
-            # Of a digest whose first byte is 0, when no other is sampled any more.
-            self._second_bytes = min(256, -(-highest >> (_HASH_BITS - 16)))
-            first_bytes = -(-highest >> (_HASH_BITS - 8))
-            if first_bytes != self._first_bytes:
-                self._first_bytes = first_bytes
-                self._table = _table(first_bytes)
+        highest = max(stack.threshold for stack in self._stacks.values())
+        # Of a digest whose first byte is 0, when no other is sampled any more.
+        self._second_bytes = min(256, -(-highest >> (_HASH_BITS - 16)))
+        first_bytes = -(-highest >> (_HASH_BITS - 8))
+        if first_bytes != self._first_bytes:
+            self._first_bytes = first_bytes
+            self._table = _table(first_bytes)
 
 
 def points(

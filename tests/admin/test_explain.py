@@ -321,7 +321,8 @@ def test_what_is_kept_under_another_scope_says_so(engine):
     plain = chunk_digests(tokens, CHUNK_TOKENS)
     scoped = chunk_digests(tokens, CHUNK_TOKENS, scope=scope_digest(adapter="sql"))
     engine.put(plain)
-    assert why(engine, scoped, other_scopes=[("no scope", plain)]).cause == "other_scope"
+    scopes = [("itself", scoped), ("no scope", plain)]
+    assert why(engine, scoped, other_scopes=scopes).cause == "other_scope"
 
 
 def test_every_cause_has_a_scenario():

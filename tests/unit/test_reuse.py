@@ -13,7 +13,8 @@ from kvstore.limits import (
 )
 from kvstore.protocol import messages as m
 from kvstore.protocol.framing import first_bytes
-from kvstore.store.reuse import Reuse, Stack
+from kvstore.store.reuse import Reuse, Stack, points
+from kvstore.types import Digest
 from tests.bench.reuse import compare
 from tests.bench.traces import trace
 from tests.support.making import loose_digest
@@ -73,10 +74,73 @@ def test_more_than_can_be_worked_on_lowers_the_rate():
     before = 1 / 16
     for number in range(0, 64 * REUSE_PENDING_MAX, 64):
         reuse.looked_up(0, [loose_digest(number + at) for at in range(64)], MIB)
+        if number == 640:
+            reuse.work()
     reuse.work()
     stack = reuse.stack(0)
     assert stack is not None
     assert stack.rate < before
+
+
+def test_times_that_run_out_are_dealt_out_anew_in_the_same_order():
+    stack, order = Stack(8), list[Digest]()
+    stack.threshold = 1 << 24
+    for number in range(200):
+        digest = loose_digest(number % 6)
+        if digest in order:
+            order.remove(digest)
+        order.append(digest)
+        stack.use([digest], number % 6 + 1, is_counted=True)
+        behind = order[order.index(loose_digest(0)) + 1 :]
+        expected = sum(next(n + 1 for n in range(6) if loose_digest(n) == one) for one in behind)
+        assert stack._total_bytes - stack._sum(stack._used[loose_digest(0)][0]) == expected
+    assert list(stack._used) == order
+
+
+def test_a_tenant_has_a_curve_of_its_own_and_a_stranger_none():
+    reuse = Reuse(tenants=2)
+    sampled = next(d for n in range(10_000) if (d := loose_digest(n))[0] < 16)
+    reuse.stored(1, sampled, MIB)  # nobody looks at curves yet
+    reuse.is_on = True
+    reuse.work()
+    assert reuse.stack(1) is None
+    reuse.stored(1, sampled, MIB)
+    reuse.looked_up(1, [sampled], MIB)
+    reuse.looked_up(1, [sampled], MIB)
+    reuse.work(1)
+    stack = reuse.stack(1)
+    assert stack is not None
+    assert (stack.references, stack.asked) == (0, 2)
+    reuse.work()
+    assert (stack.references, len(stack)) == (2, 1)
+    assert reuse.stack(0) is None
+    # One use stands for sixteen: beyond that all is as asked.
+    assert points(stack, 64 * MIB, (0.5, 1.0), lambda size: size) == [
+        (0.5, 32 * MIB, 1.0),
+        (1.0, 64 * MIB, 1.0),
+    ]
+    assert stack.hit_rate(0) <= 1.0
+
+
+def test_nothing_asked_is_no_hit():
+    assert Stack(8).hit_rate(MIB) == 0.0
+
+
+def test_when_little_is_sampled_the_second_byte_decides_as_well():
+    reuse = Reuse()
+    reuse.is_on = True
+    stack = Stack(8)
+    stack.threshold = 1 << 12
+    reuse._stacks[0] = stack
+    low, high = Digest(bytes([0, 1]) + bytes(30)), Digest(bytes([0, 200]) + bytes(30))
+    far = Digest(bytes([9]) + bytes(31))
+    reuse.looked_up(0, [far, low], MIB)
+    reuse.work()
+    reuse.looked_up(0, [far, high], MIB)
+    reuse.looked_up(0, [far], MIB)
+    assert not reuse._pending
+    reuse.looked_up(0, [far, low], MIB)
+    assert [uses.digests for uses in reuse._pending] == [[low]]
 
 
 def test_the_first_bytes_of_digests_come_out_of_the_frame():
