@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple, TypeVar
 
-from kvstore.errors import FrameError, TierError, from_code
+from kvstore.errors import FrameError, ProtocolError, TierError, from_code
 from kvstore.hashing import Digests64, root_of
 from kvstore.limits import (
     PEER_FOLLOWS_MAX,
@@ -58,7 +58,11 @@ class _Errand:
 
 
 class PeerLink:
-    """Asks one other daemon. What fails is a `TierError`, and breaks one connection."""
+    """Asks one other daemon. What fails breaks one connection.
+
+    It is a `TierError` where another try may go well, and a `ProtocolError` where the peer has
+    sent what it may not.
+    """
 
     def __init__(self, address: PeerAddress, own_name: str, counters: Counters) -> None:
         self.name: Final = address.name
@@ -118,7 +122,7 @@ class PeerLink:
         self._threads.shutdown(wait=False)
 
     async def _run(self, work: Callable[[Wire], Result]) -> Result:
-        """Return what *work* does with a connection, in a thread; raises `TierError`."""
+        """Return what *work* does with a connection, in a thread."""
         if self._is_closed:
             raise TierError(f"peer {self.name} is not asked any more")
         errand = _Errand(self._take_idle())
@@ -134,7 +138,7 @@ class PeerLink:
         except WireProtocolError as error:
             self._counters.peer_faults += 1
             log.error("peer breaks the protocol", extra=self._fields(error))
-            raise TierError(f"peer {self.name}: {error}") from error
+            raise ProtocolError(f"peer {self.name}: {error}") from error
         except WireError as error:
             # What is idle is no better: the peer has gone, or does not answer.
             self._forget()

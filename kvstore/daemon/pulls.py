@@ -313,9 +313,9 @@ class _Pull:
             while missing and self._is_wanted:
                 try:
                     await self._fetch_once(list(missing), missing)
-                except TierError as error:
+                except KVStoreError as error:
                     self._note(error)
-                    if not await self._trouble.wait():
+                    if not isinstance(error, TierError) or not await self._trouble.wait():
                         break
         finally:
             self._ahead.release()

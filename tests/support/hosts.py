@@ -67,7 +67,7 @@ class ProxiedHosts:
     Both give up early, so that tests of giving up are short.
     """
 
-    LIMITS: Final = {"PULL_TROUBLE_SECONDS": 1.5, "PEER_TIMEOUT_SECONDS": 0.4}
+    LIMITS: Final = {"PULL_TROUBLE_SECONDS": 3.0, "PEER_TIMEOUT_SECONDS": 0.8}
 
     def __init__(self, directory: Path, settings: Mapping[str, object] = NOTHING) -> None:
         port = free_port()
