@@ -313,9 +313,7 @@ def test_the_schema_knows_every_setting_and_nothing_else() -> None:
         assert schema["additionalProperties"] is False
         for name, inner in schema["properties"].items():
             if name in {"tenants", "peers"}:
-                assert set(inner["additionalProperties"]["properties"]) == set(
-                    named_settings(name)
-                )
+                assert set(inner["additionalProperties"]["properties"]) == set(named_settings(name))
             elif "properties" in inner:
                 walk(inner, f"{prefix}{name}.")
             else:
