@@ -102,7 +102,7 @@ class Proxy:
     # --- what clients ask ------------------------------------------------------------------
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
-        headers = {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
+        headers = _passed_on(request)
         headers.setdefault("X-Request-Id", secrets.token_hex(16))
         try:
             body = _parsed(await request.read())
@@ -123,12 +123,19 @@ class Proxy:
                 await asyncio.gather(prefilling, return_exceptions=True)
 
     async def _models(self, request: web.Request) -> web.Response:
+        headers = _passed_on(request)
         for engine in self._decode.in_order():
             try:
-                async with self._http.get(f"{engine.url}/v1/models") as response:
-                    return web.Response(body=await response.read(), content_type="application/json")
+                async with self._http.get(f"{engine.url}/v1/models", headers=headers) as response:
+                    content = await response.read()
             except (aiohttp.ClientError, TimeoutError) as error:
                 self._decode.rest(engine, error)
+                continue
+            if response.status == 200 or response.status in _REFUSED:
+                return web.Response(
+                    status=response.status, body=content, content_type=response.content_type
+                )
+            self._decode.rest(engine, EngineError(f"it answered {response.status}"))
         return _error(503, "no decode engine answers", "no_engine")
 
     async def _health(self, _: web.Request) -> web.Response:
@@ -276,10 +283,14 @@ async def _relay(request: web.Request, begun: Begun) -> web.StreamResponse:
     return answer
 
 
+def _passed_on(request: web.Request) -> dict[str, str]:
+    return {name: request.headers[name] for name in _PASSED_ON if name in request.headers}
+
+
 def _parsed(raw: bytes) -> dict[str, Any]:
     try:
         body = json.loads(raw)
-    except ValueError:
+    except (ValueError, RecursionError):
         body = None
     if not isinstance(body, dict):
         content = json.dumps(_words("the body is no JSON object", "invalid_request_error"))

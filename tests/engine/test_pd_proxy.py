@@ -67,6 +67,11 @@ class FakeEngine:
     async def health(self, _: web.Request) -> web.Response:
         return web.Response(status=self.status)
 
+    async def models(self, request: web.Request) -> web.Response:
+        allowed = request.headers.get("Authorization") == "Bearer x"
+        status = self.status if allowed else 401
+        return web.json_response({"url": str(request.url)}, status=status)
+
 
 @asynccontextmanager
 async def engine(*, is_prefill: bool) -> AsyncIterator[tuple[FakeEngine, EngineURL]]:
@@ -74,7 +79,7 @@ async def engine(*, is_prefill: bool) -> AsyncIterator[tuple[FakeEngine, EngineU
     app = web.Application()
     app.router.add_post("/v1/chat/completions", fake.handle)
     app.router.add_get("/health", fake.health)
-    app.router.add_get("/v1/models", fake.health)
+    app.router.add_get("/v1/models", fake.models)
     async with TestServer(app, handler_cancellation=True) as server:
         yield fake, EngineURL(f"http://127.0.0.1:{server.port}")
 
@@ -206,7 +211,22 @@ async def test_what_an_engine_refuses_the_client_reads_in_its_words(kind, in_tur
     assert (status, json.loads(answer)) == (422, {"error": {"message": "its own words"}})
 
 
-@pytest.mark.parametrize("raw", [b"", b"no JSON", b"[1, 2]"])
+async def test_models_are_those_of_a_decode_engine_that_answers():
+    async with site(1, 2) as made:
+        made.decode[0].status = 500
+        keys = {"Authorization": "Bearer x"}
+        async with made.client.get("/v1/models", headers=keys) as answer:
+            assert answer.status == 200
+            assert "url" in await answer.json()
+        async with made.client.get("/v1/models") as answer:
+            assert answer.status == 401
+        made.decode[1].status = 503
+        async with made.client.get("/v1/models", headers=keys) as answer:
+            assert answer.status == 503
+            assert "no decode engine" in (await answer.json())["error"]["message"]
+
+
+@pytest.mark.parametrize("raw", [b"", b"no JSON", b"[1, 2]", b"[" * 100_000])
 async def test_a_body_that_is_no_object_is_refused(raw):
     async with site() as made, made.client.post("/v1/completions", data=raw) as answer:
         assert answer.status == 400
