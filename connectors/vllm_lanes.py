@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
@@ -59,7 +60,10 @@ class LaneMover:
         self._layout = page_layout(group, layers)
         self._host = _Staged()
         self._lanes: dict[type[Lane], Lane] = {}
+        # A transfer that is stuck may still write to them, whatever has become of its caller.
+        self._in_use: dict[type[Lane], torch.Tensor] = {}
         self._direct: dict[PrefixCache, DeviceCache | None] = {}
+        self._making = threading.Lock()
 
     def fence(self) -> Fence | DeviceError:
         """Return what stands for all work that the engine's stream has been given so far.
@@ -79,8 +83,9 @@ class LaneMover:
         _check_fence(after)
         if not isinstance(chunks, PrefixCache):
             return None
-        if chunks not in self._direct:
-            self._direct[chunks] = self._make_direct(chunks)
+        with self._making:  # the first load and the first store may ask at once
+            if chunks not in self._direct:
+                self._direct[chunks] = self._make_direct(chunks)
         found = self._direct[chunks]
         return None if found is None or found.off else found
 
@@ -125,6 +130,7 @@ class LaneMover:
             raise DeviceLostError(lane.off)
         if lane.stuck:  # it may still write to what we would move now
             raise StuckError("an earlier transfer has not ended")
+        self._in_use[kind] = chunks
         self._host.is_pinned = chunks.is_pinned()
         moved = [
             Moved(pages, chunk.data_ptr()) for chunk, pages in zip(chunks, blocks, strict=True)

@@ -5,7 +5,10 @@ The device is the stand-in, which calls the pages of torch's CPU tensors its own
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -16,12 +19,14 @@ from kvstore.client.cache import PrefixCache
 from kvstore.connectors.vllm_lanes import LaneMover, find_lane_mover, page_layout
 from kvstore.connectors.vllm_layouts import KVGroup
 from kvstore.connectors.vllm_metadata import NOWHERE, LoadJob, Span, StepMetadata, StoreJob
+from kvstore.connectors.vllm_movers import chunk_shape
 from kvstore.connectors.vllm_pages import GroupPages, checked_pages, self_test
 from kvstore.connectors.vllm_tilings import amx_tiles, transposed_keys
 from kvstore.connectors.vllm_transfers import Transfers, Urgency
 from kvstore.connectors.vllm_worker import WorkerHalf
 from kvstore.connectors.weights import UnsupportedError
-from kvstore.gpu.device import DeviceLostError
+from kvstore.gpu.device import DeviceLostError, Event, StuckError
+from kvstore.gpu.lanes import StoreLane
 from kvstore.gpu.standin import Fault, Standin
 from tests.engine.vllm.test_layouts import (
     DIGESTS,
@@ -92,6 +97,63 @@ def test_the_engine_is_not_failed_by_a_device_that_takes_no_fence(device: Standi
     for move in (pages.store, pages.load):
         with pytest.raises(DeviceLostError):
             move(kept, Span(0, DIGESTS, FROM), fence)
+
+
+def test_what_the_device_may_still_write_to_outlives_who_asked(device: Standin) -> None:
+    group = group_of()
+    layers = pages_in("LBHNC", group, 1)
+    mover = on(device)(group, layers)
+    lane, blocks = mover._lane(StoreLane), [FROM[: group.blocks_per_chunk]]
+    patient = lane.settings
+
+    def gives_up(_: Event) -> None:
+        raise StuckError("told to")
+
+    def stuck_gather() -> weakref.ref[torch.Tensor]:
+        room = torch.empty((1, *chunk_shape(group, layers)), dtype=group.dtype)
+        with pytest.raises(StuckError):
+            mover.gather(room, blocks, mover.fence())
+        return weakref.ref(room)
+
+    def is_there(room: weakref.ref[torch.Tensor]) -> bool:
+        gc.collect()  # frames of errors hold it, too
+        return room() is not None
+
+    device.stall()
+    lane.settings = patient._replace(wait=gives_up)
+    first = stuck_gather()
+    second = stuck_gather()
+    assert is_there(first)
+    assert not is_there(second)  # nothing was begun with it
+    lane.settings = patient
+    device.resume()
+    device.drain()
+    room = torch.empty((1, *chunk_shape(group, layers)), dtype=group.dtype)
+    mover.gather(room, blocks, mover.fence())
+    assert not is_there(first)
+
+
+def test_loads_and_stores_that_begin_at_once_share_one_way(
+    device: Standin, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    group = group_of()
+    mover = on(device)(group, pages_in("LBHNC", group, 1))
+    both, made = threading.Barrier(2), []
+
+    def make(chunks: PrefixCache) -> None:
+        made.append(chunks)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(timeout=0.3)  # only one comes: the other waits for it
+
+    monkeypatch.setattr(mover, "_make_direct", make)
+    manifest = group.manifest(model="lanes", revision="1", rope="")
+    with PrefixCache(manifest, socket=tmp_path / "nobody") as cache:
+        threads = [threading.Thread(target=mover.direct, args=(cache, None)) for _ in range(2)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert made == [cache]
 
 
 @pytest.mark.parametrize("fault", ["launch", "allocate", "copy"])
