@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Final
 
 from transformers import AutoConfig
@@ -99,8 +101,14 @@ def model_of(settings: Settings, served_name: str | None, arguments: Any) -> Mod
     parameters = getattr(text, "rope_parameters", None) or {}
     if LENGTH_DEPENDENT_ROPE.intersection(rope_types(parameters)):
         raise UnsupportedError("rope scaling moves old positions when texts grow")
-    revision = revision_of(config.to_dict(), settings.revision or weights_name(name, commit))
-    if quantization := _quantization(settings, arguments, config.to_dict()):
+    described = config.to_dict()
+    if overrides := _overrides(arguments):
+        if any(word in canonical_json(overrides) for word in LENGTH_DEPENDENT_ROPE):
+            raise UnsupportedError("rope scaling moves old positions when texts grow")
+        # Of what files say of the model, SGLang uses something else.
+        described |= {"sglang overrides": overrides}
+    revision = revision_of(described, settings.revision or weights_name(name, commit))
+    if quantization := _quantization(settings, arguments, described):
         revision += f" quantization {quantization}"
     kinds = set(getattr(text, "layer_types", None) or ())
     (architecture, *_) = config.architectures or ("",)
@@ -217,6 +225,19 @@ def _quantization(settings: Settings, arguments: Any, config: Mapping[str, Any])
         return str(asked)
     found = config.get("quantization_config") or {}
     return str(found.get("quant_method", "")) if isinstance(found, Mapping) else ""
+
+
+def _overrides(arguments: Any) -> dict[str, str]:
+    """Return what SGLang was told of the model that its files do not say."""
+    said: dict[str, str] = {}
+    if (text := str(getattr(arguments, "json_model_override_args", None) or "{}")) != "{}":
+        said["config"] = text
+    if scales := getattr(arguments, "quantization_param_path", None):
+        try:
+            said["scales"] = hashlib.sha256(Path(scales).read_bytes()).hexdigest()
+        except OSError as error:
+            raise UnsupportedError(f"the scales of KV cannot be read: {error}") from error
+    return said
 
 
 def _version() -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from sglang.srt.mem_cache.hicache_storage import (
 
 from kvstore.connectors.sglang import KVStoreHiCache
 from kvstore.connectors.sglang_launch import extra_config, launch_flags
-from kvstore.connectors.sglang_settings import read_settings
+from kvstore.connectors.sglang_manifests import model_of
+from kvstore.connectors.sglang_settings import Settings, read_settings
+from kvstore.connectors.weights import UnsupportedError
 from kvstore.errors import ConfigError
 from tests.engine.sglang import pools
 from tests.engine.sglang.pools import PAGE, indices, page_of, some_keys, storage
@@ -227,6 +230,31 @@ def test_another_model_finds_nothing(changed, socket, tiny):
     halves = pools.keys_values("page_first", dtype=torch.bfloat16)
     with closing(storage(socket, tiny, halves)) as stranger:
         assert stranger.batch_exists(keys) == 0
+
+
+def test_a_model_that_sglang_was_told_to_change_is_another(tiny, tmp_path):
+    settings, scales = Settings(revision="tests/tiny@1"), tmp_path / "scales.json"
+
+    def revision(**said: object) -> str:
+        return model_of(settings, None, SimpleNamespace(model_path=str(tiny), **said)).revision
+
+    scales.write_text('{"scale": 1}')
+    found = [
+        revision(json_model_override_args="{}", quantization_param_path=None),
+        revision(json_model_override_args='{"rope_parameters": {"rope_theta": 5e5}}'),
+        revision(json_model_override_args='{"rope_parameters": {"rope_theta": 5e6}}'),
+        revision(quantization_param_path=str(scales)),
+    ]
+    scales.write_text('{"scale": 2}')
+    found.append(revision(quantization_param_path=str(scales)))
+    assert len(set(found)) == 5
+    assert found[0] == model_of(settings, str(tiny), None).revision
+    for said in (
+        {"json_model_override_args": '{"rope_scaling": {"type": "dynamic", "factor": 2}}'},
+        {"quantization_param_path": str(tmp_path / "gone")},
+    ):
+        with pytest.raises(UnsupportedError):
+            revision(**said)
 
 
 def test_what_was_stored_before_a_clear_is_not_used_after_it(socket, tiny):
