@@ -216,14 +216,14 @@ class Mover:
         """Bring chunks into the host tier when nothing else is to do; return how many will come."""
         _, slots = self._store.index.prefix(space, digests)
         coming = 0
-        for position, slot in enumerate(slots):
-            parent = digests[position - 1] if position else None
-            for shard in self._store.index.shards(slot):
-                if shard.is_in_host or len(self._fetches) >= PREFETCH_QUEUE_CHUNKS_MAX:
+        for parent, slot in zip((None, *digests), slots, strict=False):
+            forms = self._store.index.shards(slot)
+            for heads in {f.heads for f in forms if not tiers_with(forms, f.heads) & _HOST}:
+                if len(self._fetches) >= PREFETCH_QUEUE_CHUNKS_MAX:
                     continue
                 coming += 1
-                if (slot, shard.heads) not in self._fetches:
-                    fetch = self._fetch(slot, shard.heads, parent)
+                if (slot, heads) not in self._fetches:
+                    fetch = self._fetch(slot, heads, parent)
                     fetch.is_prefetch = True
                     self._route(fetch)
         self._store.counters.prefetch_chunks += coming

@@ -7,6 +7,7 @@ again, but for the gentle codecs of 8 bits, whose errors vanish in those of any 
 from __future__ import annotations
 
 import mmap
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy as np
@@ -102,14 +103,17 @@ class Transcoder:
 
     def _coder(self, manifest: Manifest) -> ChunkCodec | None:
         """Return what encodes chunks of *manifest*; None when this codec does not."""
-        if manifest not in self._coders:
+        try:
+            return self._coders[manifest]
+        except KeyError:
             if len(self._coders) >= TRANSCODERS_MAX:
+                # Another thread may do the same now: what is returned is not looked up again.
                 self._coders.clear()
-            try:
-                self._coders[manifest] = ChunkCodec(manifest, self._policy)
-            except CodecError:
-                self._coders[manifest] = None
-        return self._coders[manifest]
+        coder: ChunkCodec | None = None
+        with suppress(CodecError):
+            coder = ChunkCodec(manifest, self._policy)
+        self._coders[manifest] = coder
+        return coder
 
 
 def form_of(transcoder: Transcoder, stored: Stored) -> Form | str:

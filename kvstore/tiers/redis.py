@@ -359,7 +359,8 @@ class RedisTier:
                 break
         refusals = [reply for reply in replies.values() if isinstance(reply, ReplyError)]
         refused = [reply for reply in refusals if reply.word != "WRONGTYPE"]
-        if len(refused) == len(replies):
+        # What is sent on and on, while a slot moves, is missed as well.
+        if (failed or refused) and len(refused) == len(replies):
             raise failed[0] if failed else RefusedError(refused[0])
         for error in failed:
             self._note_lost(error)

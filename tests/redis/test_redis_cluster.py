@@ -9,7 +9,9 @@ import pytest
 from redis.crc import key_slot
 
 from kvstore.errors import ConfigError, TierError
+from kvstore.tiers import redis_steps
 from kvstore.tiers.redis_records import Names
+from kvstore.tiers.redis_wire import ReplyError
 from tests.support.making import loose_digest
 from tests.support.redis_cluster import Cluster, running_cluster
 from tests.support.redis_shards import (
@@ -72,6 +74,20 @@ async def test_a_node_given_as_a_single_server_says_what_to_write(cluster, open_
         await write(tier, number)
     with pytest.raises(ConfigError, match="only database 0"):
         await open_tier(cluster.url + "/1")
+
+
+async def test_a_lookup_that_is_sent_on_and_on_finds_nothing(cluster, open_tier, monkeypatch):
+    tier = await open_tier(cluster.url)
+    assert await write(tier, 1)
+
+    def look(lane, *, digests, **_):
+        return [ReplyError(f"MOVED 1 127.0.0.1:{cluster.nodes[0].port}") for _ in digests]
+
+    monkeypatch.setattr(redis_steps, "look", look)
+    assert await found(tier, [1, 2]) == []
+    monkeypatch.undo()
+    assert await found(tier, [1, 2]) == [1]
+    assert tier.counters.failures == tier.counters.refusals == 0
 
 
 async def test_at_every_step_of_a_migration_shards_are_read_and_written(cluster, open_tier):

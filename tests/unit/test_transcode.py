@@ -158,6 +158,19 @@ def test_damaged_bytes_are_never_given_a_root_of_their_own():
         form_of(Transcoder("int4kv"), stored._replace(root=Root(stored.root ^ 1)))
 
 
+def test_what_another_thread_forgets_meanwhile_is_not_missed():
+    transcoder = Transcoder("int4kv")
+
+    class Forgetful(dict):
+        """Forgets at once what it is given."""
+
+        def __setitem__(self, key, value):
+            pass
+
+    transcoder._coders = Forgetful()
+    assert transcoder.make(stored_as("raw", plain_of(DIGEST))) is not None
+
+
 def test_a_codec_that_nobody_knows_is_refused():
     with pytest.raises(CodecError, match="codec 'int3' is unknown"):
         Transcoder("int3")
@@ -218,7 +231,10 @@ async def test_each_tier_keeps_its_own_form_and_what_comes_up_stays_small():
         assert tiers.store.holdings(DISK).raw_bytes == 3 * RAW.chunk_bytes
         on_disk = [forms(tiers, engine, digest)[DISK] for digest in digests]
         assert tiers.store.holdings(DISK).stored_bytes == sum(on_disk)
+        # Chunks are counted, not their forms: none that are here, one that a load would take.
+        assert tiers.mover.prefetch(engine.space, digests) == 0
         tiers.evict_all()
+        assert tiers.mover.prefetch(engine.space, digests) == 3
         got = await tiers.load(engine, digests)
         await tiers.settle()
         tiers.store.check()
