@@ -158,10 +158,11 @@ class Handoffs:
             raise LimitError(
                 f"hand-off {key.name!r}: more than {HANDOFF_CHUNKS_MAX} chunks published"
             )
-        self._step(key, handoff, HandoffEvent.PUBLISHED, now)
         handoff.digests += new
         self._counters.handoff_chunks_published += len(new)
         self._advance(key, handoff)
+        # Last, so that those who wait find what was stored before it was published.
+        self._step(key, handoff, HandoffEvent.PUBLISHED, now)
         return len(handoff.digests)
 
     def close(self, owner: SessionId, key: HandoffKey, payload: bytes, now: float) -> int:

@@ -102,6 +102,15 @@ def test_all_who_wait_hear_of_a_start_of_each_chunk_and_of_the_end(desk):
     assert news[-1] is HandoffState.CLOSED
 
 
+def test_all_who_wait_hear_of_a_chunk_that_was_stored_before_it_is_published(desk):
+    desk.open()
+    desk.put(0, 1)
+    heard = []
+    desk.handoffs.wait(desk.key, lambda: heard.append(list(desk.standing().digests)))
+    desk.publish(0, DIGESTS[:2])
+    assert heard[-1] == DIGESTS[:2]
+
+
 def test_a_closed_one_gives_its_payload_with_the_last_chunk(desk):
     desk.open()
     desk.put(0, 1)
