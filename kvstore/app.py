@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import logging
 import socket
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from kvstore.admin.exposure import Exposure
 from kvstore.admin.subject import Subject
@@ -43,10 +42,11 @@ from kvstore.tiers.base import DurableTier, RemoteTier
 from kvstore.tiers.disk_open import open_disk_tier
 from kvstore.tiers.guard import GuardedTier
 from kvstore.tiers.host import HostTier, make_memory
-from kvstore.tiers.redis import RedisTier
-from kvstore.tiers.redis_settings import redis_settings
 from kvstore.types import TierKind
 from kvstore.units import format_size
+
+if TYPE_CHECKING:
+    from kvstore.admin.server import Admin
 
 _UNBOUNDED_BYTES: Final = 1 << 62
 # What an admission takes for the capacity of a tier that does not tell its own.
@@ -88,6 +88,10 @@ async def open_tiers(config: Config) -> list[OpenTier]:
             OpenTier(tier, disk.write, disk.admission, disk.eviction, transcoder=for_disk)
         )
     if redis.url:
+        # What it stands on takes longer to import than all else: not for those without it.
+        from kvstore.tiers.redis import RedisTier  # noqa: PLC0415
+        from kvstore.tiers.redis_settings import redis_settings  # noqa: PLC0415
+
         shared = RedisTier(redis_settings(redis))
         opened.append(
             OpenTier(
@@ -130,6 +134,8 @@ def run(
 
 async def _serve(config: Config, open_slower: OpenTiers, reread: Callable[[], Config]) -> None:
     exposure = Exposure(config.admin)
+    if config.admin.listen is not None:
+        _admin_type()
     address = SocketAddress(config.server.socket, config.server.socket_mode, take_sockets())
     listening = address.bind()
     try:
@@ -240,15 +246,26 @@ async def _serve_admin(
         prefetch=server.hints.prefetch,
     )
     try:
-        # What it stands on takes longer to import than the daemon to start.
-        admin = await asyncio.to_thread(importlib.import_module, "kvstore.admin.server")
-        await admin.Admin(config, exposure, subject).run()
+        # In a thread: it may ask for this host's full name, which can take its time.
+        admin = await asyncio.to_thread(_admin_type(), config, exposure, subject)
+        await admin.run()
     except ConfigError as error:
         log.error("admin API is not served", extra={"reason": str(error)})  # no trace
     except Exception:
         log.exception("admin API has ended")
     finally:
         logging.getLogger("kvstore").removeHandler(events)
+
+
+def _admin_type() -> type[Admin]:
+    """Return the admin API's class, whose module not every daemon needs.
+
+    The first import holds the interpreter for a good part of a second. It belongs before the
+    daemon is ready: the first engines would find it silent.
+    """
+    from kvstore.admin.server import Admin  # noqa: PLC0415
+
+    return Admin
 
 
 async def _take_stock(store: Store, slower: Sequence[OpenTier]) -> None:
