@@ -355,7 +355,7 @@ class PatternKind:
 
 
 _ADDRESS: Final = re.compile(r"(?:([A-Za-z0-9_.-]+)|\[([0-9A-Fa-f:.]+)\]):(\d{1,5})")
-_PORT_MAX: Final = 65_535
+PORT_MAX: Final = 65_535
 
 
 class ListenAddress(NamedTuple):
@@ -379,7 +379,7 @@ class AddressKind:
         if raw == "":
             return None
         found = _ADDRESS.fullmatch(raw) if isinstance(raw, str) else None
-        if found is None or int(found[3]) > _PORT_MAX:
+        if found is None or int(found[3]) > PORT_MAX:
             raise ValueError(f"{raw!r} is not accepted")
         return ListenAddress(found[1] or found[2], int(found[3]))
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import ipaddress
 import ssl
 from typing import TYPE_CHECKING
 
 from kvstore.admin.auth import Tokens, read_tokens
+from kvstore.config import is_loopback
 from kvstore.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -51,16 +51,6 @@ class Exposure:
                 f"admin.listen {self._config.listen} can be reached from elsewhere: set "
                 f"{' and '.join(missing)}, or admin.insecure = true if something else guards it"
             )
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether nobody elsewhere can reach *host*."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _tls_of(config: AdminConfig) -> ssl.SSLContext | None:

@@ -75,6 +75,7 @@ class PeerEndpoint:
         self._tls = tls
         self._threads = ThreadPoolExecutor(PEER_SESSIONS_MAX, "peer-session")
         self._wires: set[Wire] = set()
+        self._is_closing = False
         self._sessions = 0
         self._listener: socket.socket | None = None
 
@@ -119,6 +120,8 @@ class PeerEndpoint:
                 self._accept(connection, address)
         finally:
             self._listener.close()
+            # Those that are yet to be among them see this, and end by themselves.
+            self._is_closing = True
             for wire in list(self._wires):
                 wire.abort()
             # Until none of them reads the arena any more; what they ask is still answered.
@@ -160,6 +163,8 @@ class PeerEndpoint:
                 connection = self._tls.wrap_socket(connection, server_side=True)
             wire = Wire(connection, PEER_TIMEOUT_SECONDS)
             self._wires.add(wire)
+            if self._is_closing:
+                wire.abort()
             try:
                 self._greet(wire)
                 while True:

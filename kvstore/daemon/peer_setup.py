@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import asyncio
-import ipaddress
 import socket
 import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvstore.config import is_loopback
 from kvstore.daemon.peer_endpoint import PeerEndpoint
 from kvstore.daemon.peer_link import PeerAddress, PeerLink
 from kvstore.daemon.pulls import Pulls
 from kvstore.errors import ConfigError
 from kvstore.limits import PEER_TOKEN_MAX_BYTES, PEER_TOKEN_MIN_BYTES, PEERS_MAX
+from kvstore.settings import PORT_MAX
 
 if TYPE_CHECKING:
     from kvstore.config import Config, PeerConfig, RemoteConfig
@@ -75,16 +76,6 @@ def peer_links(config: Config, server: Server) -> dict[str, PeerLink]:
     }
 
 
-def is_loopback(host: str) -> bool:
-    """Return whether nobody elsewhere can reach *host*, or listen in on the way there."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
-
-
 def _address(config: Config, name: str, remote: RemoteConfig) -> PeerAddress:
     where = f"peers.{name}"
     kind, _, place = remote.url.partition("://")
@@ -92,6 +83,8 @@ def _address(config: Config, name: str, remote: RemoteConfig) -> PeerAddress:
         raise ConfigError(f"{where}.url is missing: tcp://HOST:PORT, or tls://HOST:PORT")
     host, _, port = place.rpartition(":")
     host = host.strip("[]")
+    if not 0 < int(port) <= PORT_MAX:
+        raise ConfigError(f"{where}.url {remote.url}: a port is from 1 to {PORT_MAX}")
     token_file = remote.token_file or config.peer.token_file
     if not token_file:
         raise ConfigError(f"{where} needs {where}.token_file, or peer.token_file")

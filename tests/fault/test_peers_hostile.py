@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
 import socket
+import ssl
 import struct
 import threading
 
@@ -248,3 +251,32 @@ def test_over_tls_a_handoff_comes_and_a_foreign_authority_is_refused(tmp_path):
                 decode.connect() as other,
             ):
                 assert take_all(other.attach(MANIFEST), "secret", "prefill") == expected
+
+
+def test_who_is_still_greeting_when_the_daemon_ends_is_let_go(tmp_path):
+    port, ours = free_port(), make_certificates(tmp_path / "ours")
+    secret = {"peer.tls_cert_file": ours.certificate, "peer.tls_key_file": ours.key}
+    context = ssl.create_default_context(cafile=ours.authority)
+    limits = {"PEER_TIMEOUT_SECONDS": DEADLINE_SECONDS}
+
+    def call() -> socket.socket:
+        return socket.create_connection(("127.0.0.1", port), DEADLINE_SECONDS)
+
+    def is_closed() -> bool:
+        try:
+            call().close()
+        except ConnectionError:
+            return True
+        return False
+
+    with called(tmp_path, port, secret, limits) as daemon, call() as slow:
+        with call() as other, context.wrap_socket(other, server_hostname="127.0.0.1") as greeted:
+            assert greeted.recv(1), "both have been taken, in their order"
+        daemon.send(signal.SIGTERM)
+        wait_until(is_closed, what="nobody is taken any more")
+        with (
+            contextlib.suppress(OSError),
+            context.wrap_socket(slow, server_hostname="127.0.0.1") as late,
+        ):
+            assert late.recv(1) == b""
+        assert daemon.stop() == 0

@@ -6,8 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvstore.config import load
-from kvstore.daemon.peer_setup import is_loopback, open_endpoint, own_name, peer_links
+from kvstore.config import is_loopback, load
+from kvstore.daemon.peer_setup import open_endpoint, own_name, peer_links
 from kvstore.errors import ConfigError
 from kvstore.limits import PEERS_MAX
 from kvstore.metrics import Counters
@@ -48,6 +48,10 @@ REFUSED = {
     "a peer without a token": (
         {"peers.far.url": "tls://192.0.2.1:9"},
         "needs peers.far.token_file",
+    ),
+    "a port that is none": (
+        {"peers.far.url": "tls://192.0.2.1:65536", "peers.far.token_file": "TOKEN"},
+        "peers.far.url tls://192.0.2.1:65536: a port is from 1 to 65535",
     ),
     "a peer that is nowhere": ({"peers.far.token_file": "TOKEN"}, "peers.far.url is missing"),
     "an authority that is none": (
