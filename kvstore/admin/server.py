@@ -137,10 +137,16 @@ class Admin:
             )
             return handler
 
-        listener = await loop.create_server(connection, sock=listening, ssl=self._exposure.tls)
+        tls = self._exposure.tls is not None
+        listener = await loop.create_server(
+            connection,
+            sock=listening,
+            ssl=self._exposure.tls,
+            # Until TLS has begun there is no transport that could be closed.
+            ssl_handshake_timeout=ADMIN_FIRST_REQUEST_SECONDS if tls else None,
+        )
         self.port = listening.getsockname()[1]
         where = str(self._address._replace(port=self.port))
-        tls = self._exposure.tls is not None
         log.info("admin API is served", extra={"address": where, "tls": tls})
         return listener
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from kvstore.admin.auth import Pace, Scope, read_tokens
-from kvstore.admin.exposure import Exposure, is_loopback
-from kvstore.config import AdminConfig
+from kvstore.admin.exposure import Exposure
+from kvstore.config import AdminConfig, is_loopback
 from kvstore.errors import ConfigError
 from kvstore.limits import ADMIN_ADDRESSES_MAX, ADMIN_BODY_MAX_BYTES
 from kvstore.settings import ListenAddress
@@ -85,12 +85,17 @@ def test_with_tls_and_a_token_it_serves_elsewhere_and_tells_nobody_anything_with
         "admin.tls_cert_file": certificate,
         "admin.tls_key_file": key,
     }
-    with Daemon(tmp_path, settings) as daemon:
+    with Daemon(tmp_path, settings, {"ADMIN_FIRST_REQUEST_SECONDS": 3.0}) as daemon:
         port = port_of(daemon)
         context = ssl.create_default_context(cafile=str(certificate))
         for path in ("/livez", "/metrics", "/v1/status", "/openapi.json", "/", "/readyz"):
             assert _https(context, port, path).startswith(b"HTTP/1.1 401 ")
             assert _https(context, port, path, READ).split()[1] in {b"200", b"404"}
+        with (
+            contextlib.suppress(ConnectionResetError),
+            socket.create_connection(("127.0.0.1", port), 20) as silent,
+        ):
+            assert silent.recv(1) == b"", "who does not even begin with TLS is closed, too"
 
 
 def _https(context: ssl.SSLContext, port: int, path: str, token: str = "") -> bytes:
