@@ -374,8 +374,8 @@ class Curves(Shown, frozen=True):
 class ExplainAsked(Asked, frozen=True):
     """A prefix: token ids, or digests, or the name that an engine gave to a look-up.
 
-    With token ids *namespace* or *chunk_tokens* says how long a chunk is. *scope* is the parent
-    of the first chunk (LoRA, salt). *recompute_us* is what one chunk costs the engine.
+    Without *namespace* it is the one that knows most of them. *scope* is the parent of the first
+    chunk (LoRA, salt). *recompute_us* is what one chunk costs the engine.
     """
 
     namespace: NamespaceHex | None = None

@@ -13,7 +13,12 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from kvstore.limits import TRACE_DIGESTS_MAX, TRACE_IDLE_SECONDS, TRACE_LOOKUPS_MAX
+from kvstore.limits import (
+    TRACE_DIGESTS_MAX,
+    TRACE_IDLE_SECONDS,
+    TRACE_LOOKUPS_MAX,
+    TRACE_PAGE_DIGESTS_MAX,
+)
 
 if TYPE_CHECKING:
     from kvstore.store.namespace import Namespace
@@ -78,6 +83,16 @@ class Tracing:
             self._marks_bytes -= len(self._kept.popleft().marks)
 
     def after(self, number: int, limit: int) -> list[TracedLookup]:
-        """Return up to *limit* look-ups behind *number*, and go on noting for a while."""
+        """Return up to *limit* look-ups behind *number*, and go on noting for a while.
+
+        Fewer where their chunks are many, so that a page takes no time that engines would notice.
+        """
         self._on_until = self._clock() + TRACE_IDLE_SECONDS
-        return list(islice((one for one in self._kept if one.number > number), limit))
+        found: list[TracedLookup] = []
+        left_bytes = TRACE_PAGE_DIGESTS_MAX * _MARK_BYTES
+        for one in islice((one for one in self._kept if one.number > number), limit):
+            left_bytes -= len(one.marks)
+            if found and left_bytes < 0:
+                break
+            found.append(one)
+        return found

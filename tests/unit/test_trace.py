@@ -13,7 +13,7 @@ import pytest
 from kvstore import cli
 from kvstore.cli import trace
 from kvstore.errors import ConfigError
-from kvstore.limits import TRACE_DIGESTS_MAX, TRACE_IDLE_SECONDS
+from kvstore.limits import TRACE_DIGESTS_MAX, TRACE_IDLE_SECONDS, TRACE_PAGE_DIGESTS_MAX
 from kvstore.store.tracing import Tracing
 from tests.support.addresses import admin_url
 from tests.support.daemon import REPOSITORY
@@ -52,6 +52,15 @@ def test_nothing_is_noted_until_somebody_asks_nor_long_after():
     assert tracing.after(0, 10) == []
 
 
+def test_a_page_has_few_look_ups_where_they_are_long_and_one_at_least():
+    tracing, _ = make_tracing()
+    tracing.after(0, 1)
+    for size in (TRACE_PAGE_DIGESTS_MAX + 1, TRACE_PAGE_DIGESTS_MAX, 1, 1):
+        note(tracing, *range(size))
+    pages = [[one.number for one in tracing.after(after, 10)] for after in (0, 1, 2)]
+    assert pages == [[1], [2], [3, 4]]
+
+
 def test_equal_chunks_have_equal_marks_that_only_this_process_can_make():
     tracing, _ = make_tracing()
     tracing.after(0, 1)
@@ -73,8 +82,8 @@ def test_the_oldest_make_room_and_their_numbers_are_missed():
     half = range(TRACE_DIGESTS_MAX // 2)
     for _ in range(3):
         note(tracing, *half)
-    assert [one.number for one in tracing.after(0, 10)] == [2, 3]
-    assert [one.number for one in tracing.after(2, 10)] == [3]
+    pages = [[one.number for one in tracing.after(after, 10)] for after in (0, 2)]
+    assert pages == [[2], [3]]
 
 
 def test_what_engines_look_up_is_recorded_and_replayed(start_daemon, tmp_path, capsys):
