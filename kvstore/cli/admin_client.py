@@ -24,15 +24,16 @@ class AdminClient:
     """Asks the admin API at *url*, with *token* if there is one."""
 
     def __init__(self, url: str, token: str = "", ca_file: Path | None = None) -> None:
-        parts = urlsplit(url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
+        try:
+            parts = urlsplit(url)
+            self._host, self._port = parts.hostname or "", parts.port
+        except ValueError as error:
+            raise ConfigError(f"{url}: {error}") from None
+        if parts.scheme not in {"http", "https"} or not self._host:
             raise ConfigError(f"{url}: an admin URL is http://HOST:PORT or https://HOST:PORT")
         self._url = url.rstrip("/")
-        self._host, self._port = parts.hostname, parts.port
         self._token = token
-        self._tls = None
-        if parts.scheme == "https":
-            self._tls = ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
+        self._tls = _tls(ca_file) if parts.scheme == "https" else None
 
     @classmethod
     def of(
@@ -63,15 +64,15 @@ class AdminClient:
             connection.request(method, path, content, headers)
             response = connection.getresponse()
             status, raw = response.status, response.read()
-            answer: dict[str, Any] = json.loads(raw)
+            answer: dict[str, Any] = _decode(raw)
         except (OSError, http.client.HTTPException, ValueError) as error:
             raise UnavailableError(f"{self._url}: {error}") from None
         finally:
             connection.close()
         if status in _REFUSED:
-            raise RefusedError(str(answer["detail"]))
+            raise RefusedError(str(answer.get("detail", status)))
         if status >= 400:
-            raise RequestError(str(answer["detail"]))
+            raise RequestError(str(answer.get("detail", status)))
         return answer
 
     def _connection(self) -> http.client.HTTPConnection:
@@ -80,6 +81,20 @@ class AdminClient:
         return http.client.HTTPSConnection(
             self._host, self._port, timeout=_TIMEOUT_SECONDS, context=self._tls
         )
+
+
+def _decode(raw: bytes) -> dict[str, Any]:
+    answer = json.loads(raw)
+    if not isinstance(answer, dict):
+        raise ValueError("what answers there is not the admin API")  # as of JSON
+    return answer
+
+
+def _tls(ca_file: Path | None) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=None if ca_file is None else str(ca_file))
+    except OSError as error:
+        raise ConfigError(f"{ca_file}: cannot be used: {error}") from None
 
 
 def _token_in(file: Path | None) -> str:

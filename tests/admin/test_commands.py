@@ -100,3 +100,15 @@ def test_statuses_tell_unreachable_from_refused_from_wrong(call, admin, tmp_path
     assert cli.main(["events", "--admin", "ftp://example.org"]) == 2
     assert cli.main(["events", "--set", "admin.listen="]) == 2
     assert "off" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--admin", "http://localhost:65536"], "localhost:65536: Port out of range"),
+        (["--admin", "https://localhost:1", "--ca-file", "/nowhere/ca"], "/nowhere/ca: cannot be"),
+    ],
+)
+def test_what_cannot_be_called_is_named_without_a_traceback(words, complaint, capsys):
+    assert cli.main(["events", *words]) == 2
+    assert complaint in capsys.readouterr().err
