@@ -7,7 +7,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 PIP_VERSION := 26.3
 VLLM := .venv-vllm
-# Two files of tests at a time: much of what they do is waiting for processes to start.
+# Two tests at a time: much of what they do is waiting for processes to start. Tests of one vLLM
+# file stay together, because they share engines.
+TWO := -n 2 --dist worksteal
 TWO_FILES := -n 2 --dist loadfile
 UV_VERSION := 0.13.8
 NATIVE := $(wildcard hatch_build.py transfer/*.c transfer/*.h compression/*.c compression/*.h gpu/cuda/*.cuh)
@@ -30,7 +32,7 @@ demo: $(VENV)/hf.stamp
 	$(BIN)/python deploy/demo/conversation.py
 
 test: $(VENV)/hf.stamp $(VENV)/deploy.stamp $(VLLM)/vllm.stamp redis-server operators-tools
-	$(BIN)/python -m pytest $(TWO_FILES) -m "not gpu" --ignore=tests/engine/vllm
+	$(BIN)/python -m pytest $(TWO) -m "not gpu" --ignore=tests/engine/vllm
 	$(VLLM)/bin/python -m pytest $(TWO_FILES) -m "not gpu" tests/engine/vllm
 
 test-vllm: $(VLLM)/vllm.stamp

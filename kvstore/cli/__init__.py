@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -158,6 +159,8 @@ def _trace_record(arguments: argparse.Namespace) -> int:
     client = AdminClient.of(admin, arguments.admin, arguments.token_file, arguments.ca_file)
     source = trace.Source(client)
     source.after(0)  # who cannot be asked leaves no file behind
+    # However it is told to end: what was recorded is whole, and said.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         with arguments.file.open("x", buffering=1, encoding="utf-8") as file:
             recorded = trace.record(source, file, arguments.seconds)

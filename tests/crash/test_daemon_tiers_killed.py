@@ -144,15 +144,9 @@ def settings_for(directory: Path, server: RedisServer, *, warm: bool) -> dict[st
     }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize(
-    ("times", "warm"),
-    [
-        (4, True),
-        pytest.param(50, True, marks=pytest.mark.slow),
-        pytest.param(10, False, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("times", "warm"), [(40, True), (10, False)])
 def test_after_every_kill_what_was_stored_through_is_there_and_right(
     tmp_path, start_daemon, times, warm
 ):

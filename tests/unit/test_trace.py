@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -90,18 +89,18 @@ def test_what_engines_look_up_is_recorded_and_replayed(start_daemon, tmp_path, c
     daemon = start_daemon({"admin.listen": "127.0.0.1:0"})
     url, file = admin_url(daemon), tmp_path / "trace.jsonl"
     command = [sys.executable, "-m", "kvstore", "trace", "record", str(file), "--admin", url]
-    recording = subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
-    wait_until(lambda: file.exists() and file.read_text(), what="it records")
-    manifest = make_manifest()
-    with daemon.connect() as client:
-        space = client.attach(manifest)
-        for prompt, chunks in ((1, 4), (1, 6), (2, 3)):
-            digests = make_digests(chunks, prompt)
-            space.lookup(digests)
-            space.store(digests, sources_of(manifest, digests))
-    wait_until(lambda: file.read_text().count("\n") == 4, what="it has recorded")
-    recording.send_signal(signal.SIGINT)
-    said, _ = recording.communicate(timeout=20)
+    with subprocess.Popen(command, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as recording:
+        wait_until(lambda: file.exists() and file.read_text(), what="it records")
+        manifest = make_manifest()
+        with daemon.connect() as client:
+            space = client.attach(manifest)
+            for prompt, chunks in ((1, 4), (1, 6), (2, 3)):
+                digests = make_digests(chunks, prompt)
+                space.lookup(digests)
+                space.store(digests, sources_of(manifest, digests))
+        wait_until(lambda: file.read_text().count("\n") == 4, what="it has recorded")
+        recording.terminate()
+        said, _ = recording.communicate(timeout=20)
     assert recording.returncode == cli.OK
     assert said == "3 look-ups, 13 chunks, 0 lost\n"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
