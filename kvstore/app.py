@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
+import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from kvstore.admin.exposure import Exposure
 from kvstore.admin.subject import Subject
-from kvstore.config import Config, WritePolicy
+from kvstore.config import AdminConfig, Config, WritePolicy
 from kvstore.daemon.address import SocketAddress
 from kvstore.daemon.handoffs import keep_handoffs
 from kvstore.daemon.lifecycle import feed_watchdog, keep_house, prefault, until_stopped
@@ -51,6 +53,7 @@ if TYPE_CHECKING:
 _UNBOUNDED_BYTES: Final = 1 << 62
 # What an admission takes for the capacity of a tier that does not tell its own.
 _ASSUMED_BYTES: Final = 1024 * GIB
+_SHORT_TURN_SECONDS: Final = 0.0005
 
 log = logging.getLogger(__name__)
 
@@ -134,8 +137,6 @@ def run(
 
 async def _serve(config: Config, open_slower: OpenTiers, reread: Callable[[], Config]) -> None:
     exposure = Exposure(config.admin)
-    if config.admin.listen is not None:
-        _admin_type()
     address = SocketAddress(config.server.socket, config.server.socket_mode, take_sockets())
     listening = address.bind()
     try:
@@ -173,6 +174,8 @@ async def _serve_over(
         server = _make_server(config, store, mover, address)
         set_up_peers(config, server)
         await server.start(listening)
+        # What is here now stays: to look through it for garbage would only hold the loop.
+        gc.freeze()
         log.info(
             "ready",
             extra={"socket": str(address.path), "arena_bytes": store.host.arena.size_bytes},
@@ -246,8 +249,7 @@ async def _serve_admin(
         prefetch=server.hints.prefetch,
     )
     try:
-        # In a thread: it may ask for this host's full name, which can take its time.
-        admin = await asyncio.to_thread(_admin_type(), config, exposure, subject)
+        admin = await asyncio.to_thread(_make_admin, config, exposure, subject)
         await admin.run()
     except ConfigError as error:
         log.error("admin API is not served", extra={"reason": str(error)})  # no trace
@@ -257,15 +259,20 @@ async def _serve_admin(
         logging.getLogger("kvstore").removeHandler(events)
 
 
-def _admin_type() -> type[Admin]:
-    """Return the admin API's class, whose module not every daemon needs.
+def _make_admin(config: AdminConfig, exposure: Exposure, subject: Subject) -> Admin:
+    """Return the admin API. In a thread: it may ask for this host's full name, and wait for it.
 
-    The first import holds the interpreter for a good part of a second. It belongs before the
-    daemon is ready: the first engines would find it silent.
+    What it stands on takes longer to import than the daemon to start. Meanwhile threads take
+    short turns at the interpreter, so that engines are answered.
     """
-    from kvstore.admin.server import Admin  # noqa: PLC0415
+    usual_seconds = sys.getswitchinterval()
+    sys.setswitchinterval(_SHORT_TURN_SECONDS)
+    try:
+        from kvstore.admin.server import Admin  # noqa: PLC0415
 
-    return Admin
+        return Admin(config, exposure, subject)
+    finally:
+        sys.setswitchinterval(usual_seconds)
 
 
 async def _take_stock(store: Store, slower: Sequence[OpenTier]) -> None:
