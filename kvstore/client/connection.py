@@ -177,13 +177,14 @@ class Connection:
         return waiter.reply
 
     def _await(self, waiter: Waiter, ends_at: float) -> bool:
-        """Wait for a reply until *ends_at*; return whether it is there."""
+        """Wait for a reply until *ends_at*; return whether it is there.
+
+        What has come is read in any case: a thread that was held up may be here only then.
+        """
         while waiter.reply is None:
             if self._failure is not None:
                 raise UnavailableError(self._failure)
             left = ends_at - time.monotonic()
-            if left <= 0:
-                return False
             if self._reading.acquire(blocking=False):
                 try:
                     self._read_until(waiter, ends_at)
@@ -192,20 +193,24 @@ class Connection:
                         self._close_socket()
                     self._reading.release()
                     self._pass_on()
-            else:
+            elif left > 0:
                 waiter.sleep(left)
-        return True
+            if time.monotonic() >= ends_at:
+                break
+        return waiter.reply is not None
 
     def _read_until(self, waiter: Waiter, ends_at: float) -> None:
         """Read for all threads until *waiter* has its reply; failures end the connection."""
-        while waiter.reply is None and self._failure is None and time.monotonic() < ends_at:
+        while waiter.reply is None and self._failure is None:
             try:
                 for body in self._frames.feed(self._receive()):
                     self._deliver(m.decode_reply(body))
             except BlockingIOError:
-                continue
+                pass
             except (OSError, FrameError) as error:
                 self._fail(f"{self.path}: {error}")
+            if time.monotonic() >= ends_at:
+                return
 
     def _receive(self) -> BytesLike:
         """Return what has come, good until the next call."""

@@ -206,6 +206,16 @@ async def found_in_vain(stack: AsyncExitStack, kind, daemon):
     return await settled(space.lookup(DIGESTS, wait=True, timeout_seconds=DEADLINE_SECONDS))
 
 
+def test_a_reply_that_is_here_counts_though_the_thread_was_held_up_beyond_its_time(daemon):
+    with daemon.connect() as client:
+        connection = client._connection
+        ping = m.Ping(connection.next_id(), deadline_ms(DEADLINE_SECONDS), b"echo")
+        asked = connection.begin(ping)
+        wait_until(lambda: select.select([connection._socket], [], [], 0)[0], what="reply")
+        assert connection.finish(asked, m.Pong, 0.0).payload == b"echo"
+        assert client_is_open(client)
+
+
 async def test_a_reply_that_is_here_counts_though_the_loop_was_held_up_beyond_its_time(daemon):
     async with AsyncExitStack() as stack:
         client, _ = await opened(stack, AsyncClient, daemon)
