@@ -196,15 +196,17 @@ class Proxy:
         decoding = asyncio.ensure_future(self._ask_decode(path, decode_body(body, params), headers))
         try:
             await asyncio.wait((prefilling, decoding), return_when=asyncio.FIRST_COMPLETED)
-            if not decoding.done():
-                # Raises if prefill has failed: then decode waits for what never comes.
-                prefilling.result()
+            # Raises if prefill has failed: then decode waits for what never comes. Nor does it
+            # if prefill hands nothing over.
+            if not decoding.done() and prefilling.result() is None:
+                await _give_up(decoding)
+                alone = self._ask_decode(path, decode_body(body, None), headers)
+                decoding = asyncio.ensure_future(alone)
             return await decoding, prefilling
         except BaseException:
-            for task in (prefilling, decoding):
-                task.cancel()
-            await asyncio.gather(prefilling, decoding, return_exceptions=True)
-            _close_unused(decoding)
+            prefilling.cancel()
+            await _give_up(decoding)
+            await asyncio.gather(prefilling, return_exceptions=True)
             raise
 
     async def _ask_prefill(
@@ -298,7 +300,9 @@ def _parsed(raw: bytes) -> dict[str, Any]:
     return body
 
 
-def _close_unused(decoding: asyncio.Future[Begun]) -> None:
+async def _give_up(decoding: asyncio.Future[Begun]) -> None:
+    decoding.cancel()
+    await asyncio.gather(decoding, return_exceptions=True)
     if not decoding.cancelled() and decoding.exception() is None:
         decoding.result().response.close()
 

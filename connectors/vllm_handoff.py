@@ -21,12 +21,12 @@ from typing import Annotated, Any, Final, Protocol
 
 import msgspec
 
-from kvstore.client.handoff import Awaited, Opened
+from kvstore.client.handoff import NOTHING_AWAITED, Awaited, Opened
 from kvstore.connectors.vllm_keys import RequestKeys
 from kvstore.connectors.vllm_metadata import HandedOver, LoadJob, Span
 from kvstore.connectors.vllm_transfers import Job, Transfers, Urgency
 from kvstore.limits import HANDOFF_NAME_MAX_CHARS, HOST_NAME_MAX_CHARS, KEYS_PER_REQUEST_MAX
-from kvstore.types import Digest
+from kvstore.types import Digest, HandoffState
 
 log = logging.getLogger("vllm.kvstore")
 
@@ -356,7 +356,7 @@ class Arrivals:
         count = _agreeing(ready.digests, span.digests[arrival.done :])
         if count:
             self._transfers.submit(Urgency.LOAD, partial(self._take, arrival, count))
-        elif ready.is_last or ready.digests:
+        elif (ready.is_last or ready.digests) and not _is_to_open(arrival, ready):
             self._transfers.submit(Urgency.LOAD, partial(self._finish, arrival))
         else:
             self._waiting.put(arrival)
@@ -390,6 +390,13 @@ class Arrivals:
     def _end(self, arrival: Arrival) -> None:
         if self._arrivals.pop(arrival.job.request_id, None) is not None:
             self._report(arrival.job, arrival.done, arrival.started)
+
+
+def _is_to_open(arrival: Arrival, ready: Awaited) -> bool:
+    """Whether the daemon has not heard of the hand-off yet, and may still."""
+    is_answer = ready is not NOTHING_AWAITED  # which stands for no daemon, and comes at once
+    is_unknown = ready.state is HandoffState.ABSENT and not arrival.done
+    return arrival.source.early and is_answer and is_unknown
 
 
 def _new_name(request_id: str) -> str:

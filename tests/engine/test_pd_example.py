@@ -31,7 +31,10 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        self.answer({{"config": config, "asked": asked, "words": words}})
+        given = {{"transfer_id": "x"}}
+        self.answer(
+            {{"config": config, "asked": asked, "words": words, "kv_transfer_params": given}}
+        )
 
     def answer(self, content):
         body = json.dumps(content).encode()

@@ -148,6 +148,24 @@ async def test_both_begin_at_once_with_one_name_that_nobody_can_guess():
     assert all(params["early"] and params["do_remote_prefill"] for params in given)
 
 
+async def test_where_prefill_hands_nothing_over_decode_does_not_wait_for_it():
+    async with site() as made:
+        prefill, decode = made.prefill[0], made.decode[0]
+
+        async def hands_nothing_over(_: web.Request) -> web.StreamResponse:
+            await decode.begun.wait()
+            return web.json_response({"kv_transfer_params": None, "choices": []})
+
+        async def wait_for_prefill(request: web.Request) -> web.StreamResponse:
+            waits = "kv_transfer_params" in decode.asked[-1]
+            return await (decode.hang(request) if waits else decode.stream(request))
+
+        prefill.answer, decode.answer = hands_nothing_over, wait_for_prefill
+        assert await made.ask() == (200, b"".join(EVENTS))
+        assert decode.asked[-1] == CHAT
+        assert len(prefill.asked) == 1
+
+
 async def test_requests_are_spread_over_all_engines():
     async with site(3, 2) as made:
         await asyncio.gather(*(made.ask() for _ in range(12)))

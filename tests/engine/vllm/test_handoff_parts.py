@@ -196,8 +196,10 @@ class Worker:
     def report(self, job: LoadJob, done: int, _: float) -> None:
         self.reports.put((job.request_id, done))
 
-    def begin(self, name: str, chunks: int, *, first: int = 0, seconds: float = 60.0) -> None:
-        source = HandedOver(name, "host-a", None, early=True, seconds=seconds, first=first)
+    def begin(
+        self, name: str, chunks: int, *, first: int = 0, seconds: float = 60.0, early: bool = True
+    ) -> None:
+        source = HandedOver(name, "host-a", None, early=early, seconds=seconds, first=first)
         ours = digests(first + chunks)[first:]
         span = Span(0, ours, list(range(2 * chunks)), digests(first)[-1] if first else None)
         self.arrivals.begin(LoadJob(name, (span,), source=source), source, [])
@@ -214,6 +216,11 @@ class Worker:
 
 def ready(first: int, stop: int, *, is_last: bool = False) -> Awaited:
     return Awaited(HandoffState.OPEN, digests(stop)[first:], is_last, stop)
+
+
+def unknown() -> Awaited:
+    """Return what the daemon says, in the end, of a hand-off that nobody has opened."""
+    return Awaited(HandoffState.ABSENT, [], is_last=True, published=0)
 
 
 def test_chunks_are_loaded_as_they_come_and_in_order(calls):
@@ -247,6 +254,26 @@ def test_what_does_not_come_is_looked_for_once_and_then_computed(answer, good, d
     calls.answers.put(answer)
     assert worker.ended() == ("r", done)
     assert len(worker.loaded) == 1
+    worker.close()
+
+
+@pytest.mark.parametrize("early", [True, False])
+def test_a_hand_off_that_may_come_late_is_asked_for_again(early, calls):
+    worker = Worker(calls, good=3 if early else 0)
+    worker.begin("r", 3, early=early)
+    for answer in (unknown(), unknown(), ready(0, 3, is_last=True)):
+        calls.answers.put(answer)
+    assert worker.ended() == ("r", 3 if early else 0)
+    assert calls.told.qsize() == (3 if early else 1)
+    worker.close()
+
+
+def test_a_hand_off_that_is_forgotten_half_way_ends(calls):
+    worker = Worker(calls, good=1)
+    worker.begin("r", 3)
+    calls.answers.put(ready(0, 1))
+    calls.answers.put(unknown())
+    assert worker.ended() == ("r", 2)  # and one of the rest was there anyway
     worker.close()
 
 
