@@ -27,7 +27,7 @@ from kvstore.store.lane import Fetch, FetchKey, Job, Lane, Removal, Write
 from kvstore.store.promotion import PendingLoad
 from kvstore.store.quota import DEFAULT_TENANT
 from kvstore.store.route import Route, Threads, WritePolicy, shard_of
-from kvstore.store.shards import tiers_with
+from kvstore.store.shards import is_below, tiers_with
 from kvstore.tiers.guard import GuardedTier
 from kvstore.types import NO_SLOT, Digest, HeadRange, TierKind
 
@@ -378,14 +378,14 @@ class Mover:
         self._demoting.add(slot)
         store.hold(slot)
 
-        def written(kept: bool) -> None:
+        def written(_: bool) -> None:
             left.pop()
             if left:
                 return
             self._demoting.discard(slot)
-            is_here = store.index.tiers_of(slot) & _HOST
+            is_done = store.index.tiers_of(slot) & _HOST and is_below(store.index.shards(slot))
             store.let_go(slot)
-            if kept and is_here and not store.index.is_held(slot):
+            if is_done and not store.index.is_held(slot):
                 store.counters.demote_chunks += 1
                 store.room.evict(slot)
 

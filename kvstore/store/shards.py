@@ -61,6 +61,12 @@ def tiers_with(shards: Iterable[ShardRecord], heads: HeadRange) -> int:
     return tiers
 
 
+def is_below(shards: Sequence[ShardRecord]) -> bool:
+    """Return whether all heads that the host tier has are in a slower tier, too."""
+    host = TierKind.HOST
+    return all(tiers_with(shards, s.heads) & ~host for s in shards if s.tiers & host)
+
+
 def find_form(shards: Iterable[ShardRecord], wanted: ShardRecord) -> ShardRecord | None:
     """Return the one of *shards* that has the very bytes of *wanted*."""
     key = (wanted.heads, wanted.root, wanted.size_bytes)

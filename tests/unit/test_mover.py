@@ -221,6 +221,27 @@ async def test_on_evict_writes_what_leaves_and_nothing_before():
         assert counters.demote_chunks_dropped == 0
 
 
+class HalfTier(FakeTier):
+    """Has no room for the first heads of any chunk."""
+
+    async def write(self, shard, source):
+        return None if shard.key.heads.start == 0 else await super().write(shard, source)
+
+
+async def test_a_chunk_of_which_a_part_was_not_written_stays():
+    async with running(Tiers([Slower(HalfTier(64 * MIB), "on_evict")])) as tiers:
+        engine = tiers.engine(MANIFEST)
+        digests = make_digests(1)
+        for heads in (HeadRange(0, 2), HeadRange(2, 4)):
+            engine.put(digests, heads=heads)
+        (slot,) = tiers.store.index.leading(engine.space, digests)
+        tiers.mover._demote(slot)
+        await tiers.settle()
+        assert tiers.store.slower.residents[REDIS].count == 1
+        assert tiers.store.residents.count == 1
+        assert tiers.store.counters.demote_chunks == 0
+
+
 async def test_room_in_need_does_not_wait_for_a_slow_tier():
     async with running(Tiers([Slower(SlowTier(), "on_evict")])) as tiers:
         engine = tiers.engine(MANIFEST)
