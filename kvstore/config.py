@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import functools
-import ipaddress
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -260,14 +259,6 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     log: LogConfig = LogConfig()
     tenants: dict[str, TenantConfig] = {}
     peers: dict[str, RemoteConfig] = {}
-
-
-def is_loopback(host: str) -> bool:
-    """Return whether nobody elsewhere can reach *host*, or listen in on the way there."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 class TracedConfig(NamedTuple):

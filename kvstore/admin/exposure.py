@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import ssl
 from typing import TYPE_CHECKING
 
 from kvstore.admin.auth import Tokens, read_tokens
-from kvstore.config import is_loopback
 from kvstore.errors import ConfigError
+from kvstore.listening import is_loopback, server_tls
 
 if TYPE_CHECKING:
     from kvstore.config import AdminConfig
@@ -22,7 +21,7 @@ class Exposure:
     def __init__(self, config: AdminConfig) -> None:
         self._config = config
         self.is_local = config.listen is None or is_loopback(config.listen.host)
-        self.tls = _tls_of(config)
+        self.tls = server_tls("admin", config.tls_cert_file, config.tls_key_file)
         self.tokens = self._read()
 
     @property
@@ -51,19 +50,3 @@ class Exposure:
                 f"admin.listen {self._config.listen} can be reached from elsewhere: set "
                 f"{' and '.join(missing)}, or admin.insecure = true if something else guards it"
             )
-
-
-def _tls_of(config: AdminConfig) -> ssl.SSLContext | None:
-    if bool(config.tls_cert_file) != bool(config.tls_key_file):
-        raise ConfigError("admin.tls_cert_file and admin.tls_key_file are set together or not")
-    if not config.tls_cert_file:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(config.tls_cert_file, config.tls_key_file)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(
-            f"admin.tls_cert_file {config.tls_cert_file} and its key cannot be used: {error}"
-        ) from None
-    return context

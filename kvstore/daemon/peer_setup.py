@@ -8,12 +8,12 @@ import ssl
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvstore.config import is_loopback
 from kvstore.daemon.peer_endpoint import PeerEndpoint
 from kvstore.daemon.peer_link import PeerAddress, PeerLink
 from kvstore.daemon.pulls import Pulls
 from kvstore.errors import ConfigError
 from kvstore.limits import PEER_TOKEN_MAX_BYTES, PEER_TOKEN_MIN_BYTES, PEERS_MAX
+from kvstore.listening import is_loopback, server_tls
 from kvstore.settings import PORT_MAX
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def open_endpoint(config: PeerConfig, server: Server) -> PeerEndpoint | None:
         return None
     if not config.token_file:
         raise ConfigError("peer.listen needs peer.token_file: whoever calls must know it")
-    tls = _server_tls(config)
+    tls = server_tls("peer", config.tls_cert_file, config.tls_key_file)
     if tls is None and not config.insecure and not is_loopback(config.listen.host):
         raise ConfigError(
             f"peer.listen {config.listen} can be reached from elsewhere: set peer.tls_cert_file "
@@ -111,22 +111,6 @@ def _token(path: str) -> bytes:
             f"{PEER_TOKEN_MAX_BYTES}"
         )
     return token
-
-
-def _server_tls(config: PeerConfig) -> ssl.SSLContext | None:
-    if bool(config.tls_cert_file) != bool(config.tls_key_file):
-        raise ConfigError("peer.tls_cert_file and peer.tls_key_file are set together or not")
-    if not config.tls_cert_file:
-        return None
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
-    try:
-        context.load_cert_chain(config.tls_cert_file, config.tls_key_file)
-    except OSError as error:
-        raise ConfigError(
-            f"peer.tls_cert_file {config.tls_cert_file} and its key cannot be used: {error}"
-        ) from None
-    return context
 
 
 def _client_tls(where: str, remote: RemoteConfig) -> ssl.SSLContext:

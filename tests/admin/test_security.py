@@ -16,9 +16,10 @@ import pytest
 
 from kvstore.admin.auth import Pace, Scope, read_tokens
 from kvstore.admin.exposure import Exposure
-from kvstore.config import AdminConfig, is_loopback
+from kvstore.config import AdminConfig
 from kvstore.errors import ConfigError
 from kvstore.limits import ADMIN_ADDRESSES_MAX, ADMIN_BODY_MAX_BYTES
+from kvstore.listening import is_loopback
 from kvstore.settings import ListenAddress
 from tests.support.admin import ADMIN, READ, WRITE, AdminClient, port_of, write_tokens
 from tests.support.daemon import Daemon

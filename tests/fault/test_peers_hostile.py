@@ -213,14 +213,12 @@ def test_callers_without_the_token_see_nothing_and_disturb_nobody(tmp_path):
             with socket.create_connection(("127.0.0.1", port), DEADLINE_SECONDS) as connection:
                 challenge = read(connection)
                 assert isinstance(challenge, p.PeerNonce)
-                connection.sendall(greeting)
-                connection.shutdown(socket.SHUT_WR)
-                while True:
-                    try:
-                        answer = read(connection)
-                    except (ConnectionResetError, OSError):
-                        break
-                    assert isinstance(answer, p.PeerFault)
+                # It may hang up as soon as it has seen enough.
+                with contextlib.suppress(OSError):
+                    connection.sendall(greeting)
+                    connection.shutdown(socket.SHUT_WR)
+                    while True:
+                        assert isinstance(read(connection), p.PeerFault)
         wait_until(lambda: client.stats().counters["peer_faults"] == 5, what="all are counted")
         assert client.stats().counters["peer_sent_bytes"] == 0
         assert is_right(space, DIGESTS[:1])

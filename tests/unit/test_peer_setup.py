@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvstore.config import is_loopback, load
+from kvstore.config import load
 from kvstore.daemon.peer_setup import open_endpoint, own_name, peer_links
 from kvstore.errors import ConfigError
 from kvstore.limits import PEERS_MAX
+from kvstore.listening import is_loopback
 from kvstore.metrics import Counters
 
 SERVER = SimpleNamespace(store=SimpleNamespace(counters=Counters()))
