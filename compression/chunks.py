@@ -294,11 +294,20 @@ def _sections(chunk: Sections, header: Header) -> Sequence[Values]:
 
 
 def _sides(codec: CodecId, shape: SectionShape, section: Bytes, head: int) -> tuple[Values, Values]:
-    """Return views of the sinks and the tail of *head* in a lossy *section*."""
+    """Return views of the sinks and the tail of *head* in a lossy *section*.
+
+    Raises `ContainerError` when the section, which may be of any length, ends before them.
+    """
     places, element = side_places(codec, shape), shape.source.size_bytes
     start = head * places.stride
     sinks_size = shape.sinks * shape.dim * element
     tail_size = shape.tokens * shape.tail * element
+    for place, size in ((places.sinks, sinks_size), (places.tail, tail_size)):
+        if size and place + start + size > len(section):
+            raise ContainerError(
+                f"container: a section of {len(section)} bytes, what it leaves as it is ends at "
+                f"{place + start + size}"
+            )
     sinks = section[places.sinks + start :][:sinks_size].view(shape.source.carrier)
     tail = section[places.tail + start :][:tail_size].view(shape.source.carrier)
     return sinks.reshape(shape.sinks, shape.dim), tail.reshape(shape.tokens, shape.tail)

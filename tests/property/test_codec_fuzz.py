@@ -49,6 +49,7 @@ STORED = {
 NAMES = st.sampled_from(sorted(STORED))
 TABLE = slice(HEADER_BYTES, HEADER_BYTES + 2 * ENTRY.size)
 NOT_SEALED = HEADER.size - 4
+SINKS_AT = 30
 
 
 @pytest.fixture(params=["numpy", "compiled"], autouse=True, scope="module")
@@ -95,6 +96,14 @@ def test_changed_headers_and_tables_are_read_or_refused(name: str, data: st.Data
         at = data.draw(st.integers(4, TABLE.stop - 1))
         content[at] = data.draw(st.integers(0, 255))
     read(sealed(content))
+
+
+@pytest.mark.parametrize("name", sorted(STORED))
+def test_a_section_without_room_for_its_sinks_is_read_or_refused(name: str) -> None:
+    for sinks in range(3, 70):
+        content = bytearray(STORED[name])
+        content[SINKS_AT] = sinks
+        read(sealed(content))
 
 
 @settings(max_examples=300)
