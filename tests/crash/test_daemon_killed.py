@@ -46,7 +46,7 @@ def until_all_grow(crew: list[Engine], name: str, wrongs: Wrongs) -> None:
 
 @pytest.mark.timeout(300)
 @pytest.mark.slow
-@pytest.mark.parametrize("times", [20])
+@pytest.mark.parametrize("times", [10])
 def test_kill_nine_under_load_costs_misses_and_nothing_else(start_daemon, times):
     daemon = start_daemon({"tiers.host.capacity": "4MiB"})
     wrongs = Wrongs()

@@ -13,7 +13,7 @@ from tests.support.daemon import REPOSITORY
 
 @pytest.mark.timeout(300)
 @pytest.mark.slow
-@pytest.mark.parametrize(("kills", "seed"), [(400, 2)])
+@pytest.mark.parametrize(("kills", "seed"), [(200, 2)])
 def test_after_kill_nine_at_any_instant_every_record_holds_and_no_two_overlap(
     tmp_path, kills, seed
 ):
