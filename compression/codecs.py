@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Protocol
 
+from kvstore.compression.container import OPAQUE_CODEC_IDS
 from kvstore.compression.registry import BUILT_IN
 from kvstore.compression.shapes import SECTION_ALIGNMENT_BYTES, padded
 
@@ -79,5 +80,5 @@ def _codecs() -> dict[str, Codec]:
 CODECS: Final[dict[str, Codec]] = _codecs()
 """All codecs by name."""
 
-OPAQUE_CODECS: Final = ("raw", "rans", "lz4")
+OPAQUE_CODECS: Final = tuple(codec.name.lower() for codec in OPAQUE_CODEC_IDS)
 """Those that take any bytes."""

@@ -383,8 +383,8 @@ def _check_codec(place: str, codec: CodecId, shape: SectionShape, header: Header
 
 def check_codec(codec: CodecId, shape: SectionShape) -> None:
     """Raise `CodecError` unless *codec* takes sections of this *shape*."""
-    if shape.source is SourceType.OPAQUE and codec not in OPAQUE_CODECS:
-        allowed = ", ".join(sorted(known.name.lower() for known in OPAQUE_CODECS))
+    if shape.source is SourceType.OPAQUE and codec not in OPAQUE_CODEC_IDS:
+        allowed = ", ".join(sorted(known.name.lower() for known in OPAQUE_CODEC_IDS))
         raise CodecError(f"opaque bytes take {allowed} alone, not {codec.name.lower()}")
     if codec is CodecId.EXP3 and shape.source is not SourceType.BFLOAT16:
         raise CodecError(f"exp3 takes bfloat16, not {shape.source.name.lower()}")
@@ -392,7 +392,7 @@ def check_codec(codec: CodecId, shape: SectionShape) -> None:
         raise CodecError(f"nvfp4-compat takes head sizes in multiples of 16, not {shape.dim}")
 
 
-OPAQUE_CODECS: Final = frozenset({CodecId.RAW, CodecId.RANS, CodecId.LZ4})
+OPAQUE_CODEC_IDS: Final = (CodecId.RAW, CodecId.RANS, CodecId.LZ4)
 
 
 def _check_disjoint(header: Header, sections: tuple[Section, ...], end: int) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 
 from kvstore.client.cache import PrefixCache
-from kvstore.compression.codecs import CODECS
+from kvstore.compression.codecs import CODECS, OPAQUE_CODECS
 from kvstore.compression.guard import CodecCounters
 from kvstore.compression.policy import CodecPolicy
 from kvstore.errors import CodecError, ConfigError
@@ -49,6 +49,20 @@ def read_codec(choice: CodecChoice) -> CodecPolicy:
     if policy.codec not in CODECS:
         raise ConfigError(f"codec {policy.codec!r} cannot be named in a manifest")
     return policy
+
+
+def needs_values(policy: CodecPolicy) -> bool:
+    """Return whether the codec must know what the bytes of pages are."""
+    return policy.codec not in OPAQUE_CODECS
+
+
+def check_layout(layout: str, policy: CodecPolicy) -> None:
+    """Raise `ValueError` when the setting *layout* hides what the codec must know."""
+    if layout == "opaque" and needs_values(policy):
+        raise ValueError(
+            f"codec {policy.codec!r} must know what the bytes of pages are, so layout"
+            f" cannot be 'opaque'; use 'canonical', or one of {', '.join(OPAQUE_CODECS)}"
+        )
 
 
 def with_tail(policy: CodecPolicy, channels: int) -> CodecPolicy:

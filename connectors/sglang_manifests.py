@@ -12,7 +12,7 @@ from typing import Any, Final
 from transformers import AutoConfig
 
 from kvstore.compression.policy import CodecPolicy
-from kvstore.connectors.codecs import read_codec, with_tail
+from kvstore.connectors.codecs import needs_values, read_codec, with_tail
 from kvstore.connectors.identity import (
     LENGTH_DEPENDENT_ROPE,
     canonical_json,
@@ -129,7 +129,7 @@ def stored_keys_values(pool: Any, model: Model, rank: Rank, settings: Settings) 
         try:
             return _canonical(pool, model, rank, settings)
         except UnsupportedError as error:
-            if settings.layout == "canonical" or settings.needs_values:
+            if settings.layout == "canonical" or needs_values(settings.policy):
                 raise UnsupportedError(
                     f'{error}; set layout to "auto" and codec to "raw" in the extra config'
                 ) from error
@@ -143,7 +143,7 @@ def stored_opaque(name: str, pool: Any, model: Model, rank: Rank, settings: Sett
     """
     pages = OpaquePages(pool)
     is_split = not rank.is_latent or any(word in type(pool).__name__ for word in _SHARED_BY_RANKS)
-    policy = read_codec("raw") if settings.needs_values else settings.policy
+    policy = read_codec("raw") if needs_values(settings.policy) else settings.policy
     words = [f"sglang {_version()} {name}", pages.words, f"from layer {_first_layer(pool)}"]
     if is_split:
         words.append(f"rank {rank.rank} of {rank.ranks}")

@@ -12,6 +12,7 @@ import torch
 
 from kvstore.compression.codecs import OPAQUE_CODECS
 from kvstore.connectors.chunks import window_chunks
+from kvstore.connectors.codecs import needs_values
 from kvstore.connectors.identity import group_name
 from kvstore.connectors.vllm_backends import ROWS, backend_name
 from kvstore.connectors.vllm_settings import Settings
@@ -143,7 +144,7 @@ def groups_of(
         shard = _shard(group.kv_cache_spec, vllm_config, rank)
         kernel = _kernel(vllm_config, group.kv_cache_spec)
         groups.append(_group(group, shard, chunk_tokens, settings, kernel, layout))
-    if settings.needs_values:
+    if needs_values(settings.policy):
         _refuse_opaque(groups, settings.policy.codec)
     return groups
 
@@ -275,7 +276,7 @@ def _tiling(spec: Any, settings: Settings, kernel: str) -> Tiling | None:
         if wanted:
             raise UnsupportedError(f"the pages of {kernel} are not understood; {_USE_OPAQUE}")
         return None
-    if not wanted and not settings.needs_values and spec.dtype != torch.float32:
+    if not wanted and not needs_values(settings.policy) and spec.dtype != torch.float32:
         return None
     isa = kernel.removeprefix("cpu ")
     # Heads do not matter to a tiling: one is as good as all.

@@ -9,10 +9,9 @@ from typing import Any, Final, Literal
 
 import msgspec
 
-from kvstore.compression.codecs import OPAQUE_CODECS
 from kvstore.compression.policy import CodecPolicy
 from kvstore.config import default_socket_path
-from kvstore.connectors.codecs import read_codec
+from kvstore.connectors.codecs import check_layout, read_codec
 from kvstore.errors import ConfigError
 from kvstore.limits import CHUNK_TOKENS_MAX, HANDOFF_TTL_MAX_SECONDS
 
@@ -49,21 +48,12 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError(
                 f"handoff_timeout_seconds must lie in (0, {HANDOFF_TTL_MAX_SECONDS:g}]"
             )
-        if self.needs_values and self.layout == "opaque":
-            raise ValueError(
-                f"codec {self.policy.codec!r} must know what the bytes of pages are, so layout"
-                f" cannot be 'opaque'; use 'canonical', or one of {', '.join(OPAQUE_CODECS)}"
-            )
+        check_layout(self.layout, self.policy)
 
     @property
     def policy(self) -> CodecPolicy:
         """How chunks are encoded; raises `ConfigError`."""
         return read_codec(self.codec)
-
-    @property
-    def needs_values(self) -> bool:
-        """Whether the codec must know what the bytes of pages are."""
-        return self.policy.codec not in OPAQUE_CODECS
 
     @property
     def socket_path(self) -> Path:

@@ -102,15 +102,7 @@ class Handoffs:
         With *early* it may still have to be opened. Of the daemon *peer*, what is ready lies in
         this host's memory. Raises `RequestError` when that peer is not configured.
         """
-        request = m.HandoffAwait(
-            self._connection.next_id(),
-            deadline_ms(timeout_seconds),
-            self._space,
-            name,
-            first,
-            peer,
-            early,
-        )
+        request = m.HandoffAwait(*self._head(timeout_seconds), name, first, peer, early)
         ready = self._connection.finish_slowly(
             self._connection.begin(request),
             m.HandoffReady,
@@ -124,8 +116,9 @@ class Handoffs:
         request = m.HandoffLeave(*self._head(), name, peer)
         self._connection.call(request, m.Done, self._timeout_seconds)
 
-    def _head(self) -> tuple[int, int, int]:
-        return self._connection.next_id(), deadline_ms(self._timeout_seconds), self._space
+    def _head(self, seconds: float | None = None) -> tuple[int, int, int]:
+        allowed = self._timeout_seconds if seconds is None else seconds
+        return self._connection.next_id(), deadline_ms(allowed), self._space
 
 
 class AsyncHandoffs:
@@ -160,15 +153,7 @@ class AsyncHandoffs:
         self, name: str, first: int, *, timeout_seconds: float, peer: str = "", early: bool = False
     ) -> Awaited:
         """See `Handoffs.wait`."""
-        request = m.HandoffAwait(
-            self._connection.next_id(),
-            deadline_ms(timeout_seconds),
-            self._space,
-            name,
-            first,
-            peer,
-            early,
-        )
+        request = m.HandoffAwait(*self._head(timeout_seconds), name, first, peer, early)
         ends = timeout_seconds + self._timeout_seconds
         return _awaited(await self._connection.call(request, m.HandoffReady, ends), first)
 
@@ -179,8 +164,9 @@ class AsyncHandoffs:
     async def _done(self, request: m.Request) -> int:
         return (await self._connection.call(request, m.Done, self._timeout_seconds)).count
 
-    def _head(self) -> tuple[int, int, int]:
-        return self._connection.next_id(), deadline_ms(self._timeout_seconds), self._space
+    def _head(self, seconds: float | None = None) -> tuple[int, int, int]:
+        allowed = self._timeout_seconds if seconds is None else seconds
+        return self._connection.next_id(), deadline_ms(allowed), self._space
 
 
 class Ask(Protocol):
