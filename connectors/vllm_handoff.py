@@ -22,6 +22,7 @@ from typing import Annotated, Any, Final, Protocol
 import msgspec
 
 from kvstore.client.handoff import NOTHING_AWAITED, Awaited, Opened
+from kvstore.client.tracing import joined
 from kvstore.connectors.vllm_keys import RequestKeys
 from kvstore.connectors.vllm_metadata import HandedOver, LoadJob, Span
 from kvstore.connectors.vllm_transfers import Job, Transfers, Urgency
@@ -332,7 +333,8 @@ class Arrivals:
     def _run(self) -> None:
         while (arrival := self._waiting.get()) is not None and not self._closing:
             try:
-                self._turn(arrival)
+                with joined(arrival.job.trace):
+                    self._turn(arrival)
             except Exception:
                 log.exception("kvstore: a hand-off failed, the rest of its request is computed")
                 self._transfers.submit(Urgency.LOAD, partial(self._end, arrival))
@@ -382,7 +384,8 @@ class Arrivals:
 
     def _loaded(self, arrival: Arrival, part: Span) -> int:
         try:
-            return self._load(part, arrival.fences)
+            with joined(arrival.job.trace):
+                return self._load(part, arrival.fences)
         except Exception:
             log.exception("kvstore: a load failed, the rest of its request is computed")
             return 0

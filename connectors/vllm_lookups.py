@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from kvstore.client.cache import Hits
+from kvstore.client.tracing import joined
 from kvstore.connectors.chunks import ChunkCache, joint_hit
 from kvstore.connectors.vllm_keys import RequestKeys
 from kvstore.types import Digest, TierKind
@@ -56,11 +57,14 @@ class Lookup:
     *tiers* says where each of them was found; it may be shorter, and is by sliding windows.
     """
 
-    __slots__ = ("_answered_at", "_asked_at", "chunks", "hit", "keys", "name", "tiers")
+    __slots__ = ("_answered_at", "_asked_at", "chunks", "hit", "keys", "name", "tiers", "trace")
 
-    def __init__(self, keys: RequestKeys, chunks: int, asked_at: float, name: str = "") -> None:
+    def __init__(
+        self, keys: RequestKeys, chunks: int, asked_at: float, name: str = "", trace: str = ""
+    ) -> None:
         self.keys = keys
         self.name = name
+        self.trace = trace
         self.chunks = chunks
         self.hit = 0
         self.tiers: list[TierKind] = []
@@ -101,12 +105,13 @@ class Lookups:
         self._thread = threading.Thread(target=self._run, name="kvstore-lookups", daemon=True)
         self._thread.start()
 
-    def ask(self, keys: RequestKeys, chunks: int, name: str = "") -> Lookup:
+    def ask(self, keys: RequestKeys, chunks: int, name: str = "", trace: str = "") -> Lookup:
         """Return the question how many of the first *chunks* chunks can be loaded.
 
-        *name* is the engine's id of the request, by which operators ask why it was a miss.
+        *name* is the engine's id of the request, by which operators ask why it was a miss;
+        *trace* is what it belongs to (`traceparent`), if anything.
         """
-        lookup = Lookup(keys, chunks, self._clock(), name)
+        lookup = Lookup(keys, chunks, self._clock(), name, trace)
         self._questions.put(lookup)
         return lookup
 
@@ -124,7 +129,8 @@ class Lookups:
         while (lookup := self._questions.get()) is not None:
             hit, tiers = 0, list[TierKind]()
             try:
-                hit, tiers = self._find(lookup.keys.up_to(lookup.chunks), lookup.name)
+                with joined(lookup.trace):
+                    hit, tiers = self._find(lookup.keys.up_to(lookup.chunks), lookup.name)
             except Exception:
                 log.exception("kvstore: a look-up failed, counted as a miss")
             lookup.answer(hit, tiers, self._clock())

@@ -62,13 +62,15 @@ class HandedOver:
 class LoadJob:
     """Chunks that a request waits for. *lost* are blocks that nothing will be loaded into.
 
-    With *source*, its one span is loaded as that delivers it.
+    With *source*, its one span is loaded as that delivers it. *trace* is what the request belongs
+    to (`traceparent`), if anything.
     """
 
     request_id: str
     spans: tuple[Span, ...]
     lost: tuple[int, ...] = ()
     source: HandedOver | None = None
+    trace: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,12 +78,13 @@ class StoreJob:
     """Chunks that this step completes.
 
     With *held*, the scheduler keeps their blocks until every rank has reported the job;
-    otherwise they may be reused from the next step on.
+    otherwise they may be reused from the next step on. *trace* as of a load.
     """
 
     job_id: int
     spans: tuple[Span, ...]
     held: bool
+    trace: str = ""
 
 
 @dataclass(slots=True)

@@ -268,7 +268,7 @@ class SchedulerHalf:
             self.counts.handoffs_taken += 1
             self.counts.tokens_handed += tokens
         spans = tuple(self._load_spans(tracked, blocks, local_tokens))
-        job = LoadJob(request.request_id, spans, source=source)
+        job = LoadJob(request.request_id, spans, source=source, trace=tracked.trace)
         tracked.loads += 1
         tracked.loading = job
         tracked.has_failed = False
@@ -362,7 +362,7 @@ class SchedulerHalf:
         self.counts.lookups += 1
         self.counts.tokens_asked += tokens
         chunks, name = tokens // self._chunk_tokens, tracked.request.request_id
-        tracked.lookup = self._lookups.ask(tracked.keys, chunks, name)
+        tracked.lookup = self._lookups.ask(tracked.keys, chunks, name, tracked.trace)
 
     def _missing_from(self, tracked: Tracked) -> int:
         """Return the first chunk that is not known to be stored."""
@@ -435,7 +435,7 @@ class SchedulerHalf:
                 self._handoffs.storing(request_id, self._last_job)
                 firsts = tuple(first for first, _ in placed)
                 self._to_tell[self._last_job] = (request, spans, firsts)
-            yield StoreJob(self._last_job, spans, held)
+            yield StoreJob(self._last_job, spans, held, tracked.trace)
 
     def _store_spans(self, tracked: Tracked, output: Any, end: int) -> Iterator[tuple[int, Span]]:
         """Yield what is to be stored, each with the number of its first chunk."""

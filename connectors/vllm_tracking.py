@@ -33,6 +33,12 @@ class Tracked:
     may_store: bool = True
     source: HandedOver | None = None
 
+    @property
+    def trace(self) -> str:
+        """The trace that the engine's client wants the request in (`traceparent`), if any."""
+        headers = getattr(self.request, "trace_headers", None) or {}
+        return str(headers.get("traceparent", ""))
+
 
 @dataclass(slots=True)
 class Counts:

@@ -18,6 +18,7 @@ from typing import Any, Final
 import torch
 
 from kvstore.client.sync import StoreReport
+from kvstore.client.tracing import joined
 from kvstore.connectors.chunks import ChunkCache
 from kvstore.connectors.codecs import counted
 from kvstore.connectors.vllm_handoff import Arrivals, HandoffCalls
@@ -158,10 +159,11 @@ class WorkerHalf:
         failed = set(job.lost)
         loaded, started = 0, time.perf_counter()
         try:
-            for span in job.spans:
-                good = self._load_span(span, fences)
-                failed |= _blocks_behind(span, good)
-                loaded += good
+            with joined(job.trace):
+                for span in job.spans:
+                    good = self._load_span(span, fences)
+                    failed |= _blocks_behind(span, good)
+                    loaded += good
         except Exception:
             log.exception("kvstore: a load failed, its request is computed")
             failed = set().union(*(span.real_blocks for span in job.spans))
@@ -193,10 +195,11 @@ class WorkerHalf:
         started = time.perf_counter()
         stored, is_whole = 0, bool(self._pages)
         try:
-            for span in job.spans if self._pages else ():
-                report = self._store_span(span, fences)
-                stored += report.stored
-                is_whole &= report.stored + report.present == len(span.digests)
+            with joined(job.trace):
+                for span in job.spans if self._pages else ():
+                    report = self._store_span(span, fences)
+                    stored += report.stored
+                    is_whole &= report.stored + report.present == len(span.digests)
         except Exception:
             log.exception("kvstore: a store failed")
             is_whole = False

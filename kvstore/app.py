@@ -22,6 +22,7 @@ from kvstore.daemon.peer_setup import serve_peers, set_up_peers
 from kvstore.daemon.peers import Admission
 from kvstore.daemon.reload import RELOADABLE, Reloaded, Reloader
 from kvstore.daemon.server import Server
+from kvstore.daemon.spans import Recorder
 from kvstore.daemon.systemd import notify, take_sockets
 from kvstore.daemon.tenants import TenantRule, Tenants
 from kvstore.daemon.warm import WarmStart
@@ -221,6 +222,8 @@ async def _live(
         lost = await server.mover.drain(drain_seconds)
         if lost:
             log.warning("chunks not written before the end", extra={"chunks": lost})
+        if server.recorder is not None:
+            await asyncio.to_thread(server.recorder.close)
         for task in tasks:
             task.cancel()
 
@@ -349,7 +352,20 @@ def _make_server(config: Config, store: Store, mover: Mover, address: SocketAddr
         orphan_grace_seconds=config.leases.orphan_grace_seconds,
         verify_loads=config.tiers.host.verify_load,
         prefaults=config.tiers.host.prefault,
+        recorder=_open_recorder(config.tracing.endpoint),
     )
+
+
+def _open_recorder(endpoint: str) -> Recorder | None:
+    if not endpoint:
+        return None
+    try:
+        from kvstore.daemon.otel import open_recorder  # noqa: PLC0415  # an extra
+    except ImportError as error:
+        raise ConfigError(
+            f"tracing.endpoint needs OpenTelemetry ({error.name}): pip install 'kvstore[otel]'"
+        ) from error
+    return open_recorder(endpoint)
 
 
 def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:

@@ -235,6 +235,19 @@ class RemoteConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Who signs its certificate; empty for those whom this system trusts."""
 
 
+_SPANS_URL: Final = PatternKind(
+    r"(https?://[A-Za-z0-9_.:\[\]-]+/\S*)?",
+    "the URL of an OTLP/HTTP receiver, such as http://127.0.0.1:4318/v1/traces, or empty for none",
+)
+
+
+class TracingConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where requests that belong to an engine's trace are told of; off without an endpoint."""
+
+    endpoint: Annotated[str, _SPANS_URL] = ""
+    """Needs the extra `otel`."""
+
+
 class LogConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What is logged, and how."""
 
@@ -256,6 +269,7 @@ class Config(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     leases: LeasesConfig = LeasesConfig()
     admin: AdminConfig = AdminConfig()
     peer: PeerConfig = PeerConfig()
+    tracing: TracingConfig = TracingConfig()
     log: LogConfig = LogConfig()
     tenants: dict[str, TenantConfig] = {}
     peers: dict[str, RemoteConfig] = {}

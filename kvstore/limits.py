@@ -31,6 +31,8 @@ REQUEST_ID_MAX: Final = 2**63 - 1
 HELLO_DEADLINE_SECONDS: Final = 5.0
 DEADLINE_MAX_MS: Final = 600_000
 WRITE_BUFFER_MAX_BYTES: Final = 8 * MIB
+# What names the trace of a request: all that W3C has defined so far is 55 characters long.
+TRACE_PARENT_MAX_CHARS: Final = 64
 
 # --- manifests and geometry --------------------------------------------------------------
 MANIFEST_SIZE_MAX_BYTES: Final = 16 * KIB
@@ -212,6 +214,10 @@ EXPLAINED_ELSEWHERE_MAX: Final = 4
 READINESS_SECONDS: Final = 2.0
 READINESS_TIMEOUT_SECONDS: Final = 2.0
 EVENTS_MAX: Final = 2048
+# Spans that wait to be exported, and how many of them one request to the receiver carries.
+SPANS_WAITING_MAX: Final = 2048
+SPANS_PER_EXPORT_MAX: Final = 128
+SPANS_TIMEOUT_SECONDS: Final = 2.0
 EVENT_FIELDS_MAX: Final = 16
 EVENT_TEXT_MAX_CHARS: Final = 512
 

@@ -242,7 +242,7 @@ class AsyncSpace:
     @property
     def handoffs(self) -> AsyncHandoffs:
         """The hand-offs of this namespace."""
-        return AsyncHandoffs(self._connection, self.attached.number, self._timeout_seconds)
+        return AsyncHandoffs(self._connection, self.attached, self._timeout_seconds)
 
     async def lookup(
         self,
@@ -268,6 +268,7 @@ class AsyncSpace:
             lease,
             recompute_us,
             name[:LOOKUP_NAME_MAX_CHARS],
+            self.attached.traceparent(),
         )
         return await self._connection.call(request, m.Found, timeout_seconds)
 
@@ -290,6 +291,7 @@ class AsyncSpace:
             check_digests(digests),
             *wanted,
             recompute_us,
+            self.attached.traceparent(),
         )
         loaded = await self._connection.call(request, m.Loaded, patience + self._timeout_seconds)
         return LoadedChunks(
@@ -319,7 +321,12 @@ class AsyncSpace:
         """Reserve room for consecutive chunks; see `kvstore.client.sync.Space.reserve`."""
         wanted = heads or self.manifest.all_heads
         request = m.Reserve(
-            *self._head(), check_digests(digests), parent or b"", *wanted, list(sizes)
+            *self._head(),
+            check_digests(digests),
+            parent or b"",
+            *wanted,
+            list(sizes),
+            self.attached.traceparent(),
         )
         reserved = await self._connection.call(request, m.Reserved, self._timeout_seconds)
         lengths = sizes or [self.manifest.shard_bytes(wanted)] * len(digests)
@@ -368,7 +375,12 @@ class AsyncSpace:
         if not filled:
             return
         patience = PATIENCE_SECONDS if self.attached.through else self._timeout_seconds
-        request = m.Commit(self._connection.next_id(), deadline_ms(patience), list(filled))
+        request = m.Commit(
+            self._connection.next_id(),
+            deadline_ms(patience),
+            list(filled),
+            self.attached.traceparent(),
+        )
         committed = await self._connection.call(
             request, m.Committed, patience + self._timeout_seconds
         )

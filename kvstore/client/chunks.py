@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, Self
 
 from kvstore.client.coding import Coding, Scratch, coding_for, sections_at, sections_in
+from kvstore.client.tracing import current_traceparent
 from kvstore.compression.chunks import chunk_header, decode
 from kvstore.errors import ChecksumError, LeaseError, RequestError, ReservationError
 from kvstore.hashing import Digests64, root_of, table_offset
@@ -40,7 +41,12 @@ class AttachedSpace:
         self.verify_loads = attached.verify_loads
         self.lease_ttl_seconds = attached.lease_ttl_ms / 1000
         self.through = attached.through
+        self._traced = attached.traced
         self._codings: dict[HeadRange, Coding | None] = {}
+
+    def traceparent(self) -> str:
+        """Return the trace that a request made now belongs to, if the daemon records any."""
+        return current_traceparent() if self._traced else ""
 
     def coding(self, heads: HeadRange) -> Coding | None:
         """Return how *heads* are encoded by default; None where they are stored as they are."""

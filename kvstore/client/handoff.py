@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kvstore.client.aio import AsyncConnection
+    from kvstore.client.chunks import AttachedSpace
     from kvstore.client.connection import Connection
     from kvstore.client.sync import Space
 
@@ -61,7 +62,9 @@ NOTHING_AWAITED: Final = Awaited(HandoffState.ABSENT, (), is_last=True, publishe
 class Handoffs:
     """The hand-offs of one namespace, through one session. Raises typed errors."""
 
-    def __init__(self, connection: Connection, space: int, timeout_seconds: float) -> None:
+    def __init__(
+        self, connection: Connection, space: AttachedSpace, timeout_seconds: float
+    ) -> None:
         self._connection = connection
         self._space = space
         self._timeout_seconds = timeout_seconds
@@ -102,7 +105,8 @@ class Handoffs:
         With *early* it may still have to be opened. Of the daemon *peer*, what is ready lies in
         this host's memory. Raises `RequestError` when that peer is not configured.
         """
-        request = m.HandoffAwait(*self._head(timeout_seconds), name, first, peer, early)
+        head, traceparent = self._head(timeout_seconds), self._space.traceparent()
+        request = m.HandoffAwait(*head, name, first, peer, early, traceparent)
         ready = self._connection.finish_slowly(
             self._connection.begin(request),
             m.HandoffReady,
@@ -118,13 +122,15 @@ class Handoffs:
 
     def _head(self, seconds: float | None = None) -> tuple[int, int, int]:
         allowed = self._timeout_seconds if seconds is None else seconds
-        return self._connection.next_id(), deadline_ms(allowed), self._space
+        return self._connection.next_id(), deadline_ms(allowed), self._space.number
 
 
 class AsyncHandoffs:
     """The same for an event loop."""
 
-    def __init__(self, connection: AsyncConnection, space: int, timeout_seconds: float) -> None:
+    def __init__(
+        self, connection: AsyncConnection, space: AttachedSpace, timeout_seconds: float
+    ) -> None:
         self._connection = connection
         self._space = space
         self._timeout_seconds = timeout_seconds
@@ -153,7 +159,8 @@ class AsyncHandoffs:
         self, name: str, first: int, *, timeout_seconds: float, peer: str = "", early: bool = False
     ) -> Awaited:
         """See `Handoffs.wait`."""
-        request = m.HandoffAwait(*self._head(timeout_seconds), name, first, peer, early)
+        head, traceparent = self._head(timeout_seconds), self._space.traceparent()
+        request = m.HandoffAwait(*head, name, first, peer, early, traceparent)
         ends = timeout_seconds + self._timeout_seconds
         return _awaited(await self._connection.call(request, m.HandoffReady, ends), first)
 
@@ -166,7 +173,7 @@ class AsyncHandoffs:
 
     def _head(self, seconds: float | None = None) -> tuple[int, int, int]:
         allowed = self._timeout_seconds if seconds is None else seconds
-        return self._connection.next_id(), deadline_ms(allowed), self._space
+        return self._connection.next_id(), deadline_ms(allowed), self._space.number
 
 
 class Ask(Protocol):

@@ -149,7 +149,7 @@ class Space:
     @property
     def handoffs(self) -> Handoffs:
         """The hand-offs of this namespace."""
-        return Handoffs(self._connection, self.attached.number, self._timeout_seconds)
+        return Handoffs(self._connection, self.attached, self._timeout_seconds)
 
     def with_timeout(self, timeout_seconds: float) -> Space:
         """Return the same space with another bound for its calls."""
@@ -184,6 +184,7 @@ class Space:
             lease,
             recompute_us,
             name[:LOOKUP_NAME_MAX_CHARS],
+            self.attached.traceparent(),
         )
         return self._connection.call(request, m.Found, timeout_seconds)
 
@@ -223,6 +224,7 @@ class Space:
             check_digests(digests),
             *wanted,
             recompute_us,
+            self.attached.traceparent(),
         )
         waiter = self._connection.begin(request)
 
@@ -403,7 +405,12 @@ class Space:
     ) -> list[Vacancy]:
         wanted = heads or self.manifest.all_heads
         request = m.Reserve(
-            *self._head(), check_digests(digests), parent or b"", *wanted, list(sizes)
+            *self._head(),
+            check_digests(digests),
+            parent or b"",
+            *wanted,
+            list(sizes),
+            self.attached.traceparent(),
         )
         reserved = self._connection.call(request, m.Reserved, self._timeout_seconds)
         lengths = sizes or [self.manifest.shard_bytes(wanted)] * len(digests)
@@ -415,7 +422,9 @@ class Space:
     def _begin_commit(self, vacancies: Sequence[Vacancy]) -> Waiter:
         filled = [m.Filled(v.reservation, v.root) for v in vacancies if v.root is not None]
         deadline = deadline_ms(PATIENCE_SECONDS if self.attached.through else self._timeout_seconds)
-        return self._connection.begin(m.Commit(self._connection.next_id(), deadline, filled))
+        traceparent = self.attached.traceparent()
+        request = m.Commit(self._connection.next_id(), deadline, filled, traceparent)
+        return self._connection.begin(request)
 
     def _finish_commit(self, commit: Waiter) -> int:
         """Raise what failed; return how many chunks a slower tier was to have and has not."""

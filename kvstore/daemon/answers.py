@@ -6,6 +6,7 @@ from functools import partial
 from typing import TYPE_CHECKING, assert_never, cast
 
 from kvstore.daemon.handoffs import HandoffAnswers
+from kvstore.daemon.spans import RequestSpans
 from kvstore.daemon.waits import CommitWait, FindWait, LoadWait, LookupWait, Wait
 from kvstore.errors import DrainingError, KVStoreError, LimitError, ManifestError, RequestError
 from kvstore.limits import (
@@ -47,6 +48,7 @@ class Answers:
         self._mover = server.mover
         self._session = session
         self._reply = reply
+        self.spans = None if server.recorder is None else RequestSpans(server.recorder)
         self._waits: dict[int, Wait] = {}
         self._handoffs = HandoffAnswers(server, session, self._waits, self._later)
 
@@ -127,6 +129,7 @@ class Answers:
             host.checksums and self._server.verify_loads,
             self._server.prefaults,
             self._mover.writes_through,
+            self.spans is not None,
         )
 
     def _keep(self, request: m.Pin | m.Unpin | m.Delete | m.Prefetch | m.Hint) -> m.Done:
@@ -256,7 +259,9 @@ class Answers:
         return None
 
     def _loaded_later(self, request: m.Load, loading: Loading, count: int) -> None:
-        self._waits.pop(request.request_id, None)
+        wait = self._waits.pop(request.request_id, None)
+        if self.spans is not None and isinstance(wait, LoadWait):
+            self.spans.reads(request.request_id, wait.reads)
         self._store.counters.load_chunks_late += len(loading.slots) - count
         self._later(request, lambda: self._loaded(request, loading, count))
 

@@ -90,7 +90,9 @@ class HandoffAnswers:
     ) -> m.HandoffReady | None:
         key = self._there(HandoffKey(tenant, space.id, request.name), request.peer)
         if key.peer:
-            self._server.pulls.follow(key, space, early=request.early)
+            self._server.pulls.follow(
+                key, space, early=request.early, traceparent=request.traceparent
+            )
         wait = HandoffWait(self._server.handoffs, key, partial(self._ready_later, request, key))
         wait.watch(request.first, self._server.loop, seconds, early=request.early)
         if wait.is_over:

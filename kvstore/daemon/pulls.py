@@ -13,10 +13,12 @@ import itertools
 import logging
 import os
 from dataclasses import dataclass
+from time import perf_counter
 from typing import TYPE_CHECKING, Final
 
 from kvstore.daemon.peer_link import PeerLink
 from kvstore.daemon.peers import owner_of
+from kvstore.daemon.spans import Fields, Parent, Step, parent_in
 from kvstore.errors import (
     KVStoreError,
     LimitError,
@@ -68,10 +70,12 @@ class Pulls:
         """How many hand-offs are being pulled."""
         return len(self._pulls)
 
-    def follow(self, key: HandoffKey, space: Namespace, *, early: bool) -> None:
+    def follow(
+        self, key: HandoffKey, space: Namespace, *, early: bool, traceparent: str = ""
+    ) -> None:
         """Pull the hand-off *key* of the peer that it names, unless that is done already.
 
-        Raises `LimitError`.
+        It is recorded as a part of *traceparent*, if that is recorded. Raises `LimitError`.
         """
         pull = self._pulls.get(key)
         if pull is not None:
@@ -84,7 +88,8 @@ class Pulls:
         tenant = self._server.tenants.names[key.tenant]
         pull = _Pull(self._server, self.links[key.peer], key, space, tenant, early=early)
         self._pulls[key] = pull
-        self._start(self._run(pull), f"pull {key.name[:32]}")
+        parent = parent_in(traceparent) if self._server.recorder is not None else None
+        self._start(self._run(pull, parent), f"pull {key.name[:32]}")
 
     def leave(self, key: HandoffKey, space: Namespace) -> None:
         """Tell the peer that a consumer here needs no more."""
@@ -106,7 +111,8 @@ class Pulls:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, pull: _Pull) -> None:
+    async def _run(self, pull: _Pull, parent: Parent | None) -> None:
+        began_at = perf_counter()
         try:
             await pull.run()
         except Exception:
@@ -114,6 +120,9 @@ class Pulls:
         finally:
             del self._pulls[pull.key]
             pull.end()
+            if parent is not None and self._server.recorder is not None:
+                step = Step("kvstore pull", began_at, perf_counter(), pull.fields)
+                self._server.recorder.record(parent, step)
 
     async def _tell(self, link: PeerLink, request: p.PeerLeave) -> None:
         trouble = _Trouble(self._server.loop)
@@ -185,12 +194,22 @@ class _Pull:
         self._first = 0
         self._parent: Digest | None = None
         self._has_failed = False
+        self._came = 0
         if self._store.host.records is not None:
             self._store.open_session(self._session, owner_of(os.getpid()))
         now = server.loop.time()
         self._handoffs.open(
             self._session, key, space, now, consumers=1, ttl_seconds=_MIRROR_TTL_SECONDS
         )
+
+    @property
+    def fields(self) -> Fields:
+        """What is recorded of it."""
+        return {
+            "kvstore.handoff": self.key.name,
+            "kvstore.peer": self.key.peer,
+            "kvstore.chunks": self._came,
+        }
 
     @property
     def _is_wanted(self) -> bool:
@@ -327,6 +346,7 @@ class _Pull:
         lost = {job.want.digest for job in missing}
         came = {job.want.digest for job in jobs} - lost
         self._store.counters.handoff_chunks_pulled += len(came)
+        self._came += len(came)
 
     async def _fetch_once(self, asked: Sequence[_Job], missing: dict[_Job, None]) -> None:
         def arrived(number: int, blocks: Digests64 | None) -> None:

@@ -17,6 +17,7 @@ from kvstore.daemon.peer_endpoint import PeerEndpoint
 from kvstore.daemon.peers import Admission, Credentials, owner_of
 from kvstore.daemon.pulls import Pulls
 from kvstore.daemon.session import Session
+from kvstore.daemon.spans import Recorder
 from kvstore.daemon.stats import daemon_stats
 from kvstore.daemon.tenants import Tenants
 from kvstore.errors import DrainingError, LimitError, RefusedError
@@ -52,6 +53,7 @@ class Server:
         orphan_grace_seconds: float,
         verify_loads: bool,
         prefaults: bool,
+        recorder: Recorder | None = None,
     ) -> None:
         self.store = store
         self.mover = mover
@@ -65,6 +67,7 @@ class Server:
         self.verify_loads = verify_loads
         self.prefaults = prefaults
         self.draining = False
+        self.recorder = recorder
         self.latencies = Latencies()
         self.tracing = Tracing(time.monotonic, time.time)
         self.name = f"kvstore {__version__}"

@@ -84,6 +84,8 @@ class Session(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """Free all that the session held."""
         self._answers.end()
+        if self._answers.spans is not None:
+            self._answers.spans.end_all()
         self._socket.close()
         self._closing = True
         self._server.ended(self)
@@ -139,6 +141,8 @@ class Session(asyncio.Protocol):
         except ProtocolError as error:
             self._send(error_reply(request.request_id, error))
             raise
+        if self._answers.spans is not None:
+            self._answers.spans.begin(request)
         try:
             reply = self._answer(request)
         except KVStoreError as error:
@@ -194,6 +198,8 @@ class Session(asyncio.Protocol):
     def _reply(self, reply: m.AnyReply) -> None:
         if self._began:
             self._observe(reply.request_id)
+        if self._answers.spans is not None:
+            self._answers.spans.end(reply)
         self._machine.answered(reply.request_id)
         self._send(reply)
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kvstore.store.lane import TierRead
     from kvstore.store.namespace import Namespace
     from kvstore.store.promotion import PendingLoad
     from kvstore.store.store import Store
@@ -116,6 +117,11 @@ class LoadWait(Wait):
         """Start *load*, which may be over at once, and answer it in time."""
         self._pending = load(self._finish)
         self._limit(loop, seconds, self._pending.give_up)
+
+    @property
+    def reads(self) -> Sequence[TierRead]:
+        """What was read for it from slower tiers so far."""
+        return () if self._pending is None else self._pending.reads
 
     def cancel(self) -> None:
         """Withdraw from what is on its way."""

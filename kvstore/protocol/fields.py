@@ -18,6 +18,7 @@ from kvstore.limits import (
     LEASES_PER_SESSION_MAX,
     RECOMPUTE_MAX_US,
     REQUEST_ID_MAX,
+    TRACE_PARENT_MAX_CHARS,
 )
 
 RequestId = Annotated[int, Meta(ge=0, le=REQUEST_ID_MAX)]
@@ -33,3 +34,4 @@ RecomputeUs = Annotated[int, Meta(ge=0, le=RECOMPUTE_MAX_US)]
 HandoffName = Annotated[str, Meta(min_length=1, max_length=HANDOFF_NAME_MAX_CHARS)]
 ChunkNumber = Annotated[int, Meta(ge=0, le=HANDOFF_CHUNKS_MAX)]
 PeerName = Annotated[str, Meta(max_length=HOST_NAME_MAX_CHARS)]
+TraceParent = Annotated[str, Meta(max_length=TRACE_PARENT_MAX_CHARS)]

@@ -2,7 +2,8 @@
 
 Requests carry an id chosen by the client and a deadline in milliseconds from receipt; the
 reply carries the same id. Lengths and ranges are checked while decoding, before any of it is
-used. Fields are only ever appended (protocol/VERSION.md), tags never reused.
+used. Fields are only ever appended (protocol/VERSION.md), tags never reused. A *traceparent* is
+the trace that a request belongs to, as W3C writes it; empty where nobody records it.
 """
 
 from __future__ import annotations
@@ -88,6 +89,7 @@ class Lookup(Request, tag=3, frozen=True, gc=False):
     lease: bool = False
     recompute_us: f.RecomputeUs = 0
     name: Annotated[str, Meta(max_length=LOOKUP_NAME_MAX_CHARS)] = ""
+    traceparent: f.TraceParent = ""
 
 
 class Load(Request, tag=4, frozen=True, gc=False):
@@ -102,6 +104,7 @@ class Load(Request, tag=4, frozen=True, gc=False):
     head_start: f.Head = 0
     head_stop: f.Head = 0
     recompute_us: f.RecomputeUs = 0
+    traceparent: f.TraceParent = ""
 
 
 class Reserve(Request, tag=5, frozen=True, gc=False):
@@ -117,6 +120,7 @@ class Reserve(Request, tag=5, frozen=True, gc=False):
     head_start: f.Head = 0
     head_stop: f.Head = 0
     sizes: Annotated[list[f.Size], Meta(max_length=KEYS_PER_REQUEST_MAX)] = []
+    traceparent: f.TraceParent = ""
 
 
 class Filled(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -130,6 +134,7 @@ class Commit(Request, tag=6, frozen=True, gc=False):
     """Publish filled reservations. Each succeeds or fails alone."""
 
     filled: Annotated[list[Filled], Meta(min_length=1, max_length=KEYS_PER_REQUEST_MAX)]
+    traceparent: f.TraceParent = ""
 
 
 class Abort(Request, tag=7, frozen=True, gc=False):
@@ -255,6 +260,7 @@ class HandoffAwait(Request, tag=20, frozen=True, gc=False):
     first: f.ChunkNumber = 0
     peer: f.PeerName = ""
     early: bool = False
+    traceparent: f.TraceParent = ""
 
 
 class HandoffLeave(Request, tag=21, frozen=True, gc=False):
@@ -303,7 +309,8 @@ class Attached(Message, tag=66, frozen=True, gc=False):
     """The namespace is entered; *space* stands for it in this session's requests.
 
     *prefaulted* says that the arena is, or is being, backed by memory as a whole, *through*
-    that a commit is answered only once slower tiers have what they are to have.
+    that a commit is answered only once slower tiers have what they are to have. *traced* says
+    that the daemon records requests that name their trace (`traceparent`).
     """
 
     space: f.Handle
@@ -314,6 +321,7 @@ class Attached(Message, tag=66, frozen=True, gc=False):
     verify_loads: bool
     prefaulted: bool = False
     through: bool = False
+    traced: bool = False
 
 
 class Found(Message, tag=67, frozen=True, gc=False):

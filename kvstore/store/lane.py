@@ -11,7 +11,7 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Callable
-from typing import Final
+from typing import Final, NamedTuple
 
 from kvstore.limits import (
     REMOVE_QUEUE_CHUNKS_MAX,
@@ -21,7 +21,7 @@ from kvstore.limits import (
 )
 from kvstore.store.namespace import Namespace
 from kvstore.tiers.base import Shard
-from kvstore.types import Digest, HeadRange, Place
+from kvstore.types import Digest, HeadRange, Place, TierKind
 
 NO_DEADLINE: Final = math.inf
 # Under loads without end, one write at a time goes on after this.
@@ -29,6 +29,15 @@ _PATIENCE_SECONDS: Final = 1.0
 
 FetchKey = tuple[int, HeadRange]
 WriteKey = tuple[Namespace, Digest, HeadRange]
+
+
+class TierRead(NamedTuple):
+    """One call that read a shard from a slower tier, by `time.perf_counter`."""
+
+    kind: TierKind
+    size_bytes: int
+    began_at: float
+    ended_at: float
 
 
 class Fetch:
@@ -44,6 +53,7 @@ class Fetch:
         "is_prefetch",
         "is_running",
         "parent",
+        "reads",
         "runs_as_load",
         "slot",
         "ticket",
@@ -61,6 +71,7 @@ class Fetch:
         self.runs_as_load = False
         self.ticket = 0
         self.tried = 0
+        self.reads: tuple[TierRead, ...] = ()
         self.waiters: dict[Callable[[Fetch, bool], None], None] = {}
 
     @property

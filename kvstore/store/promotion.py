@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from kvstore.store.lane import Fetch
+from kvstore.store.lane import Fetch, TierRead
 
 if TYPE_CHECKING:
     from kvstore.store.store import Loading
@@ -26,6 +26,7 @@ class PendingLoad:
     ) -> None:
         self.loading = loading
         self.limit = len(loading.slots)
+        self.reads: list[TierRead] = []
         self._done: Callable[[int], None] | None = done
         self._withdrawn = withdrawn
         self._missing: dict[Fetch, int] = {}
@@ -39,6 +40,7 @@ class PendingLoad:
     def arrived(self, fetch: Fetch, is_here: bool) -> None:
         """Note that *fetch* has ended: a chunk that did not come ends the prefix."""
         position = self._missing.pop(fetch)
+        self.reads += fetch.reads
         if not is_here:
             self._end_at(position)
         if self._is_complete and not self._missing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from functools import partial
+from time import perf_counter
 from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeVar
 
 import numpy as np
@@ -15,6 +16,7 @@ from kvstore.limits import TIER_TRANSCODES_MAX
 from kvstore.protocol.manifest import encode_namespace
 from kvstore.store.admission import Admission, AdmitAll
 from kvstore.store.history import Fate
+from kvstore.store.lane import TierRead
 from kvstore.store.residence import fingerprint
 from kvstore.store.shards import tiers_with
 from kvstore.store.transcode import Stored, Transcoder, count, form_of
@@ -119,6 +121,7 @@ class Route:
         if extent is None:
             return False
         reading = _Reading(store, slot, extent)
+        began_at = perf_counter()
         try:
             shard = self._shard(slot, record)
             target = store.host.view(extent)
@@ -128,6 +131,9 @@ class Route:
         except BaseException:
             reading.discard()
             raise
+        finally:
+            read = TierRead(self.kind, record.size_bytes, began_at, perf_counter())
+            fetch.reads = (*fetch.reads, read)
         if not here or root_of(blocks) != record.root:
             reading.discard()
             store.counters.checksum_failures += here

@@ -148,6 +148,7 @@ OUT_OF_RANGE = {
     "a hand-off of too many chunks": [17, 1, 50, 0, "x", 65_537, [bytes(32)]],
     "a hand-off's payload beyond its limit": [18, 1, 50, 0, "x", bytes(65_537)],
     "a peer's name beyond its limit": [20, 1, 50, 0, "x", 0, "p" * 256],
+    "a trace beyond its limit": [6, 1, 50, [[1, 1]], "0" * 65],
     "null for a field": [13, 1, 50, None],
 }
 

@@ -16,6 +16,7 @@ GOLDEN_DIRECTORY: Final = Path(__file__).parents[1] / "protocol" / "golden"
 
 A, B = bytes(range(32)), bytes(range(32, 64))
 _MANIFEST = b'{"model":"m"}'
+_PARENT = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
 
 _STATS = {
     "version": "0.1.0",
@@ -108,17 +109,29 @@ class Golden(NamedTuple):
 REQUESTS: Final = {
     "hello_2": Golden(m.Hello(1, 5000, 2, "engine", "blue"), [1, 1, 5000, 2, "engine", "blue"]),
     "attach": Golden(m.Attach(2, 5000, _MANIFEST, 32_768), [2, 2, 5000, _MANIFEST, 32_768]),
-    "lookup_3": Golden(
-        m.Lookup(3, 50, 0, [A, B], 2, wait=True, lease=True, recompute_us=70_000, name="cmpl-7"),
-        [3, 3, 50, 0, [A, B], 2, True, True, 70_000, "cmpl-7"],
+    "lookup_4": Golden(
+        m.Lookup(
+            3,
+            50,
+            0,
+            [A, B],
+            2,
+            wait=True,
+            lease=True,
+            recompute_us=70_000,
+            name="cmpl-7",
+            traceparent=_PARENT,
+        ),
+        [3, 3, 50, 0, [A, B], 2, True, True, 70_000, "cmpl-7", _PARENT],
     ),
-    "load_2": Golden(m.Load(4, 50, 0, [A], 2, 4, 9), [4, 4, 50, 0, [A], 2, 4, 9]),
-    "reserve": Golden(
-        m.Reserve(5, 50, 1, [B], A, 0, 4, [70_000]), [5, 5, 50, 1, [B], A, 0, 4, [70_000]]
+    "load_3": Golden(m.Load(4, 50, 0, [A], 2, 4, 9, _PARENT), [4, 4, 50, 0, [A], 2, 4, 9, _PARENT]),
+    "reserve_2": Golden(
+        m.Reserve(5, 50, 1, [B], A, 0, 4, [70_000], _PARENT),
+        [5, 5, 50, 1, [B], A, 0, 4, [70_000], _PARENT],
     ),
-    "commit": Golden(
-        m.Commit(6, 50, [m.Filled(9, 2**64 - 1), m.Filled(10, 0)]),
-        [6, 6, 50, [[9, 2**64 - 1], [10, 0]]],
+    "commit_2": Golden(
+        m.Commit(6, 50, [m.Filled(9, 2**64 - 1), m.Filled(10, 0)], _PARENT),
+        [6, 6, 50, [[9, 2**64 - 1], [10, 0]], _PARENT],
     ),
     "abort": Golden(m.Abort(7, 50, [9, 10]), [7, 7, 50, [9, 10]]),
     "release": Golden(m.Release(8, 50, [300]), [8, 8, 50, [300]]),
@@ -144,9 +157,9 @@ REQUESTS: Final = {
         [18, 18, 50, 0, "request-1", b"token 7"],
     ),
     "handoff_abort": Golden(m.HandoffAbort(19, 50, 0, "request-1"), [19, 19, 50, 0, "request-1"]),
-    "handoff_await": Golden(
-        m.HandoffAwait(20, 50, 0, "request-1", 5, "node-7", early=True),
-        [20, 20, 50, 0, "request-1", 5, "node-7", True],
+    "handoff_await_2": Golden(
+        m.HandoffAwait(20, 50, 0, "request-1", 5, "node-7", early=True, traceparent=_PARENT),
+        [20, 20, 50, 0, "request-1", 5, "node-7", True, _PARENT],
     ),
     "handoff_leave": Golden(
         m.HandoffLeave(21, 50, 0, "request-1", "node-7"), [21, 21, 50, 0, "request-1", "node-7"]
@@ -155,7 +168,7 @@ REQUESTS: Final = {
 
 REPLIES: Final = {
     "welcome": Golden(m.Welcome(1, 1, "kvstore 0.1.0"), [65, 1, 1, "kvstore 0.1.0"]),
-    "attached_2": Golden(
+    "attached_3": Golden(
         m.Attached(
             2,
             0,
@@ -166,8 +179,9 @@ REPLIES: Final = {
             verify_loads=False,
             prefaulted=True,
             through=True,
+            traced=True,
         ),
-        [66, 2, 0, A[:16], 2**32, 60_000, True, False, True, True],
+        [66, 2, 0, A[:16], 2**32, 60_000, True, False, True, True, True],
     ),
     "found_2": Golden(
         m.Found(3, 5, 1, [(2, 4), (4, 1)], 77, 1500), [67, 3, 5, 1, [[2, 4], [4, 1]], 77, 1500]
@@ -201,10 +215,28 @@ OLDER: Final = {
     "hello": m.Hello(1, 5000, 1, "engine"),
     "lookup": m.Lookup(3, 50, 0, [A, B], 2, wait=True, lease=True),
     "lookup_2": m.Lookup(3, 50, 0, [A, B], 2, wait=True, lease=True, recompute_us=70_000),
+    "lookup_3": m.Lookup(
+        3, 50, 0, [A, B], 2, wait=True, lease=True, recompute_us=70_000, name="cmpl-7"
+    ),
     "delete": m.Delete(11, 50, 0, [A, B]),
     "load": m.Load(4, 50, 0, [A], 2, 4),
+    "load_2": m.Load(4, 50, 0, [A], 2, 4, 9),
+    "reserve": m.Reserve(5, 50, 1, [B], A, 0, 4, [70_000]),
+    "commit": m.Commit(6, 50, [m.Filled(9, 2**64 - 1), m.Filled(10, 0)]),
+    "handoff_await": m.HandoffAwait(20, 50, 0, "request-1", 5, "node-7", early=True),
     "attached": m.Attached(
         2, 0, A[:16], 2**32, 60_000, checksums=True, verify_loads=False, prefaulted=True
+    ),
+    "attached_2": m.Attached(
+        2,
+        0,
+        A[:16],
+        2**32,
+        60_000,
+        checksums=True,
+        verify_loads=False,
+        prefaulted=True,
+        through=True,
     ),
     "found": m.Found(3, 5, 1, [(2, 4), (4, 1)], 77),
     "committed": m.Committed(6, [m.Failure(9, 32, "wrong bytes")]),

@@ -15,7 +15,7 @@ from kvstore.config import load
 
 def notify(*states):
     if states[0] == "READY=1":
-        print([name for name in ("aiohttp", "redis") if name in sys.modules])
+        print([name for name in ("aiohttp", "opentelemetry", "redis") if name in sys.modules])
         print(gc.get_freeze_count() > 10_000)
         asyncio.get_running_loop().call_soon(os.kill, os.getpid(), signal.SIGTERM)
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from kvstore.client.cache import Hits
+from kvstore.client.tracing import current_traceparent
 from kvstore.connectors.vllm_events import NoEvents, events_for
 from kvstore.connectors.vllm_layouts import KVGroup
 from kvstore.connectors.vllm_metadata import NOWHERE, WorkerReport
@@ -40,11 +41,13 @@ class Cache:
     def __init__(self, hits: int) -> None:
         self.hits = hits
         self.tiers = [(TierKind.HOST, 100)]
+        self.trace = ""
         self.gate = threading.Event()
         self.gate.set()
 
     def find(self, digests: list[bytes], *, window: int = 0, name: str = "") -> Hits:
         assert self.gate.wait(20)
+        self.trace = current_traceparent()
         return Hits(min(self.hits, len(digests)), self.tiers)
 
     def close(self) -> None:
@@ -200,6 +203,18 @@ def test_what_was_loaded_is_not_stored_and_what_failed_is(setting):
     assert [len(span.digests) for span in job.spans] == [4]
     # Nobody offered a pool: the worker has to finish within the step.
     assert not job.held
+
+
+def test_what_is_asked_and_moved_for_a_request_belongs_to_its_trace(setting):
+    asked, trace = request(), f"00-{'a' * 32}-{'b' * 16}-01"
+    asked.trace_headers = {"traceparent": trace}
+    setting.answer(asked)
+    assert setting.cache.trace == trace
+    setting.half.after_allocation(asked, (list(range(1, 10)),), 768)
+    metadata = setting.half.build(step(r=(list(range(1, 10)), 768, 332)))
+    assert [job.trace for job in metadata.loads + metadata.stores] == [trace, trace]
+    setting.answer(request(name="nobody traces it"))
+    assert setting.cache.trace == ""
 
 
 def test_an_unexpected_error_turns_caching_off_and_fails_the_load(setting):
