@@ -59,6 +59,7 @@ property() { manage show kvstore --property "$1" --value; }
 await() { for _ in $(seq 200); do "$@" && return; sleep 0.1; done; echo "not seen: $*"; exit 1; }
 has_changed() { [ "$(property MainPID)" -gt 1 ] && [ "$(property MainPID)" != "$1" ]; }
 is_active() { [ "$(property ActiveState)" = active ]; }
+has_status() { [[ "$(property StatusText)" = "$1"* ]]; }
 
 /lib/systemd/systemd --user --log-level=warning >/dev/null 2>&1 &
 manager=$!
@@ -71,9 +72,15 @@ echo "before: $(property ActiveState)"
 echo "status: $(property StatusText)"
 
 sed -i '/^socket/a drain_timeout = "1s"' "$config"
-manage reload kvstore && echo "reloaded: $(property ActiveState)"
+# The signal that asks for it is all that `reload` waits for.
+manage reload kvstore
+await grep -q "configuration reloaded" "$place/log"
+await is_active
+echo "reloaded: $(property ActiveState)"
 echo 'nonsense = 1' >>"$config"
-manage reload kvstore && echo "refused: $(property StatusText)"
+manage reload kvstore
+await has_status "configuration not reloaded"
+echo "refused: $(property StatusText)"
 sed -i '/nonsense/d' "$config"
 
 first=$(property MainPID)

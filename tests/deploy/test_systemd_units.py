@@ -80,7 +80,7 @@ def test_a_real_systemd_starts_reloads_watches_and_activates_the_service(tmp_pat
     seen = run(
         *("unshare", "-mpf", "--kill-child", "--mount-proc", "bash"),
         *(script, UNITS, kvstore, tmp_path),
-        timeout=50,
+        timeout=100,
     )
     log = (tmp_path / "log").read_text() if (tmp_path / "log").exists() else ""
     assert [line for line in seen.splitlines() if not line.startswith("refused")] == [
