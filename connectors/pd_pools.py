@@ -9,7 +9,7 @@ from typing import Any, Final, NamedTuple
 from urllib.parse import urlsplit
 
 from kvstore.errors import ConfigError
-from kvstore.limits import HOST_NAME_MAX_CHARS, PROXY_REST_SECONDS
+from kvstore.limits import HOST_NAME_MAX_CHARS, PROXY_REST_SECONDS, PROXY_SILENT_REST_SECONDS
 
 log = logging.getLogger("kvstore.pd_proxy")
 
@@ -39,7 +39,10 @@ def parse_engine(text: str) -> EngineURL:
 
 
 class Pool:
-    """Engines that take turns. One that has failed is asked last, for a while."""
+    """Engines that take turns. One that has failed is asked last, for a while.
+
+    One that has kept a request waiting is not asked at all meanwhile: the next would wait, too.
+    """
 
     def __init__(
         self, engines: Sequence[EngineURL], clock: Callable[[], float] = time.monotonic
@@ -48,18 +51,26 @@ class Pool:
         self._clock = clock
         self._next = 0
         self._resting: dict[EngineURL, float] = {}
+        self._silent: dict[EngineURL, float] = {}
 
     def in_order(self) -> list[EngineURL]:
-        """Return all engines in the order in which the next request tries them."""
+        """Return the engines that the next request tries, in this order."""
         start, self._next = self._next, (self._next + 1) % len(self.engines)
         now = self._clock()
-        turn = [*self.engines[start:], *self.engines[:start]]
+        turn = [
+            engine
+            for engine in (*self.engines[start:], *self.engines[:start])
+            if self._silent.get(engine, now) <= now
+        ]
         return sorted(turn, key=lambda engine: self._resting.get(engine, now) > now)
 
-    def rest(self, engine: EngineURL, reason: Exception) -> None:
-        """Ask *engine* last for a while, because of *reason*."""
+    def rest(self, engine: EngineURL, reason: Exception, *, is_silent: bool = False) -> None:
+        """Ask *engine* last for a while, because of *reason*; not at all if it *is_silent*."""
         log.warning("%s rests: %s", engine.url, reason)
-        self._resting[engine] = self._clock() + PROXY_REST_SECONDS
+        now = self._clock()
+        self._resting[engine] = now + PROXY_REST_SECONDS
+        if is_silent:
+            self._silent[engine] = now + PROXY_SILENT_REST_SECONDS
 
 
 def prefill_body(body: Mapping[str, Any], name: str | None) -> dict[str, Any]:

@@ -3,11 +3,12 @@
     python -m kvstore.connectors.pd_proxy --prefill http://127.0.0.1:8100 \
         --decode http://127.0.0.1:8200 --listen 127.0.0.1:8000
 
-Each request is given to one prefill engine, for its KV and one token that is thrown away, and to
-one decode engine, which answers. Both begin at once: the proxy chooses the name of the hand-off,
-and the decode engine loads what the prefill engine has stored so far. With `--in-turn` decode
-begins when prefill has answered, as with vLLM's own proxies. Engines that fail are left out for
-a while; a request that no prefill engine takes is computed by decode alone.
+Each request is given to one prefill engine, for its KV and the first token, and to one decode
+engine, which answers. Both begin at once: the proxy chooses the name of the hand-off, and the
+decode engine loads what the prefill engine has stored so far. With `--in-turn` decode begins when
+prefill has answered, as with vLLM's own proxies. Where that changes nothing but the time, the
+client reads the first token as soon as prefill has it. Engines that fail are left out for a
+while; a request that no prefill engine takes is computed by decode alone.
 """
 
 from __future__ import annotations
@@ -16,16 +17,19 @@ import argparse
 import asyncio
 import json
 import logging
+import math
 import secrets
 import sys
-from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 import aiohttp
 from aiohttp import web
 
+from kvstore.connectors.pd_answers import Ahead, Begun, PrefillError, RefusedRequest, give_up
+from kvstore.connectors.pd_first import FirstToken, first_token, may_split, with_seed
 from kvstore.connectors.pd_pools import (
     EngineError,
     EngineURL,
@@ -38,8 +42,10 @@ from kvstore.errors import ConfigError
 from kvstore.limits import (
     PROXY_BODY_MAX_BYTES,
     PROXY_CONNECT_SECONDS,
+    PROXY_PREFILL_SECONDS,
     PROXY_PROBE_SECONDS,
     PROXY_QUIET_MAX_SECONDS,
+    PROXY_REQUESTS_MAX,
 )
 
 log = logging.getLogger("kvstore.pd_proxy")
@@ -50,32 +56,44 @@ _REFUSED: Final = range(400, 500)
 
 
 @dataclass(frozen=True, slots=True)
-class Begun:
-    """An answer of an engine, of which *first* has come."""
+class Asked:
+    """What a client asks. If it *may_split*, the first token may be prefill's."""
 
-    response: aiohttp.ClientResponse
-    first: bytes
+    path: str
+    body: Mapping[str, Any]
+    headers: Mapping[str, str]
+    may_split: bool
 
 
-class RefusedRequest(Exception):  # noqa: N818  # the client's error, not ours
-    """An engine refuses what the client asks; the client is told in the engine's words."""
+@dataclass(frozen=True, slots=True)
+class Prefilled:
+    """What prefill answers: what decode is to be given, and a token that can be shown."""
 
-    def __init__(self, status: int, body: bytes, content_type: str) -> None:
-        super().__init__(f"an engine answered {status}")
-        self.status = status
-        self.body = body
-        self.content_type = content_type
+    params: dict[str, Any] | None
+    token: FirstToken | None
 
 
 class Proxy:
     """Serves the OpenAI endpoints that generate. One event loop, any number of requests."""
 
     def __init__(
-        self, prefill: Sequence[EngineURL], decode: Sequence[EngineURL], *, in_turn: bool = False
+        self,
+        prefill: Sequence[EngineURL],
+        decode: Sequence[EngineURL],
+        *,
+        in_turn: bool = False,
+        prefill_seconds: float = PROXY_PREFILL_SECONDS,
+        requests_max: int = PROXY_REQUESTS_MAX,
     ) -> None:
+        """Give up a prefill after *prefill_seconds*; answer at most *requests_max* at a time."""
         self._prefill = Pool(prefill)
         self._decode = Pool(decode)
         self._in_turn = in_turn
+        self._prefill_timeout = aiohttp.ClientTimeout(
+            total=prefill_seconds, sock_connect=PROXY_CONNECT_SECONDS
+        )
+        self._requests_max = requests_max
+        self._requests = 0
         self._session: aiohttp.ClientSession | None = None
 
     def app(self) -> web.Application:
@@ -92,7 +110,7 @@ class Proxy:
         timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=PROXY_CONNECT_SECONDS, sock_read=PROXY_QUIET_MAX_SECONDS
         )
-        # As many as clients ask for: they are the ones who are limited, by the engines.
+        # Clients are limited, and need two of them each.
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
             self._session = session
@@ -102,21 +120,33 @@ class Proxy:
     # --- what clients ask ------------------------------------------------------------------
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
-        headers = _passed_on(request)
-        headers.setdefault("X-Request-Id", secrets.token_hex(16))
+        if self._requests >= self._requests_max:
+            message = f"{self._requests} requests are being answered, no more at a time"
+            return _error(503, message, "overloaded", {"Retry-After": "1"})
+        self._requests += 1
         try:
-            body = _parsed(await request.read())
-            begun, prefilling = await self._begin(request.path, body, headers)
+            return await self._answer(request)
         except RefusedRequest as refused:
             return web.Response(
                 status=refused.status, body=refused.body, content_type=refused.content_type
             )
+        finally:
+            self._requests -= 1
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        headers = _passed_on(request)
+        headers.setdefault("X-Request-Id", secrets.token_hex(16))
+        body = _parsed(await request.read())
+        splits = may_split(request.path, body)
+        asked = Asked(request.path, with_seed(body) if splits else body, headers, splits)
+        try:
+            begun, prefilling = await self._begin(asked)
         except EngineError as error:
             return _error(503, str(error), "no_engine")
         try:
-            return await _relay(request, begun)
+            return await begun.relay(request)
         finally:
-            begun.response.close()
+            await begun.end()
             if prefilling is not None:
                 # Its answer is of no use to anybody any more.
                 prefilling.cancel()
@@ -166,24 +196,37 @@ class Proxy:
 
     # --- how -------------------------------------------------------------------------------
 
-    async def _begin(
-        self, path: str, body: Mapping[str, Any], headers: Mapping[str, str]
-    ) -> tuple[Begun, asyncio.Task[Any] | None]:
-        """Return the answer of a decode engine, and the prefill that may still be under way."""
+    async def _begin(self, asked: Asked) -> tuple[Begun | Ahead, asyncio.Task[Any] | None]:
+        """Return the answer as it begins, and the prefill that may still be under way."""
         for engine in self._prefill.in_order():
             try:
                 if self._in_turn:
-                    params = await self._ask_prefill(engine, path, body, headers, None)
-                    return await self._ask_decode(path, decode_body(body, params), headers), None
-                return await self._begin_both(engine, path, body, headers)
+                    return await self._begin_in_turn(engine, asked), None
+                return await self._begin_both(engine, asked)
             except PrefillError as error:
-                self._prefill.rest(engine, error)
+                self._prefill.rest(engine, error, is_silent=error.is_silent)
         log.warning("no prefill engine answers, a decode engine computes all")
-        return await self._ask_decode(path, decode_body(body, None), headers), None
+        return await self._ask_decode(asked, decode_body(asked.body, None)), None
+
+    async def _begin_in_turn(self, engine: EngineURL, asked: Asked) -> Begun | Ahead:
+        done = await self._ask_prefill(engine, asked, None)
+        if done.token is None:
+            return await self._ask_decode(asked, decode_body(asked.body, done.params))
+        accepted = asyncio.get_running_loop().create_future()
+        body = decode_body(done.token.rest_of(asked.body), done.params)
+        rest = asyncio.ensure_future(self._ask_decode(asked, body, accepted))
+        try:
+            await asyncio.wait((rest, accepted), return_when=asyncio.FIRST_COMPLETED)
+            if rest.done():
+                rest.result()  # raises what no decode engine accepts
+        except BaseException:
+            await give_up(rest)
+            raise
+        return Ahead(done.token, rest)
 
     async def _begin_both(
-        self, engine: EngineURL, path: str, body: Mapping[str, Any], headers: Mapping[str, str]
-    ) -> tuple[Begun, asyncio.Task[Any]]:
+        self, engine: EngineURL, asked: Asked
+    ) -> tuple[Begun | Ahead, asyncio.Task[Any]]:
         name = f"pd-{secrets.token_hex(16)}"
         params = {
             "do_remote_prefill": True,
@@ -192,97 +235,125 @@ class Proxy:
             "remote_host": engine.peer,
             "early": True,
         }
-        prefilling = asyncio.ensure_future(self._ask_prefill(engine, path, body, headers, name))
-        decoding = asyncio.ensure_future(self._ask_decode(path, decode_body(body, params), headers))
+        accepted = asyncio.get_running_loop().create_future()
+        prefilling = asyncio.ensure_future(self._ask_prefill(engine, asked, name))
+        decoding = asyncio.ensure_future(
+            self._ask_decode(asked, decode_body(asked.body, params), accepted)
+        )
         try:
             await asyncio.wait((prefilling, decoding), return_when=asyncio.FIRST_COMPLETED)
-            # Raises if prefill has failed: then decode waits for what never comes. Nor does it
-            # if prefill hands nothing over.
-            if not decoding.done() and prefilling.result() is None:
-                await _give_up(decoding)
-                alone = self._ask_decode(path, decode_body(body, None), headers)
+            if decoding.done():
+                return decoding.result(), prefilling
+            # Raises if prefill has failed: then decode waits for what never comes.
+            done = prefilling.result()
+            if done.params is None:
+                # Nor does it come if prefill hands nothing over.
+                await give_up(decoding)
+                alone = self._ask_decode(asked, decode_body(asked.body, None))
                 decoding = asyncio.ensure_future(alone)
+            elif done.token is not None:
+                # What decode refuses, such as more tokens than fit, the client must hear first.
+                await asyncio.wait((accepted, decoding), return_when=asyncio.FIRST_COMPLETED)
+                if not decoding.done():
+                    rest = self._go_on(asked, done.token, decoding)
+                    return Ahead(done.token, asyncio.ensure_future(rest)), prefilling
             return await decoding, prefilling
         except BaseException:
             prefilling.cancel()
-            await _give_up(decoding)
+            await give_up(decoding)
             await asyncio.gather(prefilling, return_exceptions=True)
             raise
 
-    async def _ask_prefill(
-        self,
-        engine: EngineURL,
-        path: str,
-        body: Mapping[str, Any],
-        headers: Mapping[str, str],
-        name: str | None,
-    ) -> dict[str, Any] | None:
-        """Have *engine* compute the prompt; return what decode is to be given."""
+    async def _go_on(
+        self, asked: Asked, token: FirstToken, loading: asyncio.Future[Begun]
+    ) -> Begun:
+        """Return the answer behind *token*, of the engine that has by then loaded the KV for it.
+
+        That engine has a token of its own, which nobody needs.
+        """
+        loaded = await loading
+        await loaded.end()
+        body = decode_body(token.rest_of(asked.body), None)
+        # The other request of this name may not have ended yet.
+        headers = dict(asked.headers)
+        headers["X-Request-Id"] += "-rest"
+        return await self._ask_decode(replace(asked, headers=headers), body, at=loaded.engine)
+
+    async def _ask_prefill(self, engine: EngineURL, asked: Asked, name: str | None) -> Prefilled:
+        """Have *engine* compute the prompt, and hand it over as *name* if that is given."""
+        body = prefill_body(asked.body, name)
+        if asked.may_split:
+            body["return_token_ids"] = True
         try:
             async with self._http.post(
-                engine.url + path, json=prefill_body(body, name), headers=headers
+                engine.url + asked.path,
+                json=body,
+                headers=asked.headers,
+                timeout=self._prefill_timeout,
             ) as response:
                 content = await response.read()
                 if response.status in _REFUSED:
                     raise RefusedRequest(response.status, content, response.content_type)
                 if response.status != 200:
                     raise PrefillError(f"{engine.url} answered {response.status}")
-                found = json.loads(content).get("kv_transfer_params")
-                return found if isinstance(found, dict) else None
-        except (aiohttp.ClientError, TimeoutError, ValueError, AttributeError) as error:
+                found = json.loads(content)
+                params = found.get("kv_transfer_params")
+        except TimeoutError as error:
+            raise PrefillError(f"{engine.url} says nothing", is_silent=True) from error
+        except (aiohttp.ClientError, ValueError, AttributeError) as error:
             raise PrefillError(f"{engine.url}: {error!r}") from error
+        token = first_token(found) if asked.may_split else None
+        return Prefilled(params if isinstance(params, dict) else None, token)
 
     async def _ask_decode(
-        self, path: str, body: Mapping[str, Any], headers: Mapping[str, str]
+        self,
+        asked: Asked,
+        body: Mapping[str, Any],
+        accepted: asyncio.Future[None] | None = None,
+        *,
+        at: EngineURL | None = None,
     ) -> Begun:
-        """Return the answer of the first decode engine that begins one."""
+        """Return the answer of the first decode engine that begins one; *at* is asked first.
+
+        *accepted* is done once an engine has begun to compute it.
+        """
         failures = []
-        for engine in self._decode.in_order():
+        for engine in sorted(self._decode.in_order(), key=lambda engine: engine != at):
             try:
-                return await self._begin_answer(engine, path, body, headers)
+                return await self._begin_answer(engine, asked, body, accepted)
             except (aiohttp.ClientError, TimeoutError, EngineError) as error:
                 self._decode.rest(engine, error)
                 failures.append(f"{engine.url}: {error!r}")
         raise EngineError(f"no decode engine answers: {'; '.join(failures)}")
 
     async def _begin_answer(
-        self, engine: EngineURL, path: str, body: Mapping[str, Any], headers: Mapping[str, str]
+        self,
+        engine: EngineURL,
+        asked: Asked,
+        body: Mapping[str, Any],
+        accepted: asyncio.Future[None] | None,
     ) -> Begun:
-        response = await self._http.post(engine.url + path, json=body, headers=headers)
+        url = engine.url + asked.path
+        response = await self._http.post(url, json=body, headers=asked.headers)
         try:
             if response.status in _REFUSED:
                 content = await response.read()
                 raise RefusedRequest(response.status, content, response.content_type)
             if response.status != 200:
                 raise EngineError(f"{engine.url} answered {response.status}")
+            if accepted is not None and not accepted.done():
+                accepted.set_result(None)
             # Headers come at once, and say nothing yet of whether tokens will.
             first = await response.content.readany()
         except BaseException:
             response.close()
             raise
-        return Begun(response, first)
+        return Begun(engine, response, first)
 
     @property
     def _http(self) -> aiohttp.ClientSession:
         assert self._session is not None, "requests come while the application runs"
         return self._session
-
-
-class PrefillError(EngineError):
-    """A prefill engine did not take a request; another one may."""
-
-
-async def _relay(request: web.Request, begun: Begun) -> web.StreamResponse:
-    """Pass an answer on, piece by piece as it comes."""
-    answer = web.StreamResponse(status=begun.response.status)
-    answer.content_type = begun.response.content_type
-    await answer.prepare(request)
-    await answer.write(begun.first)
-    # An engine that breaks off now ends the client's connection, too: half an answer is none.
-    async for piece in begun.response.content.iter_any():
-        await answer.write(piece)
-    await answer.write_eof()
-    return answer
 
 
 def _passed_on(request: web.Request) -> dict[str, str]:
@@ -300,19 +371,14 @@ def _parsed(raw: bytes) -> dict[str, Any]:
     return body
 
 
-async def _give_up(decoding: asyncio.Future[Begun]) -> None:
-    decoding.cancel()
-    await asyncio.gather(decoding, return_exceptions=True)
-    if not decoding.cancelled() and decoding.exception() is None:
-        decoding.result().response.close()
-
-
 def _words(message: str, kind: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind}}
 
 
-def _error(status: int, message: str, kind: str) -> web.Response:
-    return web.json_response(_words(message, kind), status=status)
+def _error(
+    status: int, message: str, kind: str, headers: Mapping[str, str] | None = None
+) -> web.Response:
+    return web.json_response(_words(message, kind), status=status, headers=headers)
 
 
 def _address(text: str) -> tuple[str, int]:
@@ -334,6 +400,16 @@ def _engine(text: str) -> EngineURL:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
+def _positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    def read(text: str) -> float:
+        number = kind(text)
+        if not 0 < number < math.inf:
+            raise argparse.ArgumentTypeError(f"{text!r} is not above 0")
+        return number
+
+    return read
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """Serve until a signal comes."""
     parser = argparse.ArgumentParser(
@@ -351,10 +427,30 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--in-turn", action="store_true", help="decode begins when prefill has answered"
     )
+    parser.add_argument(
+        "--prefill-timeout",
+        type=_positive(float),
+        default=PROXY_PREFILL_SECONDS,
+        metavar="SECONDS",
+        help="an engine that has not prefilled a prompt by then is left out (%(default)s)",
+    )
+    parser.add_argument(
+        "--requests-max",
+        type=_positive(int),
+        default=PROXY_REQUESTS_MAX,
+        metavar="N",
+        help="answered at a time; what comes on top is refused (%(default)s)",
+    )
     chosen = parser.parse_args(words)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr)
     host, port = chosen.listen
-    proxy = Proxy(chosen.prefill, chosen.decode, in_turn=chosen.in_turn)
+    proxy = Proxy(
+        chosen.prefill,
+        chosen.decode,
+        in_turn=chosen.in_turn,
+        prefill_seconds=chosen.prefill_timeout,
+        requests_max=chosen.requests_max,
+    )
     web.run_app(proxy.app(), host=host, port=port, handler_cancellation=True, print=None)
     return 0
 

@@ -289,10 +289,14 @@ PROBE_INTERVAL_MAX_SECONDS: Final = 2.0
 # --- proxy between prefill and decode engines ------------------------------------------
 PROXY_BODY_MAX_BYTES: Final = 64 * MIB
 PROXY_CONNECT_SECONDS: Final = 5.0
+# Below the 120 s that decode waits for a chunk, so that the proxy hears first of a silent engine.
+PROXY_PREFILL_SECONDS: Final = 100.0
 PROXY_PROBE_SECONDS: Final = 2.0
 # An engine that says nothing for so long, in the middle of an answer or before it, is gone.
 PROXY_QUIET_MAX_SECONDS: Final = 600.0
+PROXY_REQUESTS_MAX: Final = 1024
 PROXY_REST_SECONDS: Final = 5.0
+PROXY_SILENT_REST_SECONDS: Final = 60.0
 
 # A full request of keys, and a full reply of extents (at most 45 bytes each), fit one frame.
 assert KEYS_PER_REQUEST_MAX * (DIGEST_SIZE_BYTES + 2) < FRAME_SIZE_MAX_BYTES

@@ -5,114 +5,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import web
-from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.test_utils import TestServer
 
 from kvstore.connectors import pd_proxy
 from kvstore.connectors.pd_pools import EngineURL, Pool, decode_body, parse_engine, prefill_body
 from kvstore.connectors.pd_proxy import Proxy
 from kvstore.errors import ConfigError
-
-CHAT = {"model": "tiny", "stream": True, "messages": [{"role": "user", "content": "x"}]}
-EVENTS = [b'data: {"n": 1}\n\n', b'data: {"n": 2}\n\n', b"data: [DONE]\n\n"]
-
-
-class FakeEngine:
-    """An engine that notes what it is asked. *answer* may be replaced."""
-
-    def __init__(self, *, is_prefill: bool) -> None:
-        self.asked: list[dict[str, Any]] = []
-        self.headers: list[Any] = []
-        self.begun = asyncio.Event()
-        self.cancelled: asyncio.Queue[None] = asyncio.Queue()
-        self.status = 200
-        self.answer: Callable[[web.Request], Awaitable[web.StreamResponse]] = (
-            self.prefill if is_prefill else self.stream
-        )
-
-    async def handle(self, request: web.Request) -> web.StreamResponse:
-        self.asked.append(await request.json())
-        self.headers.append(request.headers)
-        self.begun.set()
-        if self.status != 200:
-            return web.json_response({"error": {"message": "its own words"}}, status=self.status)
-        try:
-            return await self.answer(request)
-        except asyncio.CancelledError:
-            self.cancelled.put_nowait(None)
-            raise
-
-    async def prefill(self, _: web.Request) -> web.StreamResponse:
-        given = {"transfer_id": f"n{len(self.asked)}", "do_remote_prefill": True, "more": [1]}
-        return web.json_response({"kv_transfer_params": given, "choices": []})
-
-    async def stream(self, request: web.Request) -> web.StreamResponse:
-        answer = web.StreamResponse()
-        answer.content_type = "text/event-stream"
-        await answer.prepare(request)
-        for event in EVENTS:
-            await answer.write(event)
-        return answer
-
-    async def hang(self, _: web.Request) -> web.StreamResponse:
-        await asyncio.Event().wait()
-        raise AssertionError("nothing sets it")
-
-    async def health(self, _: web.Request) -> web.Response:
-        return web.Response(status=self.status)
-
-    async def models(self, request: web.Request) -> web.Response:
-        allowed = request.headers.get("Authorization") == "Bearer x"
-        status = self.status if allowed else 401
-        return web.json_response({"url": str(request.url)}, status=status)
-
-
-@asynccontextmanager
-async def engine(*, is_prefill: bool) -> AsyncIterator[tuple[FakeEngine, EngineURL]]:
-    fake = FakeEngine(is_prefill=is_prefill)
-    app = web.Application()
-    app.router.add_post("/v1/chat/completions", fake.handle)
-    app.router.add_get("/health", fake.health)
-    app.router.add_get("/v1/models", fake.models)
-    async with TestServer(app, handler_cancellation=True) as server:
-        yield fake, EngineURL(f"http://127.0.0.1:{server.port}")
-
-
-class Site:
-    """A proxy before some engines."""
-
-    def __init__(self) -> None:
-        self.prefill: list[FakeEngine] = []
-        self.decode: list[FakeEngine] = []
-        self.client: TestClient[Any, Any]
-
-    async def ask(self, body: object = CHAT, **headers: str) -> tuple[int, bytes]:
-        async with self.client.post("/v1/chat/completions", json=body, headers=headers) as answer:
-            return answer.status, await answer.read()
-
-
-@asynccontextmanager
-async def site(
-    prefill: int = 1, decode: int = 1, *, peers: tuple[str, ...] = (), in_turn: bool = False
-) -> AsyncIterator[Site]:
-    made = Site()
-    async with AsyncExitStack() as stack:
-        urls: tuple[list[EngineURL], list[EngineURL]] = ([], [])
-        for kind, count in enumerate((prefill, decode)):
-            for _ in range(count):
-                fake, url = await stack.enter_async_context(engine(is_prefill=not kind))
-                (made.decode if kind else made.prefill).append(fake)
-                urls[kind].append(url)
-        named = [url._replace(peer=peer) for url, peer in zip(urls[0], peers, strict=False)]
-        proxy = Proxy(named or urls[0], urls[1], in_turn=in_turn)
-        made.client = await stack.enter_async_context(TestClient(TestServer(proxy.app())))
-        yield made
+from tests.engine.pd_site import CHAT, COMPLETIONS, EVENTS, PROMPT, engine, site
 
 
 async def test_in_turn_what_prefill_answers_is_given_to_decode_as_it_is():
@@ -164,6 +67,34 @@ async def test_where_prefill_hands_nothing_over_decode_does_not_wait_for_it():
         assert await made.ask() == (200, b"".join(EVENTS))
         assert decode.asked[-1] == CHAT
         assert len(prefill.asked) == 1
+
+
+async def test_a_prefill_engine_that_says_nothing_is_left_out():
+    async with site(prefill_seconds=0.05) as made:
+        prefill, decode = made.prefill[0], made.decode[0]
+        prefill.answer = prefill.hang
+
+        async def wait_for_prefill(request: web.Request) -> web.StreamResponse:
+            waits = "kv_transfer_params" in decode.asked[-1]
+            return await (decode.hang(request) if waits else decode.stream(request))
+
+        decode.answer = wait_for_prefill
+        for _ in range(3):
+            assert await made.ask() == (200, b"".join(EVENTS))
+        assert len(prefill.asked) == 1
+
+
+async def test_more_requests_than_are_answered_at_a_time_are_refused():
+    async with site(requests_max=1) as made:
+        decode = made.decode[0]
+        decode.answer = decode.hang
+        asking = asyncio.ensure_future(made.ask())
+        await decode.begun.wait()
+        async with made.client.post(COMPLETIONS, json=PROMPT) as answer:
+            assert (answer.status, answer.headers["Retry-After"]) == (503, "1")
+            assert (await answer.json())["error"]["type"] == "overloaded"
+        asking.cancel()
+        await asyncio.wait((asking,))
 
 
 async def test_requests_are_spread_over_all_engines():
@@ -305,6 +236,10 @@ def test_a_pool_takes_turns_and_asks_last_who_has_failed():
     assert [pool.in_order()[-1] for _ in range(3)] == [b, b, b]
     now[0] = 60.0
     assert [pool.in_order()[0] for _ in range(3)] == [c, a, b]
+    pool.rest(c, TimeoutError(), is_silent=True)
+    assert sorted(pool.in_order()) == [a, b]
+    now[0] = 200.0
+    assert sorted(pool.in_order()) == [a, b, c]
 
 
 def test_bodies_keep_what_the_client_asks():
@@ -327,3 +262,8 @@ def test_addresses_of_engines():
             pd_proxy._address(text)
     with pytest.raises(SystemExit):
         pd_proxy.main(["--prefill", "nonsense", "--decode", "http://h"])
+    for text in ("0", "-1", "inf", "nan", "x"):
+        with pytest.raises(SystemExit):
+            pd_proxy.main(
+                ["--prefill", "http://h", "--decode", "http://h", "--prefill-timeout", text]
+            )
