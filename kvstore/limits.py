@@ -203,6 +203,8 @@ REUSE_SAMPLES_MIN: Final = 256
 REUSE_SAMPLES_MAX: Final = 8192
 REUSE_SAMPLES_TOTAL_MAX: Final = 65_536
 REUSE_PENDING_MAX: Final = 2048
+# Chunks of look-ups that nobody has looked at yet, some 110 bytes each.
+REUSE_NOTED_MAX: Final = 16_384
 # How many of them are worked on at once, which takes about a millisecond, and how often.
 REUSE_BATCH: Final = 128
 # A curve from fewer uses says nothing.

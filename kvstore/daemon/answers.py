@@ -15,7 +15,6 @@ from kvstore.limits import (
     FIND_WAIT_MAX_SECONDS,
 )
 from kvstore.protocol import messages as m
-from kvstore.protocol.framing import first_bytes
 from kvstore.protocol.manifest import decode_manifest
 from kvstore.store.history import Fate
 from kvstore.store.recent import RecentLookup
@@ -160,8 +159,7 @@ class Answers:
         if reuse.is_on and request.space < len(self.spaces):
             digests = _digests(request.digests)
             size_bytes = self.spaces[request.space].chunk_bytes
-            firsts = first_bytes(body, request.digests)
-            reuse.looked_up(self.tenant, digests, size_bytes, firsts)
+            reuse.looked_up(self.tenant, digests, size_bytes, body)
 
     # --- look-ups -----------------------------------------------------------------------
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Final
 
 from kvstore.errors import FrameError
@@ -67,7 +67,7 @@ class FrameReader:
                 self._rest += source[start:]
 
 
-def first_bytes(frame: bytes, digests: list[bytes]) -> bytes:
+def first_bytes(frame: bytes, digests: Sequence[bytes]) -> bytes:
     """Return the first byte of each of *digests*, which *frame* holds, or nothing.
 
     One slice of the frame, because nearly every writer puts them at equal distances: it costs

@@ -5,7 +5,7 @@ lies below a threshold, so that all uses of a sampled chunk are seen. The distan
 uses, in bytes of other sampled chunks and divided by the sampling rate, is the capacity from
 which on an LRU would have had it. When too many chunks are sampled the threshold falls.
 
-A look-up only notes which of its chunks are sampled; distances are taken by `work`, in batches.
+A look-up is only noted; which of its chunks are sampled, and their distances, is left to `work`.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from typing import Final, NamedTuple
 import numpy as np
 
 from kvstore.limits import (
+    DIGEST_SIZE_BYTES,
+    REUSE_NOTED_MAX,
     REUSE_PENDING_MAX,
     REUSE_SAMPLES_MAX,
     REUSE_SAMPLES_MIN,
     REUSE_SAMPLES_TOTAL_MAX,
     TENANTS_MAX,
 )
+from kvstore.protocol.framing import first_bytes
 from kvstore.types import Digest
 
 _HASH_BITS: Final = 24
@@ -177,6 +180,9 @@ class Reuse:
         share = REUSE_SAMPLES_TOTAL_MAX // min(max(tenants, 1), TENANTS_MAX)
         self._samples_max = max(REUSE_SAMPLES_MIN, min(REUSE_SAMPLES_MAX, share))
         self._stacks: dict[int, Stack] = {}
+        # What nobody has looked at yet: look-ups, each with its frame, and sampled stores without.
+        self._noted: list[tuple[int, Sequence[Digest], int, bytes | None]] = []
+        self._noted_chunks = 0
         self._pending: deque[_Uses] = deque()
         self._count = 0
         self._asked = [0] * TENANTS_MAX
@@ -193,33 +199,25 @@ class Reuse:
         return stack
 
     def looked_up(
-        self, tenant: int, digests: Sequence[Digest], size_bytes: int, firsts: bytes = b""
+        self, tenant: int, digests: Sequence[Digest], size_bytes: int, frame: bytes = b""
     ) -> None:
-        """Note a look-up of *digests*; *firsts* are their first bytes, where these are at hand."""
-        self._asked[tenant] += len(digests)
-        marks = firsts or b"".join(digests)[::32]
-        wanted = 0
-        if self._first_bytes > 1:
-            marks, wanted = marks.translate(self._table), 1
-        at = marks.find(wanted)
-        if at < 0:
-            return
-        sampled: list[Digest] = []
-        while at >= 0:
-            # Where the first byte says little any more, the second says most of the rest.
-            if digests[at][1] < self._second_bytes:
-                sampled.append(digests[at])
-            at = marks.find(wanted, at + 1)
-        if sampled:
-            self._put(_Uses(tenant, sampled, size_bytes, is_counted=True))
+        """Note a look-up of *digests*, which came in *frame*; nothing else, as somebody waits."""
+        self._noted.append((tenant, digests, size_bytes, frame))
+        self._noted_chunks += len(digests)
+        if self._noted_chunks > REUSE_NOTED_MAX:
+            self._select()
 
     def stored(self, tenant: int, digest: Digest, size_bytes: int) -> None:
         """Note that *digest* was stored: a use, but nobody asked for it."""
         if self.is_on and digest[0] < self._first_bytes:
-            self._put(_Uses(tenant, [digest], size_bytes, is_counted=False))
+            self._noted.append((tenant, [digest], size_bytes, None))
+            self._noted_chunks += 1
+            if self._noted_chunks > REUSE_NOTED_MAX:
+                self._select()
 
     def work(self, most: int = REUSE_PENDING_MAX) -> None:
         """Take the distances of what was noted since, of *most* chunks at most."""
+        self._select()
         if not self._pending:
             return
         while self._pending and most > 0:
@@ -232,6 +230,32 @@ class Reuse:
                 stack.threshold = self._first_bytes << (_HASH_BITS - 8)
             stack.use(uses.digests, uses.size_bytes, is_counted=uses.is_counted)
         self._retune()
+
+    def _select(self) -> None:
+        """Let go of what was noted but is not sampled."""
+        noted, self._noted, self._noted_chunks = self._noted, [], 0
+        for tenant, digests, size_bytes, frame in noted:
+            if frame is None:
+                self._put(_Uses(tenant, list(digests), size_bytes, is_counted=False))
+                continue
+            self._asked[tenant] += len(digests)
+            sampled = self._sampled(digests, frame)
+            if sampled:
+                self._put(_Uses(tenant, sampled, size_bytes, is_counted=True))
+
+    def _sampled(self, digests: Sequence[Digest], frame: bytes) -> list[Digest]:
+        marks = first_bytes(frame, digests) or b"".join(digests)[::DIGEST_SIZE_BYTES]
+        wanted = 0
+        if self._first_bytes > 1:
+            marks, wanted = marks.translate(self._table), 1
+        at = marks.find(wanted)
+        sampled: list[Digest] = []
+        while at >= 0:
+            # Where the first byte says little any more, the second says most of the rest.
+            if digests[at][1] < self._second_bytes:
+                sampled.append(digests[at])
+            at = marks.find(wanted, at + 1)
+        return sampled
 
     def _put(self, uses: _Uses) -> None:
         """Keep *uses* for later; more than can be worked on means that too much is sampled.
@@ -260,7 +284,7 @@ class Reuse:
                 self._count += len(left)
 
     def _retune(self) -> None:
-        """Let look-ups note only what some stack still samples."""
+        """Select only what some stack still samples."""
         highest = max(stack.threshold for stack in self._stacks.values())
         # Of a digest whose first byte is 0, when no other is sampled any more.
         self._second_bytes = min(256, -(-highest >> (_HASH_BITS - 16)))

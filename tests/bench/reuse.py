@@ -16,6 +16,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from kvstore.limits import MIB
+from kvstore.protocol.messages import Lookup, encode
 from kvstore.store.reuse import Reuse
 from kvstore.types import Digest
 from tests.bench.traces import TRAFFIC, Request, trace
@@ -70,11 +71,11 @@ def compare(requests: Iterable[Request], chunks: int) -> Compared:
     noting = working = 0.0
     for request in requests:
         asked += len(request.prompt)
-        # The daemon has the first bytes from the frame.
-        firsts = bytes(digest[0] for digest in request.prompt)
+        if request.prompt:
+            frame = encode(Lookup(1, 1, 0, request.prompt))
         began = time.perf_counter()
-        if firsts:
-            reuse.looked_up(0, request.prompt, CHUNK_BYTES, firsts)
+        if request.prompt:
+            reuse.looked_up(0, request.prompt, CHUNK_BYTES, frame)
         noting += time.perf_counter() - began
         for digest in request.answer:
             reuse.stored(0, digest, CHUNK_BYTES)

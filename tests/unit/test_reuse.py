@@ -7,6 +7,7 @@ from itertools import islice
 from kvstore.limits import (
     DIGEST_SIZE_BYTES,
     MIB,
+    REUSE_NOTED_MAX,
     REUSE_PENDING_MAX,
     REUSE_SAMPLES_MAX,
     REUSE_SAMPLES_MIN,
@@ -74,6 +75,7 @@ def test_more_than_can_be_worked_on_lowers_the_rate():
     before = 1 / 16
     for number in range(0, 64 * REUSE_PENDING_MAX, 64):
         reuse.looked_up(0, [loose_digest(number + at) for at in range(64)], MIB)
+        assert reuse._noted_chunks <= REUSE_NOTED_MAX
         if number == 640:
             reuse.work()
     reuse.work()
@@ -136,10 +138,9 @@ def test_when_little_is_sampled_the_second_byte_decides_as_well():
     far = Digest(bytes([9]) + bytes(31))
     reuse.looked_up(0, [far, low], MIB)
     reuse.work()
-    reuse.looked_up(0, [far, high], MIB)
-    reuse.looked_up(0, [far], MIB)
-    assert not reuse._pending
-    reuse.looked_up(0, [far, low], MIB)
+    for digests in ([far, high], [far], [far, low]):
+        reuse.looked_up(0, digests, MIB)
+    reuse._select()
     assert [uses.digests for uses in reuse._pending] == [[low]]
 
 
