@@ -15,10 +15,20 @@ class DeviceCounters:
     """Moved by the copy engine page by page, without staging."""
     bounced_chunks: int = 0
     """Moved through pinned memory, because the arena is not registered there."""
+    encoded_chunks: int = 0
+    """Encoded by the device while it gathered them."""
     decoded_chunks: int = 0
-    """Put together or decoded on the host, because they are not stored as the pages want them."""
+    """Decoded by the device while it scattered them."""
+    host_encoded_chunks: int = 0
+    """Encoded on the host, because the device has no kernels for them, or they are misfits."""
+    host_decoded_chunks: int = 0
+    """Put together or decoded on the host, because the device cannot."""
+    misfit_chunks: int = 0
+    """Encoded by the device with more error than is allowed: left to the host, and safer codecs."""
     damaged_chunks: int = 0
     """Loaded, and not what was stored: deleted and computed anew."""
+    pools_refused: int = 0
+    """The daemon has device memory, which cannot be mapped here: the host tier is used."""
     smaller_rings: int = 0
     """Less staging memory than asked for, because the device had no more."""
     registrations_failed: int = 0

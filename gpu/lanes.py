@@ -8,11 +8,12 @@ to it:
 | rule | where |
 |---|---|
 | pages are read when the engine has computed them | `_behind_engine` |
-| a copy takes what a gather has written | `StoreLane._behind_gather` |
-| a scatter takes what a copy has brought | `LoadLane._behind_copy` |
+| a copy takes what a gather, or an encoder, has written | `StoreLane._behind_gather` |
+| a scatter, or a decoder, takes what a copy has brought | `LoadLane._behind_copy` |
 | pages are written when the engine has stopped reading them | `_behind_engine` |
 | the engine goes on behind a load that was given up | `LoadLane._engine_behind` |
 | staging is used again when its transfer has ended | `Transfer.finish` |
+| digests and reports of encoders are read when they have come | `Lane._join`, `Transfer.finish` |
 | host memory is used again when no copy touches it | `Transfer.is_over` |
 
 Nothing waits for the device but `Transfer.finish`, which a thread of ours calls, and that has an
@@ -21,12 +22,13 @@ end. Not thread-safe: one thread a lane.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvstore.errors import LimitError, RequestError
 from kvstore.gpu.counters import DeviceCounters
 from kvstore.gpu.device import (
     Copy,
@@ -42,8 +44,9 @@ from kvstore.gpu.device import (
     host_bytes,
     wait_for,
 )
-from kvstore.gpu.pages import NOWHERE, PageLayout, digest_batch
-from kvstore.gpu.staging import Ring, Slot
+from kvstore.gpu.forms import Form, plain_form
+from kvstore.gpu.pages import NOWHERE, PageLayout
+from kvstore.gpu.staging import Ring, Slot, Told
 from kvstore.gpu.windows import HostMemory
 from kvstore.hashing import Digests64
 from kvstore.limits import (
@@ -74,8 +77,11 @@ class LaneSettings(NamedTuple):
 class Transfer:
     """Chunks that are on their way. `finish` it once; after `StuckError`, ask `is_over`."""
 
-    def __init__(self, lane: Lane, slot: Slot, chunks: Sequence[Moved], *, checksums: bool) -> None:
+    def __init__(
+        self, lane: Lane, slot: Slot, chunks: Sequence[Moved], form: Form, *, checksums: bool
+    ) -> None:
         self.chunks = chunks
+        self.form = form
         self.checksums = checksums
         self.slot = slot
         self.pages_free: Event | None = None
@@ -87,6 +93,8 @@ class Transfer:
         self.error: DeviceError | None = None
         self.digests: Digests64 | None = None
         """What `finish` has returned."""
+        self.reports: NDArray[Any] | None = None
+        """What encoders said, `[chunk][section]`, once it is finished."""
         self._lane = lane
         self._has_slot = True
 
@@ -111,9 +119,22 @@ class Transfer:
             raise self.error
         self._lane.note_success(self)
         if self.checksums:
-            self.digests = self.slot.read_digests(len(self.chunks))
+            self.digests = self.slot.read_digests(len(self.chunks), self.form.size_bytes)
+        if self.form.reports and self._lane.encodes:
+            self.reports = self._read_reports()
         self._end()
         return self.digests
+
+    def _read_reports(self) -> NDArray[Any]:
+        """Put what each launch has reported of its sections beside each other."""
+        found, count = self.slot.read_reports(), len(self.chunks)
+        parts, at = [], 0
+        for launch in self.form.launches:
+            if launch.reports:
+                size = count * len(launch.sections)
+                parts.append(found[at : at + size].reshape(count, -1))
+                at += size
+        return np.concatenate(parts, axis=1)
 
     def is_over(self) -> bool:
         """Whether nothing of it is under way any more. Never true when the device is lost."""
@@ -133,10 +154,14 @@ class Transfer:
             self._lane.ring.give_back(self.slot)
 
 
+_Pair = tuple[NDArray[np.uint8], NDArray[np.uint8]]
+
+
 class Lane:
     """What both directions have in common."""
 
     urgency = Urgency.LOW
+    encodes = False
 
     def __init__(
         self,
@@ -149,6 +174,7 @@ class Lane:
         """Raise `DeviceError` or `RequestError` when there is no way to move these pages."""
         self.settings = settings or LaneSettings()
         self.layout = layout
+        self.plain = plain_form(layout)
         self.host = host
         self.counters = counters
         self.ring = Ring(
@@ -167,8 +193,12 @@ class Lane:
 
     @property
     def chunks_per_transfer(self) -> int:
-        """How many chunks one transfer can take."""
+        """How many plain chunks one transfer can take."""
         return self.ring.shape.chunks
+
+    def capacity(self, form: Form) -> int:
+        """Return how many chunks of *form* one transfer can take: none, if it is too large."""
+        return self.ring.capacity(form.size_bytes)
 
     @property
     def can_begin(self) -> bool:
@@ -176,20 +206,27 @@ class Lane:
         return self.ring.free_slots > 0
 
     def begin(
-        self, chunks: Sequence[Moved], after: Fence | None, *, checksums: bool = True
+        self,
+        chunks: Sequence[Moved],
+        after: Fence | None,
+        *,
+        checksums: bool = True,
+        form: Form | None = None,
     ) -> Transfer:
         """Give the device what moves *chunks* behind the fence *after*; do not wait for it.
 
-        What fails is told by `finish`. Raises `DeviceLostError` when the lane is off,
-        `LimitError` when no slot is free, and `RequestError` for a wrong number of pages.
+        They are plain, or of *form*; then no page of them may be `NOWHERE`. What fails is told by
+        `finish`. Raises `DeviceLostError` when the lane is off, `LimitError` when no slot is free
+        or *chunks* are more than its capacity, and `RequestError` for wrong pages.
         """
         if self.off:
             raise DeviceLostError(self.off)
-        self.layout.check_pages([chunk.pages for chunk in chunks])
-        transfer = Transfer(self, self.ring.take(), chunks, checksums=checksums)
+        form = form or self.plain
+        self._check(chunks, form)
+        transfer = Transfer(self, self.ring.take(), chunks, form, checksums=checksums)
         transfer.fence = after
         try:
-            if self._is_direct(chunks):
+            if form.is_plain and self._is_direct(chunks):
                 self._give_direct(transfer)
                 self.counters.direct_chunks += len(chunks)
             else:
@@ -231,6 +268,13 @@ class Lane:
 
     # --- what they are made of ------------------------------------------------------------------
 
+    def _check(self, chunks: Sequence[Moved], form: Form) -> None:
+        self.layout.check_pages([chunk.pages for chunk in chunks])
+        if len(chunks) > self.capacity(form):
+            raise LimitError(f"{len(chunks)} chunks in one transfer of {self.capacity(form)}")
+        if not form.is_plain and any(NOWHERE in chunk.pages for chunk in chunks):
+            raise RequestError("coded chunks with pages that are nowhere")
+
     def _is_direct(self, chunks: Sequence[Moved]) -> bool:
         least, layout = self.settings.direct_page_min_bytes, self.layout
         if least is None or layout.piece_bytes < least or layout.token_stride != layout.row_bytes:
@@ -240,46 +284,51 @@ class Lane:
             for chunk in chunks
         )
 
-    def _tell(self, transfer: Transfer) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Bring what the kernels read to the device; return the arguments of copy and digest."""
-        count, slot, layout = len(transfer.chunks), transfer.slot, self.layout
-        table = np.array([chunk.pages for chunk in transfer.chunks], dtype="<i4")
-        places = np.array([slot.chunk(number) for number in range(count)], dtype="<u8")
-        parts = {"sections": layout.sections(), "pages": table, "chunks": places}
-        where, upload = slot.write(parts)
-        self._kernels.copy([upload])
-        digest = digest_batch(
-            count, layout.chunk_bytes, pieces=1, starts=where["chunks"], digests=slot.digests
-        )
-        return layout.copy_batch(count, **where), digest
+    def _tell(self, transfer: Transfer) -> Told:
+        """Bring what the kernels read to the device; return what they are told."""
+        pages = [chunk.pages for chunk in transfer.chunks]
+        told = transfer.slot.tell(transfer.form, pages, reports=self.encodes)
+        self._kernels.copy([told.upload])
+        return told
 
     def _tell_pieces(self, transfer: Transfer) -> NDArray[Any]:
         """Bring places to the device; return the argument that digests chunks where pages lie."""
-        count, slot, layout = len(transfer.chunks), transfer.slot, self.layout
-        pieces = np.stack([layout.pieces(chunk.pages) for chunk in transfer.chunks])
-        where, upload = slot.write({"starts": pieces})
-        self._kernels.copy([upload])
-        return digest_batch(
-            count,
-            layout.chunk_bytes,
-            pieces=layout.pieces_per_chunk,
-            starts=where["starts"],
-            digests=slot.digests,
-        )
+        told = transfer.slot.tell_pieces([chunk.pages for chunk in transfer.chunks])
+        self._kernels.copy([told.upload])
+        return told.digest
 
-    def _digest(self, transfer: Transfer, batch: NDArray[Any]) -> None:
-        self._kernels.launch("xxh3_blocks", batch)
-        self._kernels.copy([transfer.slot.digest_copy(len(transfer.chunks))])
+    def _results(self, transfer: Transfer, digest: NDArray[Any]) -> None:
+        """Have checksums taken if they are wanted, and bring what kernels have found."""
+        count, size = len(transfer.chunks), 0
+        if transfer.checksums:
+            self._kernels.launch("xxh3_blocks", digest)
+            size = transfer.form.size_bytes
+        if copies := transfer.slot.result_copies(count, size):
+            self._kernels.copy(copies)
 
-    def _runs(self, transfer: Transfer, number: int) -> list[Copy]:
-        """Return copies from host memory to staging, by way of pinned memory where need be."""
-        size, slot = self.layout.chunk_bytes, transfer.slot
-        address, at = transfer.chunks[number].address, slot.chunk(number)
+    def _runs(self, transfer: Transfer, number: int, start: int = 0) -> list[Copy]:
+        """Return copies from host memory to staging, by way of pinned memory where need be.
+
+        Only what lies behind the first *start* bytes of the chunk is copied.
+        """
+        slot, whole = transfer.slot, transfer.form.size_bytes
+        address = transfer.chunks[number].address + start
+        at, size = slot.chunk(number, whole) + start, whole - start
         runs = self.host.pinned_runs(address, size)
         if not runs:
             transfer.bounced.append(number)
-            return [Copy(at, slot.bounce(number), size)]
+            return [Copy(at, slot.bounce(number, whole) + start, size)]
         return [Copy(at + run.address - address, run.address, run.size_bytes) for run in runs]
+
+    def _bounces(
+        self, transfer: Transfer, start: int = 0
+    ) -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+        """Yield host and pinned memory of the chunks that go through it, from *start* on."""
+        whole = transfer.form.size_bytes
+        for number in transfer.bounced:
+            places = transfer.chunks[number].address, transfer.slot.bounce(number, whole)
+            host, pinned = (host_bytes(place + start, whole - start) for place in places)
+            yield host, pinned
 
     def _piece_runs(self, transfer: Transfer) -> list[Copy]:
         """Return copies from host memory to pages."""
@@ -293,6 +342,10 @@ class Lane:
                     for run in self.host.pinned_runs(start, size)
                 ]
         return copies
+
+    def _coded(self, transfer: Transfer) -> int:
+        """Return how many chunks of *transfer* were encoded or decoded."""
+        return 0 if transfer.form.is_plain else len(transfer.chunks)
 
     # --- how it went ------------------------------------------------------------------------------
 
@@ -335,21 +388,23 @@ class StoreLane(Lane):
     """From pages to host memory. Yields to everything else on the device."""
 
     urgency = Urgency.LOW
+    encodes = True
 
     def _give(self, transfer: Transfer) -> None:
-        gather, digest = self._tell(transfer)
+        launches, head = transfer.form.launches, transfer.form.head_bytes
+        told = self._tell(transfer)
         out = [
             Copy(source=copy.target, target=copy.source, size_bytes=copy.size_bytes)
             for number in range(len(transfer.chunks))
-            for copy in self._runs(transfer, number)
+            for copy in self._runs(transfer, number, head)
         ]
         self._behind_engine(self._kernels, transfer)
-        self._kernels.launch("raw_gather", gather)
+        for launch, batch in zip(launches, told.batches, strict=True):
+            self._kernels.launch(launch.gather, batch)
         transfer.pages_free = self._kernels.record()
         self._behind_gather()
         self._copies.copy(out)
-        if transfer.checksums:
-            self._digest(transfer, digest)
+        self._results(transfer, told.digest)
 
     def _give_direct(self, transfer: Transfer) -> None:
         self._behind_engine(self._copies, transfer)
@@ -362,7 +417,7 @@ class StoreLane(Lane):
         if transfer.checksums:
             batch = self._tell_pieces(transfer)
             self._behind_engine(self._kernels, transfer)
-            self._digest(transfer, batch)
+            self._results(transfer, batch)
 
     def _behind_gather(self) -> None:
         self._copies.wait(self._kernels.record())
@@ -370,11 +425,10 @@ class StoreLane(Lane):
     def note_success(self, transfer: Transfer) -> None:
         """Bring what went through pinned memory to where it belongs, and count."""
         super().note_success(transfer)
-        size = self.layout.chunk_bytes
-        for number in transfer.bounced:
-            address = transfer.chunks[number].address
-            host_bytes(address, size)[:] = host_bytes(transfer.slot.bounce(number), size)
+        for host, pinned in self._bounces(transfer, transfer.form.head_bytes):
+            host[:] = pinned
         self.counters.chunks_stored += len(transfer.chunks)
+        self.counters.encoded_chunks += self._coded(transfer)
 
 
 class LoadLane(Lane):
@@ -383,20 +437,19 @@ class LoadLane(Lane):
     urgency = Urgency.HIGH
 
     def _give(self, transfer: Transfer) -> None:
-        scatter, digest = self._tell(transfer)
+        told = self._tell(transfer)
         copies = [
             copy for number in range(len(transfer.chunks)) for copy in self._runs(transfer, number)
         ]
-        size = self.layout.chunk_bytes
-        for number in transfer.bounced:
-            address = transfer.chunks[number].address
-            host_bytes(transfer.slot.bounce(number), size)[:] = host_bytes(address, size)
+        for host, pinned in self._bounces(transfer):
+            pinned[:] = host
         self._copies.copy(copies)
         self._behind_copy()
         self._behind_engine(self._kernels, transfer)
-        self._kernels.launch("raw_scatter", scatter)
-        if transfer.checksums:
-            self._digest(transfer, digest)
+        for launch, batch in zip(transfer.form.launches, told.batches, strict=True):
+            if launch.scatter:
+                self._kernels.launch(launch.scatter, batch)
+        self._results(transfer, told.digest)
 
     def _give_direct(self, transfer: Transfer) -> None:
         batch = self._tell_pieces(transfer) if transfer.checksums else None
@@ -404,7 +457,7 @@ class LoadLane(Lane):
         self._copies.copy(self._piece_runs(transfer))
         if batch is not None:
             self._behind_copy()
-            self._digest(transfer, batch)
+            self._results(transfer, batch)
 
     def _behind_copy(self) -> None:
         self._kernels.wait(self._copies.record())
@@ -421,6 +474,7 @@ class LoadLane(Lane):
         """Count."""
         super().note_success(transfer)
         self.counters.chunks_loaded += len(transfer.chunks)
+        self.counters.decoded_chunks += self._coded(transfer)
 
     def give_up(self, transfer: Transfer, error: DeviceError) -> None:
         """See `Lane.give_up`; the engine goes on behind it."""

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.errors import RequestError
-from kvstore.gpu.batches import BATCH, SECTION, Chunks, Pages, Places, batch_of
+from kvstore.gpu.batches import BATCH, SECTION
 
 VECTOR_BYTES: Final = 16
 NOWHERE: Final = -1
@@ -90,27 +90,6 @@ class PageLayout:
         made["plane"] = self.planes
         made["offset"] = np.arange(len(self.planes)) * (self.heads * self.head_bytes)
         return made
-
-    def copy_batch(self, count: int, *, sections: int, pages: int, chunks: int) -> NDArray[Any]:
-        """Return the argument of raw_gather and raw_scatter; the rest are addresses."""
-        return batch_of(
-            Chunks(
-                chunk_count=count,
-                section_count=len(self.planes),
-                heads=self.heads,
-                tokens=self.chunk_tokens,
-                width=self.row_bytes // VECTOR_BYTES,
-                extra=self.head_bytes,
-            ),
-            Pages(
-                page_tokens=self.page_tokens,
-                page_count=self.pages_per_chunk,
-                page_stride=self.page_stride,
-                token_stride=self.token_stride,
-                head_stride=self.head_stride,
-            ),
-            Places(sections=sections, pages=pages, containers=chunks),
-        )
 
 
 def digest_batch(

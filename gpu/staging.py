@@ -6,21 +6,29 @@ left. Nothing here waits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.errors import LimitError, RequestError
+from kvstore.gpu.batches import REPORT, SECTION, Places
 from kvstore.gpu.counters import DeviceCounters
 from kvstore.gpu.device import Copy, Device, DeviceMemoryError, Memory, host_bytes
-from kvstore.gpu.pages import PageLayout
+from kvstore.gpu.forms import Form, batch_for
+from kvstore.gpu.pages import NOWHERE, PageLayout, digest_batch
 from kvstore.hashing import Digests64, block_count
-from kvstore.limits import CHECKSUM_SIZE_BYTES, CHUNKS_PER_TRANSFER_MAX
+from kvstore.limits import (
+    CHECKSUM_SIZE_BYTES,
+    CHUNKS_PER_TRANSFER_MAX,
+    STAGED_PER_PLAIN_MAX,
+)
 
 _ALIGNMENT: Final = 256
 _PART_ALIGNMENT: Final = 16
+_SECTIONS_PER_PLANE: Final = 4
+"""What is coded of a plane, its sinks, its tail, and what pads them."""
 
 
 class Geometry(NamedTuple):
@@ -30,22 +38,39 @@ class Geometry(NamedTuple):
     chunks: int
 
 
+class Told(NamedTuple):
+    """What kernels are told: the arguments of the launches of a form, and of the digest.
+
+    *upload* brings to the device what they point to.
+    """
+
+    batches: list[NDArray[Any]]
+    digest: NDArray[Any]
+    upload: Copy
+
+
 class Slot:
-    """Room for the chunks of one transfer, for what kernels read of it, and for their digests."""
+    """Room for the chunks of one transfer, for what kernels read of it, and for what they report.
+
+    *chunks* plain ones fit, or as many more as are encoded: up to `most`.
+    """
 
     def __init__(self, device: Device, layout: PageLayout, chunks: int) -> None:
         self._device = device
         self._layout = layout
-        self.chunk_stride = layout.chunk_bytes + -layout.chunk_bytes % _ALIGNMENT
-        self._chunks = chunks
-        self._digest_bytes = chunks * block_count(layout.chunk_bytes) * CHECKSUM_SIZE_BYTES
-        size = self._digest_bytes + _words_bytes(layout, chunks)
+        self.room_bytes = chunks * _stride(layout.chunk_bytes)
+        self.most = min(chunks * STAGED_PER_PLAIN_MAX, CHUNKS_PER_TRANSFER_MAX)
+        most = max(self.most, chunks)
+        blocks = block_count(self.room_bytes) + most
+        self._digest_bytes = padded(blocks * CHECKSUM_SIZE_BYTES)
+        self._words_bytes = self._digest_bytes + _words_bytes(layout, chunks, most)
+        self._reports = 0, 0
         self._owned: list[Memory] = []
         self._bounce: Memory | None = None
         try:
-            self._payload = self._own(device.allocate(chunks * self.chunk_stride))
-            self._words = self._own(device.allocate(size))
-            self._host_words = self._own(device.pin(size))
+            self._payload = self._own(device.allocate(self.room_bytes))
+            self._words = self._own(device.allocate(self._words_bytes))
+            self._host_words = self._own(device.pin(self._words_bytes))
         except DeviceMemoryError:
             self.free()
             raise
@@ -59,59 +84,133 @@ class Slot:
         while self._owned:
             self._owned.pop().free()
 
-    def chunk(self, number: int) -> int:
-        """Return where chunk *number* lies on the device."""
-        return self._payload.address + number * self.chunk_stride
+    def capacity(self, size_bytes: int) -> int:
+        """Return how many chunks of *size_bytes* fit."""
+        return min(self.room_bytes // _stride(size_bytes), self.most)
 
-    def bounce(self, number: int) -> int:
+    def chunk(self, number: int, size_bytes: int) -> int:
+        """Return where chunk *number* of those of *size_bytes* lies on the device."""
+        return self._payload.address + number * _stride(size_bytes)
+
+    def bounce(self, number: int, size_bytes: int) -> int:
         """Return where chunk *number* lies in pinned memory, made when first needed.
 
         Raises `DeviceMemoryError`.
         """
         if self._bounce is None:
-            self._bounce = self._own(self._device.pin(self._chunks * self.chunk_stride))
-        return self._bounce.address + number * self.chunk_stride
+            self._bounce = self._own(self._device.pin(self.room_bytes))
+        return self._bounce.address + number * _stride(size_bytes)
 
-    @property
-    def digests(self) -> int:
-        """Where kernels put digests."""
-        return self._words.address
+    def tell(self, form: Form, pages: Sequence[Sequence[int]], *, reports: bool) -> Told:
+        """Lay down what kernels read to move chunks of *form* between *pages* and this slot.
 
-    def write(self, parts: Mapping[str, NDArray[Any]]) -> tuple[dict[str, int], Copy]:
-        """Lay *parts* down for the device; return where they will be, and the copy for that."""
-        start = at = self._digest_bytes + -self._digest_bytes % _PART_ALIGNMENT
+        These are the page table, the places of the chunks, and the sections of every launch.
+        """
+        count = len(pages)
+        places = [self.chunk(number, form.size_bytes) for number in range(count)]
+        parts = {
+            "pages": np.array(pages, dtype="<i4"),
+            "nowhere": np.full(count, NOWHERE, dtype="<i4"),
+            "chunks": np.array(places, dtype="<u8"),
+        }
+        parts |= {str(n): launch.sections for n, launch in enumerate(form.launches)}
+        where, upload = self._write(parts, reports=count * form.reports if reports else 0)
+        batches, report = [], where["reports"]
+        for number, launch in enumerate(form.launches):
+            table = where["nowhere" if launch.is_padding else "pages"]
+            read = Places(
+                sections=where[str(number)],
+                pages=table,
+                containers=where["chunks"],
+                reports=report,
+            )
+            batches.append(batch_for(self._layout, launch, count, read))
+            report += launch.reports * count * len(launch.sections) * REPORT.itemsize
+        digest = digest_batch(
+            count, form.size_bytes, pieces=1, starts=where["chunks"], digests=self._words.address
+        )
+        return Told(batches, digest, upload)
+
+    def tell_pieces(self, pages: Sequence[Sequence[int]]) -> Told:
+        """Lay down what the digest of chunks that stay in their *pages* reads."""
+        layout = self._layout
+        pieces = np.stack([layout.pieces(each) for each in pages])
+        where, upload = self._write({"starts": pieces})
+        digest = digest_batch(
+            len(pages),
+            layout.chunk_bytes,
+            pieces=layout.pieces_per_chunk,
+            starts=where["starts"],
+            digests=self._words.address,
+        )
+        return Told([], digest, upload)
+
+    def _write(
+        self, parts: Mapping[str, NDArray[Any]], *, reports: int = 0
+    ) -> tuple[dict[str, int], Copy]:
+        """Lay *parts* down for the device; return where they will be, and the copy for that.
+
+        Before them are as many *reports*, all zero; the first is called "reports". Raises
+        `LimitError` when that is more than there is room for.
+        """
+        empty = {"reports": np.zeros(reports, dtype=REPORT)}
+        start = at = self._digest_bytes
+        self._reports = start, reports
         places = {}
-        for name, part in parts.items():
+        for name, part in (empty | dict(parts)).items():
             raw = np.ascontiguousarray(part).view(np.uint8).ravel()
+            if at + raw.nbytes > self._words_bytes:
+                raise LimitError(f"what kernels read of a transfer exceeds {self._words_bytes}")
             places[name] = self._words.address + at
             host_bytes(self._host_words.address + at, raw.nbytes)[:] = raw
-            at += raw.nbytes + -raw.nbytes % _PART_ALIGNMENT
+            at += padded(raw.nbytes)
         return places, Copy(
             self._words.address + start, self._host_words.address + start, at - start
         )
 
-    def digest_copy(self, chunks: int) -> Copy:
-        """Return the copy that brings the digests of *chunks* chunks to the host."""
-        size = chunks * block_count(self._layout.chunk_bytes) * CHECKSUM_SIZE_BYTES
-        return Copy(self._host_words.address, self._words.address, size)
+    def result_copies(self, chunks: int, size_bytes: int) -> list[Copy]:
+        """Return the copies that bring digests of *chunks* chunks, and reports, to the host."""
+        at, reports = self._reports
+        parts = [
+            (0, chunks * block_count(size_bytes) * CHECKSUM_SIZE_BYTES),
+            (at, reports * REPORT.itemsize),
+        ]
+        return [
+            Copy(self._host_words.address + start, self._words.address + start, size)
+            for start, size in parts
+            if size
+        ]
 
-    def read_digests(self, chunks: int) -> Digests64:
+    def read_digests(self, chunks: int, size_bytes: int) -> Digests64:
         """Return the digests `[chunk][block]` that were brought to the host."""
-        blocks = block_count(self._layout.chunk_bytes)
-        size = chunks * blocks * CHECKSUM_SIZE_BYTES
-        words = host_bytes(self._host_words.address, size).view("<u8")
-        return words.reshape(chunks, blocks).copy()
+        blocks = block_count(size_bytes)
+        words = host_bytes(self._host_words.address, chunks * blocks * CHECKSUM_SIZE_BYTES)
+        return words.view("<u8").reshape(chunks, blocks).copy()
+
+    def read_reports(self) -> NDArray[Any]:
+        """Return the reports that were brought to the host, in the order they were asked for."""
+        at, count = self._reports
+        return (
+            host_bytes(self._host_words.address + at, count * REPORT.itemsize).view(REPORT).copy()
+        )
 
 
-def _words_bytes(layout: PageLayout, chunks: int) -> int:
-    """Return what kernels read at most: sections, page table, places of chunks, or of pieces."""
-    table = chunks * layout.pages_per_chunk * 4
-    places = chunks * max(1, layout.pieces_per_chunk if _in_pages(layout) else 1) * 8
-    return layout.sections().nbytes + table + places + chunks * 8 + 8 * _PART_ALIGNMENT
+def padded(size_bytes: int) -> int:
+    """Return *size_bytes* rounded up to where another part may begin."""
+    return size_bytes + -size_bytes % _PART_ALIGNMENT
 
 
-def _in_pages(layout: PageLayout) -> bool:
-    return layout.token_stride == layout.row_bytes
+def _stride(size_bytes: int) -> int:
+    return size_bytes + -size_bytes % _ALIGNMENT
+
+
+def _words_bytes(layout: PageLayout, chunks: int, most: int) -> int:
+    """Return what kernels are told at most, and report."""
+    sections = _SECTIONS_PER_PLANE * len(layout.planes)
+    pieces = chunks * layout.pieces_per_chunk * 8 if layout.token_stride == layout.row_bytes else 0
+    of_chunks = most * (layout.pages_per_chunk * 4 + 4 + 8 + len(layout.planes) * REPORT.itemsize)
+    paddings = (sections + _SECTIONS_PER_PLANE) * _PART_ALIGNMENT
+    return max(pieces, of_chunks) + sections * SECTION.itemsize + paddings
 
 
 class Ring:
@@ -166,6 +265,15 @@ class Ring:
                 slot.free()
             return None
         return made
+
+    @property
+    def room_bytes(self) -> int:
+        """How large one slot is."""
+        return self._all[0].room_bytes
+
+    def capacity(self, size_bytes: int) -> int:
+        """Return how many chunks of *size_bytes* one transfer can take."""
+        return self._all[0].capacity(size_bytes)
 
     @property
     def free_slots(self) -> int:

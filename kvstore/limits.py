@@ -147,11 +147,18 @@ DEVICE_POLL_SECONDS: Final = 50e-6
 STAGING_SIZE_BYTES: Final = 128 * MIB
 STAGING_SIZE_MAX_BYTES: Final = 8 * GIB
 STAGING_SLOTS: Final = 4
+# How many encoded chunks share the staging of one that is plain, at most.
+STAGED_PER_PLAIN_MAX: Final = 8
 # The arena is registered in windows: one call for all of it would hold up the engine's own calls.
 REGISTER_STEP_BYTES: Final = 256 * MIB
 # Pages of so many bytes, each in one piece, are moved by the copy engine one by one.
 DIRECT_PAGE_MIN_BYTES: Final = 256 * KIB
 DEVICE_FAILURES_MAX: Final = 8
+# The device tier: its pool, and the pieces in which the daemon copies chunks out of it.
+POOL_SIZE_MIN_BYTES: Final = MIB
+POOL_SIZE_MAX_BYTES: Final = 16 * TIB
+DEMOTE_PIECE_BYTES: Final = 4 * MIB
+DEVICE_CLOSE_TIMEOUT_SECONDS: Final = 5.0
 STUCK_TRANSFERS_MAX: Final = 64
 
 # --- admin API -------------------------------------------------------------------------
@@ -258,6 +265,26 @@ PEER_SPEED_MIN_BYTES_PER_SECOND: Final = 4 * MIB
 PEER_IDLE_SECONDS: Final = 120.0
 PEER_OFFERS_MAX: Final = 256
 PEER_SHARDS_PER_CHUNK_MAX: Final = 64
+# Questions to one other daemon about what it holds, at once.
+PEER_ASKS_MAX: Final = 4
+# A daemon that has not said by then what it holds counts as failing.
+PEER_ASK_SECONDS: Final = 0.5
+# Chunks sent to other daemons' tiers at once; one while loads of this host wait for slower tiers.
+PEER_SPARE_SENDS_MAX: Final = 8
+# Who waits longer for a turn is told that there is none now.
+PEER_TURN_SECONDS: Final = 0.1
+# Chunks of which it is remembered which other daemon holds them, some 200 bytes each.
+PEER_HOLDERS_MAX: Final = 65_536
+# What this host holds stands in the directory for so long, unless it says so again.
+DIRECTORY_TTL_SECONDS: Final = 30.0
+DIRECTORY_BEAT_SECONDS: Final = 10.0
+# News are gathered for so long, and told so many at a time.
+DIRECTORY_GATHER_SECONDS: Final = 0.1
+DIRECTORY_BATCH_CHUNKS: Final = 512
+# Beyond so many that could not be told, all is told anew.
+DIRECTORY_NEWS_MAX: Final = 16_384
+# The part of a digest that stands in the directory: what it says is looked into, never believed.
+DIRECTORY_MEMBER_BYTES: Final = 16
 # Bytes that are digested together, while they are in a cache.
 PEER_PART_BYTES: Final = MIB
 PEER_SOCKET_BUFFER_BYTES: Final = 4 * MIB
@@ -270,6 +297,23 @@ PULLS_MAX: Final = 1024
 PULL_TROUBLE_SECONDS: Final = 10.0
 PULL_PAUSE_MIN_SECONDS: Final = 0.02
 PULL_PAUSE_MAX_SECONDS: Final = 1.0
+
+# --- NIXL between peers ----------------------------------------------------------------
+# What describes an agent: some hundred bytes, and more with many network adapters.
+NIXL_METADATA_MAX_BYTES: Final = 16 * KIB
+NIXL_NAME_MAX_CHARS: Final = 128
+NIXL_RUNS_MAX: Final = 1024
+# One datagram between the daemon and the process that has its agent.
+NIXL_MESSAGE_MAX_BYTES: Final = 128 * KIB
+NIXL_LOG_LINE_MAX_BYTES: Final = 16 * KIB
+# How often that process looks at the library while nobody reads.
+NIXL_IDLE_SECONDS: Final = 0.05
+NIXL_MEET_SECONDS: Final = 2.0
+# A process that keeps its orders longer than their time is ended from outside.
+NIXL_GRACE_SECONDS: Final = 1.0
+NIXL_RESTART_SECONDS: Final = 1.0
+# After a failure, a peer is asked for bytes over its connection for so long.
+NIXL_PAUSE_SECONDS: Final = 30.0
 
 # --- client ----------------------------------------------------------------------------
 # Reserving and committing take the daemon some 10 us a chunk, during which it serves nobody
@@ -310,3 +354,10 @@ assert DISK_PART_SIZE_BYTES % CHECKSUM_BLOCK_BYTES == 0
 # A full list of offers, of at most 25 bytes a shard and 36 a chunk, fits one frame.
 assert PEER_OFFERS_MAX * (36 + PEER_SHARDS_PER_CHUNK_MAX * 25) < FRAME_SIZE_MAX_BYTES
 assert PEER_PART_BYTES % CHECKSUM_BLOCK_BYTES == 0
+assert FIND_DIGESTS_MAX <= PEER_OFFERS_MAX
+assert DIRECTORY_BEAT_SECONDS < DIRECTORY_TTL_SECONDS
+assert DEMOTE_PIECE_BYTES % CHECKSUM_BLOCK_BYTES == 0
+assert PULL_BATCH_CHUNKS_MAX * PEER_SHARDS_PER_CHUNK_MAX <= NIXL_RUNS_MAX
+# A full list of wants, of at most 80 bytes each, fits one frame; one of runs, one datagram.
+assert NIXL_RUNS_MAX * 80 < FRAME_SIZE_MAX_BYTES
+assert NIXL_METADATA_MAX_BYTES + NIXL_RUNS_MAX * 29 < NIXL_MESSAGE_MAX_BYTES

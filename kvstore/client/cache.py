@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
     from kvstore.client.chunks import LoadedChunks
+    from kvstore.client.coding import Coding
     from kvstore.compression.policy import CodecPolicy
     from kvstore.protocol.manifest import Manifest
     from kvstore.transfer.copies import Runs
@@ -140,6 +141,11 @@ class PrefixCache:
         return self._breaker.link is not None
 
     @property
+    def coding(self) -> Coding | None:
+        """How chunks are encoded; None where they are stored as they are."""
+        return self._coding
+
+    @property
     def codec_counters(self) -> CodecCounters:
         """What encoding has done so far: bytes, errors, fallbacks, chunks that did not fit."""
         return CodecCounters() if self._coding is None else self._coding.counters
@@ -183,14 +189,24 @@ class PrefixCache:
 
         return self.load_with(digests, copy)
 
-    def load_with(self, digests: Sequence[Digest], copy: CopyPart) -> int:
+    def load_with(
+        self,
+        digests: Sequence[Digest],
+        copy: CopyPart,
+        *,
+        via: Callable[[Space], Space] | None = None,
+    ) -> int:
         """Load, and have *copy* bring what has come to where it belongs; see `load`.
 
         *copy* is given consecutive chunks and the number of the first, and returns how many
-        leading ones are whole and right.
+        leading ones are whole and right. *via* says which space of the session to ask.
         """
         progress = _Progress()
-        self.ask(partial(self._load_parts, digests, copy, progress), None)
+
+        def load(space: Space) -> None:
+            self._load_parts(digests, copy, progress, via(space) if via else space)
+
+        self.ask(load, None)
         return progress.chunks
 
     def prefetch(self, digests: Sequence[Digest]) -> int:

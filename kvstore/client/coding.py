@@ -8,14 +8,22 @@ from __future__ import annotations
 
 import threading
 from copy import deepcopy
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import numpy as np
 
 from kvstore.compression.chunks import ChunkCodec, chunk_header
-from kvstore.compression.container import POSITION_MAX, Header
-from kvstore.compression.guard import CodecCounters, EncodeReport
+from kvstore.compression.container import (
+    POSITION_MAX,
+    Header,
+    Section,
+    next_section,
+    write_head,
+)
+from kvstore.compression.guard import CodecCounters, EncodeReport, SectionReport
 from kvstore.compression.policy import CodecPolicy
+from kvstore.compression.shapes import LOSSLESS, section_cap_bytes, shape_for
 from kvstore.errors import CodecError, UnfitError
 from kvstore.limits import CHUNKS_PER_TRANSFER_MAX, ENCODE_SCRATCH_BYTES
 from kvstore.transfer.copies import Runs, gather
@@ -27,7 +35,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from kvstore.client.chunks import Vacancy
-    from kvstore.compression.shapes import Bytes, Values
+    from kvstore.compression.chunks import Plan
+    from kvstore.compression.shapes import Bytes, Encoded, Values
     from kvstore.protocol.manifest import Manifest
     from kvstore.types import Digest, HeadRange
 
@@ -118,7 +127,7 @@ class Coding:
             vacancy.seal()
             return True
 
-        sizes = [self._nominal_bytes(is_first=not (parent or n)) for n in range(len(digests))]
+        sizes = [self.plan(is_first=not (parent or n)).size_bytes for n in range(len(digests))]
         yield Part(digests, parent, sizes, fill)
         # With sections that fell back, they are larger: how much so is known only now.
         for position in misfits:
@@ -163,6 +172,32 @@ class Coding:
         if ready:
             yield part(len(digests))
 
+    def plan(self, *, is_first: bool) -> Plan:
+        """Return where the sections of a chunk go; first chunks have a plan of their own."""
+        return self._codec.plan(self._heads, first_position=_position(is_first=is_first))
+
+    def put_head(self, target: memoryview, found: Sequence[Encoded], *, is_first: bool) -> None:
+        """Write the head of the chunk in *target*, whose sections another has put there.
+
+        It was encoded by `plan`, and *found* says of each section what that came to. Raises
+        `UnfitError` when one of them has more error than it may.
+        """
+        plan, policy = self.plan(is_first=is_first), self._codec.policy
+        entries: list[Section] = []
+        for section, encoded in zip(sections_of(plan), found, strict=True):
+            error = 0.0 if section.codec in LOSSLESS else encoded.relative_error
+            if not encoded.is_fit or error > policy.bound(section.codec):
+                raise UnfitError(f"a section of {section.codec.name.lower()} has error {error:.3g}")
+            entries.append(replace(section, relative_error=error))
+        header = replace(plan.header, first_position=_position(is_first=is_first))
+        size = write_head(target, header, entries, checksum=policy.checksum)
+        reports = (
+            SectionReport(one.codec, one.codec, one.size_bytes, one.relative_error)
+            for one in entries
+        )
+        with self._counting:
+            self._counters.record(EncodeReport(size, header.raw_bytes, tuple(reports)))
+
     def _encode(self, source: Runs, target: memoryview, *, is_first: bool) -> EncodeReport:
         values = sections_at(source, self._header)
         if values is None:
@@ -174,10 +209,6 @@ class Coding:
         with self._counting:
             self._counters.record(report)
         return report
-
-    def _nominal_bytes(self, *, is_first: bool) -> int:
-        """Return what a chunk takes when none of its sections falls back."""
-        return self._codec.plan(self._heads, first_position=_position(is_first=is_first)).size_bytes
 
 
 def coding_for(
@@ -199,6 +230,16 @@ def coding_for(
 def _position(*, is_first: bool) -> int:
     """Return where a chunk begins, as far as is known: what is not the first is somewhere later."""
     return 0 if is_first else POSITION_MAX
+
+
+def sections_of(plan: Plan) -> list[Section]:
+    """Return where sections lie in a container of *plan* when all are of their nominal size."""
+    found, at = [], plan.header.payload_offset
+    for index, codec in enumerate(plan.codecs):
+        size = section_cap_bytes(codec, shape_for(codec, plan.header.shape(index)))
+        found.append(Section(codec, at, size))
+        at = next_section(at + size)
+    return found
 
 
 def sections_in(plain: Bytes, header: Header) -> list[Values]:

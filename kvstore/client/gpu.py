@@ -7,35 +7,35 @@
     on_gpu.load(digests, pages, after=fence)
 
 The engine's thread takes fences and waits for nothing; `store` and `load` are for threads of
-their own, one each. The device copies to and from the arena itself, and takes the checksums.
-Like the cache, this fails open: what goes wrong is a miss, or a chunk that is not stored.
+their own, one each. The device encodes and decodes, copies to and from the arena itself, and takes
+the checksums; what it has no kernels for, the host encodes and decodes. Like the cache, this fails
+open: what goes wrong is a miss, or a chunk that is not stored.
 """
 
 from __future__ import annotations
 
-from functools import partial
-from typing import TYPE_CHECKING, Final, NamedTuple, Self
+from typing import TYPE_CHECKING, Final, Self
 
-import numpy as np
-
-from kvstore.client.gpu_steps import Arenas, Held, Outcome, groups_of, land, pipeline
-from kvstore.client.sync import StoreReport, report_of
-from kvstore.errors import ChecksumError, ContainerError, KVStoreError, RequestError
+from kvstore.client.gpu_calls import Loading, Parts, Storing, Wanted, gather_to_host
+from kvstore.client.gpu_forms import Forms
+from kvstore.client.gpu_pool import PooledSpaces
+from kvstore.client.gpu_steps import Arenas, Held, groups_of
+from kvstore.client.sync import NOTHING_STORED, StoreReport, report_of
+from kvstore.errors import RequestError
 from kvstore.gpu.counters import DeviceCounters
 from kvstore.gpu.device import DeviceError, Fence
-from kvstore.gpu.lanes import LaneSettings, LoadLane, Moved, StoreLane
-from kvstore.limits import REGISTER_STEP_BYTES
-from kvstore.transfer.copies import Runs
-from kvstore.transfer.native import address_of
+from kvstore.gpu.lanes import LaneSettings, LoadLane, StoreLane
+from kvstore.gpu.pages import NOWHERE
+from kvstore.limits import ENCODE_SCRATCH_BYTES, REGISTER_STEP_BYTES
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Iterator, Sequence
 
     from kvstore.client.cache import PrefixCache
-    from kvstore.client.chunks import LoadedChunks, StoredChunk, StoredShard, Vacancy
+    from kvstore.client.chunks import LoadedChunks
+    from kvstore.client.coding import Coding
     from kvstore.client.sync import Space
     from kvstore.gpu.device import Device
-    from kvstore.gpu.lanes import Transfer
     from kvstore.gpu.pages import PageLayout
     from kvstore.types import Digest
 
@@ -56,13 +56,10 @@ class DeviceCache:
     ) -> None:
         """Raise `RequestError` when *layout* is not that of the cache's chunks.
 
-        The same when they are encoded, and `DeviceError` when the device has no room to stage
-        one: then pages go through host memory, as they would without this.
+        `DeviceError` when the device has no room to stage one: then pages go through host memory,
+        as they would without this.
         """
-        manifest = cache.manifest
-        if manifest.codec != "raw":
-            raise RequestError(f"chunks of codec {manifest.codec!r} are encoded in host memory")
-        needed = manifest.plain_bytes(cache.heads)
+        needed = cache.manifest.plain_bytes(cache.heads)
         if layout.chunk_bytes != needed:
             raise RequestError(f"pages make chunks of {layout.chunk_bytes} bytes, not {needed}")
         self.counters = DeviceCounters()
@@ -70,13 +67,18 @@ class DeviceCache:
         self._device = device
         self._layout = layout
         self._arenas = Arenas(device, self.counters, register_step_bytes)
-        self._stores = StoreLane(device, layout, self._arenas, self.counters, settings)
+        stores = StoreLane(device, layout, self._arenas, self.counters, settings)
         try:
-            self._loads = LoadLane(device, layout, self._arenas, self.counters, settings)
+            loads = LoadLane(device, layout, self._arenas, self.counters, settings)
         except DeviceError:
-            self._stores.close()
+            stores.close()
             raise
+        self._stores, self._loads = stores, loads
         self._held = Held()
+        self._pooled = PooledSpaces(device, self._arenas, self.counters)
+        room = min(lane.ring.room_bytes for lane in (stores, loads))
+        forms = Forms(layout, cache.manifest, cache.heads, size_max_bytes=room)
+        self._parts = Parts(stores, loads, self._arenas, self._held, forms, self.counters)
 
     def __enter__(self) -> Self:
         return self
@@ -126,10 +128,11 @@ class DeviceCache:
         def put(
             start: int, batch: Sequence[Digest], before: Digest | None, space: Space
         ) -> StoreReport:
-            vacancies = space.take_room(batch, parent=before, heads=self._cache.heads)
-            with _Store(self, space, vacancies) as storing:
-                storing.run(pages[start : start + len(batch)], after)
-            return report_of(vacancies, storing.volatile)
+            some = pages[start : start + len(batch)]
+            coding = self._cache.coding
+            if coding is None:
+                return self._store_plain(batch, some, before, after, self._pooled.of(space))
+            return self._store_coded(batch, some, before, after, space, coding)
 
         return self._cache.store_with(digests, put, parent=parent)
 
@@ -151,7 +154,7 @@ class DeviceCache:
             return 0
 
         def copy(start: int, part: Sequence[Digest], loaded: LoadedChunks, space: Space) -> int:
-            with _Load(self, space, loaded) as loading:
+            with Loading(self._parts, space, loaded) as loading:
                 loading.run(pages[start : start + len(loaded)], after)
             trusted = loading.whole if loaded.is_trusted else 0
             if loading.damage is not None:
@@ -159,7 +162,9 @@ class DeviceCache:
                 self._cache.drop_damaged(part[loading.whole], loaded, space, loading.damage)
             return trusted
 
-        return self._cache.load_with(digests, copy)
+        # The heads of coded chunks are the host's to read, and to write.
+        via = self._pooled.of if self._cache.coding is None else None
+        return self._cache.load_with(digests, copy, via=via)
 
     def close(self) -> None:
         """Free what is not in use. The cache stays open."""
@@ -168,167 +173,84 @@ class DeviceCache:
         self._loads.close()
         self._arenas.close()
 
+    def _store_plain(
+        self,
+        digests: Sequence[Digest],
+        pages: Sequence[Sequence[int]],
+        parent: Digest | None,
+        after: Fence | None,
+        space: Space,
+    ) -> StoreReport:
+        vacancies = space.take_room(digests, parent=parent, heads=self._cache.heads)
+        plain = self._parts.forms.plain
+        wanted = [Wanted(n, vacancy, plain) for n, vacancy in enumerate(vacancies)]
+        with Storing(self._parts, space) as storing:
+            storing.run(wanted, pages, after)
+        return report_of(vacancies, storing.volatile)
 
-class _Call:
-    """One call of one session, which uses its arena while it lasts."""
-
-    def __init__(self, owner: DeviceCache, space: Space) -> None:
-        self._owner = owner
-        self._space = space
-        self._arenas = owner._arenas  # noqa: SLF001  # parts of one thing
-        self._held = owner._held  # noqa: SLF001
-        self._arena = self._arenas.use(space.attached.arena)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._arenas.done(self._arena)
-
-    def _until_over(self, let_go: Callable[[], None]) -> Callable[[], None]:
-        """Keep the arena registered, and return what ends that and calls *let_go*."""
-        arenas, arena = self._arenas, self._arena
-        arenas.hold(arena)
-
-        def end() -> None:
-            arenas.done(arena)
-            let_go()
-
-        return end
-
-
-class _Store(_Call):
-    """Fills *vacancies* and publishes them, group by group."""
-
-    def __init__(self, owner: DeviceCache, space: Space, vacancies: Sequence[Vacancy]) -> None:
-        super().__init__(owner, space)
-        self.volatile = 0
-        self._lane = owner._stores  # noqa: SLF001
-        self._todo = [(n, vacancy) for n, vacancy in enumerate(vacancies) if vacancy.is_reserved]
-
-    def run(self, pages: Sequence[Sequence[int]], after: Fence | None) -> None:
-        """Store from *pages*; what is not stored is given back, or kept until it is over."""
-        begun = 0
-
-        def begin(group: list[tuple[int, Vacancy]]) -> Transfer:
-            nonlocal begun
-            moved = [Moved(pages[n], self._arena.base + vacancy.offset) for n, vacancy in group]
-            checksums = self._space.attached.checksums
-            transfer = self._lane.begin(moved, after, checksums=checksums)
-            begun += len(group)
-            return transfer
-
-        try:
-            groups = groups_of(self._todo, self._lane.chunks_per_transfer)
-            pipeline(self._lane, groups, begin, self._end, self._drop)
-        finally:
-            self._space.give_back([vacancy for _, vacancy in self._todo[begun:]])
-
-    def _end(self, transfer: Transfer, group: list[tuple[int, Vacancy]]) -> bool:
-        if not self._land(transfer, group):
-            return False
-        vacancies, found = [vacancy for _, vacancy in group], transfer.digests
-        for number, vacancy in enumerate(vacancies):
-            vacancy.seal_with(None if found is None else found[number])
-        self.volatile += self._space.commit(vacancies)
-        return True
-
-    def _drop(self, transfer: Transfer, group: list[tuple[int, Vacancy]]) -> None:
-        if self._land(transfer, group):
-            self._space.give_back([vacancy for _, vacancy in group])
-
-    def _land(self, transfer: Transfer, group: list[tuple[int, Vacancy]]) -> bool:
-        let_go = partial(self._space.give_back, [vacancy for _, vacancy in group])
-        outcome = land(transfer, self._held, lambda: self._until_over(let_go))
-        if outcome is Outcome.FAILED:
-            let_go()
-        return outcome is Outcome.LANDED
-
-
-class _Source(NamedTuple):
-    """Where a chunk is copied from. *shard* None: what was verified on the host already."""
-
-    address: int
-    shard: StoredShard | None
-    room: object = None
-
-
-class _Load(_Call):
-    """Brings what was *loaded* to its pages; the first *whole* chunks are right."""
-
-    def __init__(self, owner: DeviceCache, space: Space, loaded: LoadedChunks) -> None:
-        super().__init__(owner, space)
-        self.whole = 0
-        self.damage: KVStoreError | None = None
-        self._lane = owner._loads  # noqa: SLF001
-        self._layout = owner._layout  # noqa: SLF001
-        self._counters = owner.counters
-        self._loaded = loaded
-        self._unread: tuple[int, KVStoreError] | None = None
-        self._sources: dict[Transfer, list[_Source]] = {}
-        attached = space.attached
-        self._verify = attached.verify_loads and attached.checksums
-
-    def run(self, pages: Sequence[Sequence[int]], after: Fence | None) -> None:
-        """Fill *pages*."""
-
-        def begin(group: list[tuple[int, StoredChunk]]) -> Transfer | None:
-            sources = self._read(group)
-            if not sources:
-                return None
-            moved = [
-                Moved(pages[n], source.address)
-                for (n, _), source in zip(group, sources, strict=False)
+    def _store_coded(
+        self,
+        digests: Sequence[Digest],
+        pages: Sequence[Sequence[int]],
+        parent: Digest | None,
+        after: Fence | None,
+        space: Space,
+        coding: Coding,
+    ) -> StoreReport:
+        """Have the device encode what it has kernels for, and the host the rest."""
+        plans = [coding.plan(is_first=not (parent or n)) for n in range(len(digests))]
+        forms = [
+            None if NOWHERE in some else self._parts.forms.of_plan(plan)
+            for some, plan in zip(pages, plans, strict=True)
+        ]
+        report, left = NOTHING_STORED, list(range(len(digests)))
+        if any(forms):
+            sizes = [plan.size_bytes for plan in plans]
+            heads = self._cache.heads
+            vacancies = space.take_room(digests, parent=parent, heads=heads, sizes=sizes)
+            wanted = [
+                Wanted(n, vacancy, form, is_first=not (parent or n))
+                for n, (vacancy, form) in enumerate(zip(vacancies, forms, strict=True))
             ]
-            transfer = self._lane.begin(moved, after, checksums=self._verify)
-            self._sources[transfer] = sources
-            return transfer
+            with Storing(self._parts, space, coding) as storing:
+                storing.run(wanted, pages, after)
+            report, left = report_of(vacancies, storing.volatile), storing.left
+        for numbers in self._host_groups(left):
+            report = report.plus(
+                self._store_from_host(numbers, digests, pages, parent, after, space)
+            )
+        return report._replace(refused=len(digests) - report.stored - report.present)
 
-        chunks = list(enumerate(self._loaded.chunks))
-        groups = groups_of(chunks, self._lane.chunks_per_transfer)
-        pipeline(self._lane, groups, begin, self._end, self._drop)
-        if self.damage is None and self._unread is not None and self._unread[0] == self.whole:
-            self.damage = self._unread[1]
+    def _host_groups(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """Cut *numbers* into runs of chunks that follow each other, and fit host memory."""
+        most = max(1, ENCODE_SCRATCH_BYTES // self._layout.chunk_bytes)
+        most = min(most, self._stores.chunks_per_transfer)
+        start = 0
+        for stop in range(1, len(numbers) + 1):
+            if stop == len(numbers) or numbers[stop] != numbers[stop - 1] + 1:
+                yield from groups_of(numbers[start:stop], most)
+                start = stop
 
-    def _read(self, group: list[tuple[int, StoredChunk]]) -> list[_Source]:
-        """Return where the chunks of *group* are copied from, up to one that cannot be read."""
-        sources: list[_Source] = []
-        for number, chunk in group:
-            try:
-                if self._unread is None:
-                    sources.append(self._source(chunk))
-            except (ChecksumError, ContainerError) as error:
-                self._unread = (number, error)
-        return sources
-
-    def _source(self, chunk: StoredChunk) -> _Source:
-        shard = chunk.shards[0]
-        size = self._layout.chunk_bytes
-        if shard.heads == chunk.heads and shard.is_plain and shard.size_bytes == size:
-            return _Source(self._arena.base + shard.offset, shard)
-        self._counters.decoded_chunks += 1
-        room = np.empty(size, dtype=np.uint8)
-        self._loaded.copy_one(chunk, Runs.of_buffer(room))
-        return _Source(address_of(room.data), None, room)
-
-    def _end(self, transfer: Transfer, _group: list[tuple[int, StoredChunk]]) -> bool:
-        outcome = land(transfer, self._held, self._keep)
-        if outcome is not Outcome.LANDED:
-            return False
-        sources, found = self._sources.pop(transfer), transfer.digests
-        for number, source in enumerate(sources):
-            try:
-                if found is not None and source.shard is not None:
-                    source.shard.check(found[number])
-            except ChecksumError as error:
-                self.damage = error
-                return False
-            self.whole += 1
-        return True
-
-    def _drop(self, transfer: Transfer, _group: list[tuple[int, StoredChunk]]) -> None:
-        land(transfer, self._held, self._keep)
-
-    def _keep(self) -> Callable[[], None]:
-        """Keep the lease and the arena."""
-        return self._until_over(self._loaded.hold())
+    def _store_from_host(
+        self,
+        numbers: Sequence[int],
+        digests: Sequence[Digest],
+        pages: Sequence[Sequence[int]],
+        parent: Digest | None,
+        after: Fence | None,
+        space: Space,
+    ) -> StoreReport:
+        """Store the chunks *numbers* by way of host memory, encoded there."""
+        first, stop = numbers[0], numbers[-1] + 1
+        gathered = gather_to_host(self._parts, pages[first:stop], after)
+        if gathered is None:
+            return NOTHING_STORED
+        report = space.store(
+            digests[first:stop],
+            gathered,
+            parent=digests[first - 1] if first else parent,
+            heads=self._cache.heads,
+            coding=self._cache.coding,
+        )
+        self.counters.host_encoded_chunks += report.stored
+        return report

@@ -9,16 +9,18 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, TypeVar
 
 from kvstore.gpu.device import DeviceError, DeviceLostError, StuckError
-from kvstore.gpu.windows import Windows
+from kvstore.gpu.windows import Run, Windows
 from kvstore.transfer.native import address_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
 
+    from kvstore.client.sync import Space
     from kvstore.gpu.counters import DeviceCounters
     from kvstore.gpu.device import Device
+    from kvstore.gpu.forms import Form
     from kvstore.gpu.lanes import Lane, Transfer
-    from kvstore.gpu.windows import Run
+    from kvstore.gpu.pools import Pool
     from kvstore.transfer.arena import ArenaMapping
 
 log = logging.getLogger(__name__)
@@ -34,6 +36,31 @@ class RegisteredArena:
         self.windows = windows
         self.base = base
         self.users = 0
+        self.pooled: Space | None = None
+        """What `gpu_pool.PooledSpaces` has made of the session's space, once it was asked."""
+
+    @property
+    def pool(self) -> Pool | None:
+        """The device memory that belongs to the same session, if it is mapped."""
+        return self.pooled.attached.pool if self.pooled else None
+
+    def at(self, offset: int) -> int:
+        """Return the address of *offset*, where the pool begins when the arena ends."""
+        pool, behind = self.pool, offset - self.mapping.size_bytes
+        return self.base + offset if pool is None or behind < 0 else pool.address + behind
+
+    def runs(self, address: int, size_bytes: int) -> list[Run]:
+        """Cut a run into what one copy may take; see `gpu.windows.HostMemory`."""
+        pool = self.pool
+        if pool and pool.address <= address < pool.address + pool.size_bytes:
+            return [Run(address, size_bytes)]
+        return self.windows.pinned_runs(address, size_bytes)
+
+    def close(self) -> None:
+        """Let go of all of it: nothing is copied to or from it any more."""
+        self.windows.close()
+        if self.pool is not None:
+            self.pool.close()
 
 
 class Arenas:
@@ -70,12 +97,12 @@ class Arenas:
             idle = [known for known in self._known[:-1] if not known.users]
             self._known = [known for known in self._known if known not in idle]
         for known in idle:
-            known.windows.close()
+            known.close()
 
     def pinned_runs(self, address: int, size_bytes: int) -> list[Run]:
         """Cut a run into what one copy may take; see `gpu.windows.HostMemory`."""
         for known in tuple(self._known):
-            if runs := known.windows.pinned_runs(address, size_bytes):
+            if runs := known.runs(address, size_bytes):
                 return runs
         return []
 
@@ -91,7 +118,7 @@ class Arenas:
             idle = [known for known in self._known if not known.users]
             self._known = [known for known in self._known if known.users]
         for known in idle:
-            known.windows.close()
+            known.close()
 
     def _register(self, mapping: ArenaMapping) -> RegisteredArena:
         base = address_of(mapping.view)
@@ -159,24 +186,22 @@ def land(transfer: Transfer, held: Held, keep: Callable[[], Callable[[], None]])
 def pipeline(
     lane: Lane,
     groups: Iterator[list[Item]],
-    begin: Callable[[list[Item]], Transfer | None],
+    begin: Callable[[list[Item]], Transfer],
     end: Callable[[Transfer, list[Item]], bool],
     drop: Callable[[Transfer, list[Item]], None],
 ) -> None:
     """Begin groups as slots are free, and end them in order, until one says that it was the last.
 
-    *begin* returning None ends it, too. All that was begun is ended or, when something has
-    ended it early, dropped: nothing is under way behind this that nobody looks after.
+    All that was begun is ended or, when something has ended it early, dropped: nothing is under
+    way behind this that nobody looks after.
     """
     begun: deque[tuple[Transfer, list[Item]]] = deque()
     group = next(groups, None)
     try:
         while begun or group is not None:
             if group is not None and not lane.off and lane.can_begin:
-                transfer = begin(group)
-                if transfer is not None:
-                    begun.append((transfer, group))
-                group = None if transfer is None else next(groups, None)
+                begun.append((begin(group), group))
+                group = next(groups, None)
             elif not begun or not end(*begun.popleft()):
                 return
     finally:
@@ -188,3 +213,19 @@ def groups_of(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
     """Yield *items* at most *size* at a time."""
     for start in range(0, len(items), size):
         yield list(items[start : start + size])
+
+
+def alike(
+    items: Iterable[Item], form_of: Callable[[Item], Form], capacity: Callable[[Form], int]
+) -> Iterator[list[Item]]:
+    """Yield *items* that follow each other and have one form, at most its capacity at a time."""
+    group: list[Item] = []
+    for item in items:
+        if group and (
+            form_of(item) is not form_of(group[0]) or len(group) == capacity(form_of(item))
+        ):
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group

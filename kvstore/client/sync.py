@@ -147,6 +147,16 @@ class Space:
         self._timeout_seconds = timeout_seconds
 
     @property
+    def connection(self) -> Connection:
+        """The session that it belongs to."""
+        return self._connection
+
+    @property
+    def timeout_seconds(self) -> float:
+        """The bound for its calls."""
+        return self._timeout_seconds
+
+    @property
     def handoffs(self) -> Handoffs:
         """The hand-offs of this namespace."""
         return Handoffs(self._connection, self.attached, self._timeout_seconds)
@@ -359,12 +369,13 @@ class Space:
         *,
         parent: Digest | None = None,
         heads: HeadRange | None = None,
+        sizes: Sequence[int] = (),
     ) -> list[Vacancy]:
         """Reserve room that the caller commits or gives back, each in its own time.
 
         For memory that others write to, such as a device: see `reserve` for what does both.
         """
-        return self._reserve(digests, parent, heads, ())
+        return self._reserve(digests, parent, heads, sizes)
 
     def commit(self, vacancies: Sequence[Vacancy]) -> int:
         """Publish what was sealed; return how many a slower tier was to have and has not.

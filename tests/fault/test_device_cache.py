@@ -110,7 +110,7 @@ def test_chunks_of_engines_without_a_device_are_loaded_also_from_shards(daemon, 
             assert report.stored == 2
     with DeviceEngine(daemon.socket) as engine:
         assert engine.load(DIGESTS) == 4
-        assert engine.on_gpu.counters.decoded_chunks == 2
+        assert engine.on_gpu.counters.host_decoded_chunks == 2
 
 
 def test_a_store_without_room_says_so(daemon) -> None:

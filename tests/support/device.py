@@ -11,6 +11,11 @@ from typing import Any
 
 import numpy as np
 
+from kvstore.client.gpu_forms import Forms
+from kvstore.compression.chunks import ChunkCodec, decode
+from kvstore.compression.floats import narrow
+from kvstore.compression.policy import CodecPolicy
+from kvstore.compression.shapes import SourceType
 from kvstore.gpu.counters import DeviceCounters
 from kvstore.gpu.device import Copy, Device, Fence, Memory, StuckError, host_bytes
 from kvstore.gpu.lanes import Lane, LaneSettings, Moved, Transfer
@@ -18,6 +23,7 @@ from kvstore.gpu.pages import PageLayout
 from kvstore.gpu.standin import Standin
 from kvstore.gpu.windows import Windows
 from kvstore.hashing import block_digests
+from tests.support.making import make_manifest
 
 ENGINE = 7
 PLANES, HEADS, TOKENS, ROW, PAGES = 2, 2, 4, 32, 12
@@ -37,8 +43,10 @@ class World:
         window_bytes: int = 0,
         put: Callable[[int, np.ndarray], None] | None = None,
         get: Callable[[int, int], np.ndarray] | None = None,
+        codec: str = "raw",
     ) -> None:
         self.device = device
+        self.codec = codec
         self.rng = np.random.default_rng(seed)
         self.put = put or self._put
         self.get = get or (lambda address, size: host_bytes(address, size).copy())
@@ -56,6 +64,23 @@ class World:
             token_stride=ROW,
             head_stride=TOKENS * ROW,
         )
+        self.manifest = make_manifest(
+            layers=PLANES // 2,
+            kv_heads=HEADS,
+            head_dim=ROW // 2,
+            chunk_tokens=PAGES_PER_CHUNK * TOKENS,
+            codec=codec,
+        )
+        self._heads = self.manifest.all_heads
+        size = self.layout.chunk_bytes
+        forms = Forms(self.layout, self.manifest, self._heads, size_max_bytes=size)
+        self._chunk_codec = ChunkCodec(
+            self.manifest, CodecPolicy(codec=codec, edge_layers=0, sinks=1)
+        )
+        self._plan = self._chunk_codec.plan(self._heads)
+        found = forms.plain if codec == "raw" else forms.of_plan(self._plan)
+        assert found is not None, "kernels have the codec"
+        self.form = found
         self._kept: list[Memory] = []
         self._room = np.full(8 * self.layout.chunk_bytes + 4096, RUBBISH, np.uint8)
         skip = -self._room.ctypes.data % 4096
@@ -83,7 +108,27 @@ class World:
     def content(self) -> np.ndarray:
         """Return what a chunk may hold, `[plane][head][token][byte]`."""
         shape = (PLANES, HEADS, PAGES_PER_CHUNK * TOKENS, ROW)
-        return self.rng.integers(0, 256, shape, dtype=np.uint8)
+        if self.codec == "raw":
+            return self.rng.integers(0, 256, shape, dtype=np.uint8)
+        values = self.rng.standard_normal((*shape[:3], ROW // 2)).astype(np.float32)
+        return narrow(values, SourceType.BFLOAT16).view(np.uint8)
+
+    def stored(self, content: np.ndarray) -> tuple[np.ndarray, list[float]]:
+        """Return what *content* is stored as, and the relative errors of its sections."""
+        if self.codec == "raw":
+            return content.ravel(), []
+        room = np.full(self.form.size_bytes, RUBBISH, np.uint8)
+        report = self._chunk_codec.encode(content.ravel().data, room.data, self._heads)
+        return room, [section.relative_error for section in report.sections]
+
+    def decoded(self, stored: np.ndarray) -> np.ndarray:
+        """Return what pages hold once *stored* was loaded."""
+        made = np.empty((PLANES, HEADS, PAGES_PER_CHUNK * TOKENS, ROW), np.uint8)
+        if self.codec == "raw":
+            made[...] = stored.reshape(made.shape)
+        else:
+            decode(self.manifest, stored.data, made.data, self._heads)
+        return made
 
     def page_address(self, plane: int, page: int) -> int:
         return self.layout.planes[plane] + page * self.page_bytes
@@ -173,6 +218,11 @@ def settings(
     )
 
 
+def errors_of(reports: np.ndarray) -> np.ndarray:
+    """Return the relative errors that the sections of one chunk were reported to have."""
+    return np.sqrt(reports["error"] / np.maximum(reports["energy"], 1e-30))
+
+
 # --- scenes: each returns whether every byte is as it must be -----------------------------------
 
 
@@ -182,16 +232,20 @@ def store_scene(world: World, lane: Lane, *, reuse_waits: bool = True, transfers
     The engine overwrites pages as soon as it may; the host reads the arena as soon as it may.
     """
     begun: list[tuple[Transfer, list[tuple[np.ndarray, int]]]] = []
-    good = True
+    good, head, size = True, world.form.head_bytes, world.form.size_bytes
 
     def finish() -> bool:
         transfer, expected = begun.pop(0)
         digests = transfer.finish()
         assert digests is not None
         ok = True
-        for (content, place), found in zip(expected, digests, strict=True):
-            ok &= bool(np.array_equal(world.place(place), content.ravel()))
-            ok &= bool(np.array_equal(found, block_digests(content.tobytes())))
+        for number, (content, place) in enumerate(expected):
+            stored, errors = world.stored(content)
+            ok &= bool(np.array_equal(world.place(place)[head:size], stored[head:]))
+            if transfer.reports is None:
+                ok &= bool(np.array_equal(digests[number], block_digests(stored.tobytes())))
+            else:
+                ok &= np.allclose(errors_of(transfer.reports[number]), errors, rtol=1e-2)
             world.place(place)[:] = RUBBISH  # sent to a tier, evicted, and used again
         return ok
 
@@ -204,7 +258,7 @@ def store_scene(world: World, lane: Lane, *, reuse_waits: bool = True, transfers
             good &= finish()
         places = [(2 * number) % 8, (2 * number + 1) % 8]
         chunks = [world.moved(pages, at) for pages, at in zip(chosen, places, strict=True)]
-        transfer = lane.begin(chunks, world.fence())
+        transfer = lane.begin(chunks, world.fence(), form=world.form)
         begun.append((transfer, list(zip(contents, places, strict=True))))
         if reuse_waits:
             event = transfer.pages_free or transfer.done
@@ -215,6 +269,16 @@ def store_scene(world: World, lane: Lane, *, reuse_waits: bool = True, transfers
     while begun:
         good &= finish()
     return good
+
+
+def reports_scene(world: World, lane: Lane) -> bool:
+    """Store one chunk, and look at nothing but what its encoders reported."""
+    content = world.content()
+    world.write(content, [1, 2])
+    transfer = lane.begin([world.moved([1, 2], 0)], world.fence(), form=world.form)
+    transfer.finish()
+    assert transfer.reports is not None
+    return np.allclose(errors_of(transfer.reports[0]), world.stored(content)[1], rtol=1e-2)
 
 
 def load_scene(world: World, lane: Lane, *, transfers: int = 4) -> bool:
@@ -229,10 +293,10 @@ def load_scene(world: World, lane: Lane, *, transfers: int = 4) -> bool:
         for place in places:
             world.place(place)[:] = RUBBISH  # the lease ends, and something evicts it
         ok = True
-        for content, found in zip(contents, digests, strict=True):
-            ok &= bool(np.array_equal(found, block_digests(content.tobytes())))
-        for pages, content, seen, before in watched:
-            ok &= bool(np.array_equal(world.chunk_in(pages), content))
+        for stored, found in zip(contents, digests, strict=True):
+            ok &= bool(np.array_equal(found, block_digests(stored.tobytes())))
+        for pages, stored, seen, before in watched:
+            ok &= bool(np.array_equal(world.chunk_in(pages), world.decoded(stored)))
             held = world.get(seen.address, world.layout.chunk_bytes)
             paged = before.reshape(PLANES, HEADS, PAGES_PER_CHUNK, TOKENS, ROW)
             ok &= bool(np.array_equal(held, paged.transpose(0, 2, 1, 3, 4).ravel()))
@@ -247,13 +311,14 @@ def load_scene(world: World, lane: Lane, *, transfers: int = 4) -> bool:
             good &= finish()
         contents, watched, chunks = [], [], []
         for pages, place in zip(chosen, places, strict=True):
-            before, content = world.content(), world.content()
+            before, (stored, _) = world.content(), world.stored(world.content())
             world.write(before, pages)
-            world.place(place)[:] = content.ravel()
-            watched.append((pages, content, world.watch(pages), before))
-            contents.append(content)
+            world.place(place)[: stored.size] = stored
+            watched.append((pages, stored, world.watch(pages), before))
+            contents.append(stored)
             chunks.append(world.moved(pages, place))
-        begun.append((lane.begin(chunks, world.fence()), contents, watched, places))
+        transfer = lane.begin(chunks, world.fence(), form=world.form)
+        begun.append((transfer, contents, watched, places))
     while begun:
         good &= finish()
     return good

@@ -14,6 +14,8 @@ import numpy as np
 
 from kvstore.client.cache import PrefixCache
 from kvstore.client.gpu import DeviceCache
+from kvstore.compression.policy import CodecPolicy
+from kvstore.compression.twins import CODEC_TWINS
 from kvstore.errors import KVStoreError
 from kvstore.gpu.device import Event, Fence, StuckError
 from kvstore.gpu.lanes import LaneSettings
@@ -64,10 +66,16 @@ class DeviceEngine:
         settings: LaneSettings | None = None,
         manifest: Manifest = MANIFEST,
         heads: HeadRange | None = None,
+        policy: CodecPolicy | None = None,
     ) -> None:
-        self.device = device or Standin(np.random.default_rng(seed))
+        self.device = device or Standin(np.random.default_rng(seed), twins=CODEC_TWINS)
         self.cache = PrefixCache(
-            manifest, heads=heads, socket=socket, name="device", timeout_seconds=DEADLINE_SECONDS
+            manifest,
+            heads=heads,
+            socket=socket,
+            name="device",
+            timeout_seconds=DEADLINE_SECONDS,
+            policy=policy,
         )
         wait_until(lambda: self.cache.is_connected, what="connected")
         self.heads = heads or manifest.all_heads

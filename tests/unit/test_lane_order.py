@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvstore.compression.twins import CODEC_TWINS
 from kvstore.gpu.device import Event, Fence
 from kvstore.gpu.lanes import Lane, LaneSettings, LoadLane, Moved, StoreLane, Transfer
 from kvstore.gpu.standin import Standin
@@ -21,15 +22,21 @@ from tests.support.device import (
     abandoned_load_scene,
     abandoned_store_scene,
     load_scene,
+    reports_scene,
     settings,
     store_scene,
 )
 
 SEEDS = range(60)
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "staged": {"direct": False, "registered": True},
     "bounced": {"direct": False, "registered": False},
     "direct": {"direct": True, "registered": True},
+}
+CODED_SEEDS = range(15)
+CODED: dict[str, dict[str, Any]] = {
+    "coded": {"direct": False, "registered": True, "codec": "int4kv"},
+    "coded, bounced": {"direct": False, "registered": False, "codec": "hq4"},
 }
 
 Scene = Callable[[World, Lane, Standin], bool]
@@ -45,8 +52,9 @@ STORE, LOAD = plain(store_scene), plain(load_scene)
 def play(
     scene: Scene, kind: type[Lane], seed: int, *, way: str = "staged", told: LaneSettings
 ) -> bool:
-    device = Standin(np.random.default_rng(seed))
-    world = World(device, seed, registered=WAYS[way]["registered"])
+    device = Standin(np.random.default_rng(seed), twins=CODEC_TWINS)
+    words = (WAYS | CODED)[way]
+    world = World(device, seed, registered=words["registered"], codec=words.get("codec", "raw"))
     lane = world.lane(kind, told)
     good = scene(world, lane, device)
     device.drain()
@@ -65,6 +73,15 @@ def play(
 def test_what_arrives_is_what_was_there(scene: Scene, kind: type[Lane], way: str) -> None:
     told = settings(direct=WAYS[way]["direct"])
     bad = [seed for seed in SEEDS if not play(scene, kind, seed, way=way, told=told)]
+    assert bad == []
+
+
+@pytest.mark.parametrize("way", CODED)
+@pytest.mark.parametrize(("scene", "kind"), [(STORE, StoreLane), (LOAD, LoadLane)])
+def test_what_is_encoded_arrives_as_the_host_would_have_it(
+    scene: Scene, kind: type[Lane], way: str
+) -> None:
+    bad = [seed for seed in CODED_SEEDS if not play(scene, kind, seed, way=way, told=settings())]
     assert bad == []
 
 
@@ -90,9 +107,9 @@ def broken(kind: type[Lane], **methods: Any) -> type[Lane]:
 
 
 def begin_and_give_back(
-    lane: Lane, chunks: list[Moved], after: Fence | None, *, checksums: bool = True
+    lane: Lane, chunks: list[Moved], after: Fence | None, **words: Any
 ) -> Transfer:
-    transfer = StoreLane.begin(lane, chunks, after, checksums=checksums)
+    transfer = StoreLane.begin(lane, chunks, after, **words)
     transfer._end()
     return transfer
 
@@ -149,6 +166,37 @@ MUTANTS: dict[str, tuple[Scene, type[Lane], LaneSettings]] = {
 }
 
 
+CODED_MUTANTS: dict[str, tuple[Scene, type[Lane], LaneSettings]] = {
+    "a copy takes what is not encoded yet": MUTANTS["a copy takes what is not gathered yet"],
+    "values are encoded before they are computed": MUTANTS["a page is read before it is computed"],
+    "a decoder comes before its load is done": MUTANTS["a scatter comes before its load is done"],
+    "values are decoded while the engine reads": MUTANTS[
+        "a page is written while the engine reads it"
+    ],
+    "a report is read before it has come": (
+        plain(reports_scene),
+        broken(StoreLane, _join=only_copies),
+        PATIENT,
+    ),
+    "a report is read before the event": (plain(reports_scene), StoreLane, HASTY),
+}
+
+
+@pytest.mark.parametrize("mutant", CODED_MUTANTS)
+def test_a_rule_of_coding_that_is_broken_is_noticed(mutant: str) -> None:
+    scene, kind, told = CODED_MUTANTS[mutant]
+    assert any(not _survives(scene, kind, seed, told, "int4kv") for seed in SEEDS)
+
+
+def test_reports_are_whole_when_a_store_is_finished() -> None:
+    bad = [
+        seed
+        for seed in CODED_SEEDS
+        if not play(plain(reports_scene), StoreLane, seed, way="coded", told=PATIENT)
+    ]
+    assert bad == []
+
+
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_a_broken_rule_is_noticed(mutant: str) -> None:
     scene, kind, told = MUTANTS[mutant]
@@ -160,9 +208,11 @@ def test_room_that_is_used_again_too_early_is_noticed(monkeypatch: pytest.Monkey
     assert any(not _survives(abandoned_store_scene, StoreLane, seed, IMPATIENT) for seed in SEEDS)
 
 
-def _survives(scene: Scene, kind: type[Lane], seed: int, told: LaneSettings) -> bool:
-    device = Standin(np.random.default_rng(seed))
-    world = World(device, seed)
+def _survives(
+    scene: Scene, kind: type[Lane], seed: int, told: LaneSettings, codec: str = "raw"
+) -> bool:
+    device = Standin(np.random.default_rng(seed), twins=CODEC_TWINS)
+    world = World(device, seed, codec=codec)
     try:
         return scene(world, world.lane(kind, told), device)
     except AssertionError:

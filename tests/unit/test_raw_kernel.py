@@ -14,7 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kvstore.gpu.batches import Places
 from kvstore.gpu.device import host_bytes
+from kvstore.gpu.forms import batch_for, plain_form
 from kvstore.gpu.pages import NOWHERE, PageLayout
 from kvstore.gpu.twins import TWINS
 from tests.support.kernels import build_host_library
@@ -52,12 +54,12 @@ class Scene:
         chunks = [self._put(rng.integers(0, 256, size, np.uint8)) for _ in range(CHUNKS)]
         table = rng.permutation(PAGES)[: CHUNKS * EACH].reshape(CHUNKS, EACH).astype("<i4")
         table[0, 0] = table[2, 3] = NOWHERE
-        self.batch = self.layout.copy_batch(
-            CHUNKS,
+        places = Places(
             sections=self._put(self.layout.sections()),
             pages=self._put(table),
-            chunks=self._put(np.array(chunks, dtype="<u8")),
+            containers=self._put(np.array(chunks, dtype="<u8")),
         )
+        self.batch = batch_for(self.layout, plain_form(self.layout).launches[0], CHUNKS, places)
 
     def _put(self, content: np.ndarray) -> int:
         start, raw = self._at, np.ascontiguousarray(content).view(np.uint8).ravel()

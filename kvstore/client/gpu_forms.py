@@ -1,0 +1,262 @@
+"""The forms of the chunks of one namespace, for a device whose kernels know their codecs.
+
+A form says where the sections of a container lie, and which kernel brings each between there and
+the engine's pages. What no kernel can do has none: the host encodes or decodes it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+import numpy as np
+
+from kvstore.client.coding import Scratch, sections_of
+from kvstore.compression.chunks import check_geometry
+from kvstore.compression.container import (
+    ENTRY,
+    HEADER,
+    HEADER_BYTES,
+    Container,
+    Flags,
+    open_container,
+)
+from kvstore.compression.shapes import (
+    FIXED_RATE,
+    LOSSLESS,
+    SECTION_ALIGNMENT_BYTES,
+    CodecId,
+    head_layout,
+    padded,
+    shape_for,
+)
+from kvstore.compression.twins import KERNEL_NAMES, TYPES, kernel_name
+from kvstore.errors import ContainerError, RequestError
+from kvstore.gpu.batches import SECTION, Chunks, Pages, Places
+from kvstore.gpu.forms import GATHER, SCATTER, Form, Launch, plain_form
+from kvstore.gpu.kernels import CODECS, DTYPES, checked_batch
+from kvstore.gpu.pages import VECTOR_BYTES
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+
+    from kvstore.compression.chunks import Plan
+    from kvstore.compression.container import Header, Section
+    from kvstore.compression.shapes import Kind, SectionShape
+    from kvstore.gpu.pages import PageLayout
+    from kvstore.protocol.manifest import Manifest
+    from kvstore.types import HeadRange
+
+_NOWHERE: Final = Places(sections=0, pages=0, containers=0)
+_FORMS_MAX: Final = 64
+_FLAGS_FIELD: Final = 11
+_scratch: Final = Scratch()
+
+
+class _Placed(NamedTuple):
+    """One section: which plane of the pages it is of, and where it begins in its container."""
+
+    plane: int
+    shape: SectionShape
+    offset: int
+
+
+class Forms:
+    """All forms of *heads* of the chunks of *manifest* in pages of *layout*.
+
+    *size_max_bytes* is what staging has room for. Thread-safe.
+    """
+
+    def __init__(
+        self, layout: PageLayout, manifest: Manifest, heads: HeadRange, *, size_max_bytes: int
+    ) -> None:
+        self.plain = plain_form(layout)
+        self._layout = layout
+        self._manifest = manifest
+        self._heads = heads
+        self._size_max = size_max_bytes
+        self._known: dict[tuple[object, ...], Form | None] = {}
+
+    def of_plan(self, plan: Plan) -> Form | None:
+        """Return the form of chunks that are encoded by *plan*, sizes known before."""
+        if not plan.is_fixed_rate:
+            return None
+        return self._find(plan.header, sections_of(plan), plan.size_bytes)
+
+    def of_stored(self, stored: memoryview) -> Form | None:
+        """Return the form of the container that *stored* holds.
+
+        Raises `ContainerError` when it is damaged, or of another geometry.
+        """
+        container = _read_head(stored, len(self._layout.planes))
+        if container is None:
+            return None
+        header = container.header
+        heads = check_geometry(self._manifest, header, self._heads)
+        if heads.width != header.heads:
+            return None
+        return self._find(header, container.sections, len(stored))
+
+    def _find(self, header: Header, sections: Sequence[Section], size_bytes: int) -> Form | None:
+        places = tuple((section.codec, section.offset) for section in sections)
+        key = (header.sinks, header.tail, header.table_id, size_bytes, places)
+        if key not in self._known:
+            while len(self._known) >= _FORMS_MAX:
+                # Sections fall back in many ways, and each may be seen once.
+                self._known.pop(next(iter(self._known)), None)
+            self._known[key] = self._make(header, sections, size_bytes)
+        return self._known[key]
+
+    def _make(self, header: Header, sections: Sequence[Section], size_bytes: int) -> Form | None:
+        """Return a form; None when some kernel is missing, or staging is too small."""
+        groups: dict[tuple[CodecId, Kind], list[_Placed]] = {}
+        if len(sections) != len(self._layout.planes) or size_bytes > self._size_max:
+            return None
+        if header.source not in TYPES or size_bytes % VECTOR_BYTES:
+            return None
+        for index, section in enumerate(sections):
+            shape = shape_for(section.codec, header.shape(index))
+            placed = _Placed(index, shape, section.offset)
+            groups.setdefault((section.codec, shape.kind), []).append(placed)
+        try:
+            launches = [
+                launch
+                for (codec, _), placed in groups.items()
+                for launch in self._launches(codec, placed)
+            ]
+        except RequestError:
+            return None
+        launches += self._paddings(sections, size_bytes)
+        reported = [
+            one.plane
+            for (codec, _), placed in groups.items()
+            for one in placed
+            if codec not in LOSSLESS
+        ]
+        return Form(
+            size_bytes=size_bytes,
+            launches=tuple(launches),
+            head_bytes=header.payload_offset,
+            reported=tuple(reported),
+        )
+
+    def _launches(self, codec: CodecId, placed: Sequence[_Placed]) -> Iterable[Launch]:
+        """Yield what codes sections of one codec and kind; raises `RequestError`."""
+        shape = placed[0].shape
+        element = shape.source.size_bytes
+        if codec is CodecId.RAW:
+            layout = head_layout(codec, shape)
+            yield self._copied(placed, layout.size_bytes, 0, shape.tokens, shape.dim * element)
+            return
+        name, dtype = KERNEL_NAMES.get(codec, ""), TYPES[shape.source]
+        if codec not in FIXED_RATE or name not in CODECS or dtype not in DTYPES:
+            raise RequestError(f"there is no kernel for sections of {codec.name}")
+        layout = head_layout(codec, shape)
+        sinks_at, sinks_bytes = layout.parts["sinks"]
+        tail_at, tail_bytes = layout.parts["tail"]
+        told = Chunks(
+            chunk_count=0,
+            section_count=len(placed),
+            heads=shape.heads,
+            tokens=shape.tokens,
+            width=shape.dim,
+            sinks=shape.sinks,
+            extra=layout.size_bytes - sinks_at,
+            table=shape.table,
+        )
+        checked_batch(name, told, self._pages(), _NOWHERE)
+        yield Launch(
+            gather=kernel_name(codec, shape.kind, "encode", shape.source),
+            scatter=kernel_name(codec, shape.kind, "decode", shape.source),
+            sections=self._records(placed),
+            chunks=told,
+            reports=True,
+        )
+        # Behind the decoder: what it makes of sinks is not theirs.
+        if sinks_bytes:
+            row = shape.dim * element
+            yield self._copied(placed, layout.size_bytes, sinks_at, shape.sinks, row)
+        if tail_bytes:
+            row = shape.tail * element
+            skipped = shape.dim * element
+            yield self._copied(
+                placed, layout.size_bytes, tail_at, shape.tokens, row, skipped=skipped
+            )
+
+    def _copied(
+        self,
+        placed: Sequence[_Placed],
+        block_bytes: int,
+        part: int,
+        tokens: int,
+        row_bytes: int,
+        *,
+        skipped: int = 0,
+    ) -> Launch:
+        """Return what moves the part of every head block that is kept as it is."""
+        if row_bytes % VECTOR_BYTES:
+            raise RequestError(f"rows of {row_bytes} bytes are no vectors")
+        told = Chunks(
+            chunk_count=0,
+            section_count=len(placed),
+            heads=placed[0].shape.heads,
+            tokens=tokens,
+            width=row_bytes // VECTOR_BYTES,
+            extra=block_bytes,
+            table=part,
+        )
+        records = self._records(placed)
+        records["plane"] += np.uint64(skipped)
+        return Launch(gather=GATHER, scatter=SCATTER, sections=records, chunks=told)
+
+    def _paddings(self, sections: Sequence[Section], size_bytes: int) -> Iterable[Launch]:
+        """Yield what zeroes the gaps between sections, gaps of one length together."""
+        gaps: dict[int, list[int]] = {}
+        inner = sorted(sections, key=lambda section: section.offset)
+        nexts = [*(section.offset for section in inner[1:]), size_bytes]
+        for section, after in zip(inner, nexts, strict=True):
+            if gap := after - section.end:
+                gaps.setdefault(gap, []).append(section.end)
+        for gap, offsets in gaps.items():
+            records = np.zeros(len(offsets), dtype=SECTION)
+            records["plane"], records["offset"] = self._layout.planes[0], offsets
+            told = Chunks(
+                chunk_count=0,
+                section_count=len(offsets),
+                heads=1,
+                tokens=1,
+                width=gap // VECTOR_BYTES,
+                extra=gap,
+            )
+            yield Launch(gather=GATHER, scatter="", sections=records, chunks=told, is_padding=True)
+
+    def _records(self, placed: Sequence[_Placed]) -> np.ndarray[tuple[int], np.dtype[np.void]]:
+        records = np.zeros(len(placed), dtype=SECTION)
+        records["plane"] = [self._layout.planes[one.plane] for one in placed]
+        records["offset"] = [one.offset for one in placed]
+        records["layer"] = [one.shape.layer for one in placed]
+        return records
+
+    def _pages(self) -> Pages:
+        layout = self._layout
+        return Pages(
+            page_tokens=layout.page_tokens,
+            page_count=layout.pages_per_chunk,
+            page_stride=layout.page_stride,
+            token_stride=layout.token_stride,
+            head_stride=layout.head_stride,
+        )
+
+
+def _read_head(stored: memoryview, sections: int) -> Container | None:
+    """Return the container *stored*, of so many sections, from a copy of its head.
+
+    None when its payload has a checksum of its own, which is for the host to take.
+    """
+    head_bytes = padded(HEADER_BYTES + ENTRY.size * sections, SECTION_ALIGNMENT_BYTES)
+    room = _scratch.room("head", len(stored))
+    head = room[: min(head_bytes, len(stored))]
+    head[:] = np.frombuffer(stored[: len(head)], dtype=np.uint8)
+    if len(head) < HEADER_BYTES:
+        raise ContainerError(f"a container has at least {HEADER_BYTES} bytes, this has {len(head)}")
+    flags = HEADER.unpack_from(head.data)[_FLAGS_FIELD]
+    return None if flags & Flags.CHECKSUM else open_container(room.data)
