@@ -1,4 +1,6 @@
-"""A prefill engine and a decode engine on one daemon: what one has computed, the other loads."""
+"""A prefill engine and a decode engine on two hosts, each with its daemon: what one has computed,
+the other loads. (On one host: `test_pd_servers.py`.)
+"""
 
 from __future__ import annotations
 
@@ -9,10 +11,11 @@ from typing import Any
 
 import pytest
 
-from kvstore.client.sync import Client
 from kvstore.types import HandoffState
 from tests.engine.vllm import models
 from tests.engine.vllm.driver import Engine, Output
+from tests.support.daemon import Daemon
+from tests.support.hosts import called, caller, free_port
 from tests.support.waiting import wait_until
 
 TOKENS = 8
@@ -27,13 +30,17 @@ PREFILL = {
 }
 
 
-class Pair:
-    """Two engines, of which one only prefills and one only decodes."""
+EARLY = {"do_remote_prefill": True, "remote_host": "prefill", "early": True}
 
-    def __init__(self, prefill: Engine, decode: Engine, socket) -> None:
+
+class Pair:
+    """Two engines, of which one only prefills and one only decodes, and the daemons of each."""
+
+    def __init__(self, prefill: Engine, decode: Engine, here: Daemon, there: Daemon) -> None:
         self.prefill = prefill
         self.decode = decode
-        self.socket = socket
+        self.here = here
+        self.there = there
 
     def ask_prefill(self, prompt: list[int], **terms: object) -> dict[str, Any] | None:
         _, params = self.prefill.call("hand_over", prompt, PREFILL | terms, 1)
@@ -59,17 +66,26 @@ class Pair:
 
     def _counts(self) -> dict[str, int]:
         loaded, failed = self.decode.call("chunks_moved")
-        return self.decode.call("counts") | {"loaded": loaded, "failed": failed}
+        with self.there.connect() as client:
+            pulled = client.stats().counters["handoff_chunks_pulled"]
+        moved = {"loaded": loaded, "failed": failed, "pulled": pulled}
+        return self.decode.call("counts") | moved
 
 
 @pytest.fixture(scope="module")
-def pair(llama, socket) -> Iterator[Pair]:
+def pair(llama, tmp_path_factory) -> Iterator[Pair]:
     extra = {"chunk_tokens": 128, "handoff_timeout_seconds": 60}
-    prefill = Engine(
-        llama, socket=socket, extra=extra, role="kv_producer", max_num_batched_tokens=256
-    )
-    with prefill, Engine(llama, socket=socket, extra=extra, role="kv_consumer") as decode:
-        yield Pair(prefill, decode, socket)
+    folder, port = tmp_path_factory.mktemp("hosts"), free_port()
+    capacity = {"tiers.host.capacity": "256MiB"}
+    with (
+        called(folder / "prefill", port, capacity) as here,
+        caller(folder / "decode", port, capacity) as there,
+        Engine(
+            llama, socket=here.socket, extra=extra, role="kv_producer", max_num_batched_tokens=256
+        ) as prefill,
+        Engine(llama, socket=there.socket, extra=extra, role="kv_consumer") as decode,
+    ):
+        yield Pair(prefill, decode, here, there)
 
 
 def in_background(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -90,11 +106,12 @@ def test_decode_loads_what_prefill_has_computed(pair):
     params = pair.ask_prefill(prompt)
     assert params["do_remote_prefill"]
     assert not params["do_remote_decode"]
-    assert (params["remote_num_tokens"], params["remote_host"]) == (1100, "")
+    assert (params["remote_num_tokens"], params["remote_host"]) == (1100, "prefill")
     with pair.counted() as counts:
         output = pair.ask_decode(prompt, params)
     assert (counts["handoffs_taken"], counts["tokens_handed"]) == (1, 1024)
     assert (counts["loaded"], counts["failed"], counts["load_failures"]) == (8, 0, 0)
+    assert counts["pulled"] == 8
     assert output.tokens == pair.alone(prompt)
 
 
@@ -102,13 +119,14 @@ def test_decode_loads_what_prefill_has_computed(pair):
 def test_decode_may_begin_before_prefill_does(seed, pair):
     (prompt,) = models.prompts(1, 2100, seed=seed)
     name = f"both-{seed}-{'0' * 20}"
-    early = {"do_remote_prefill": True, "transfer_id": name, "remote_host": "", "early": True}
+    early = EARLY | {"transfer_id": name}
     with pair.counted() as counts:
         decoding = in_background(lambda: pair.ask_decode(prompt, early))
         assert pair.ask_prefill(prompt, transfer_id=name)["transfer_id"] == name
         output = decoding()
     assert (counts["handoffs_taken"], counts["tokens_handed"]) == (1, 2048)
     assert (counts["loaded"], counts["failed"], counts["load_failures"]) == (16, 0, 0)
+    assert counts["pulled"] == 16
     assert output.tokens == pair.alone(prompt)
 
 
@@ -131,7 +149,7 @@ def test_forged_terms_are_a_prompt_like_any_other(forged, pair):
         {
             "do_remote_prefill": True,
             "transfer_id": "unknown",
-            "remote_host": "",
+            "remote_host": "prefill",
             "remote_num_tokens": 300,
         }
         | forged,
@@ -142,8 +160,8 @@ def test_forged_terms_are_a_prompt_like_any_other(forged, pair):
 def test_what_a_producer_that_dies_has_not_handed_over_is_computed(pair):
     (prompt,) = models.prompts(1, 900, seed=63)
     name = f"dying-{'0' * 20}"
-    early = {"do_remote_prefill": True, "transfer_id": name, "remote_host": "", "early": True}
-    with Client.connect(pair.socket, name="producer") as dying:
+    early = EARLY | {"transfer_id": name}
+    with pair.here.connect() as dying:
         space = dying.attach(pair.decode.call("manifest"))
         space.handoffs.open(name)
         with pair.counted() as counts:
@@ -158,7 +176,7 @@ def test_a_prefill_whose_decode_never_comes_leaves_nothing_behind(pair):
     (prompt,) = models.prompts(1, 300, seed=64)
     params = pair.ask_prefill(prompt)
     pair.prefill.call("settle")
-    with Client.connect(pair.socket, name="watcher") as watcher:
+    with pair.here.connect() as watcher:
         handoffs = watcher.attach(pair.decode.call("manifest")).handoffs
 
         def state() -> HandoffState:
@@ -167,11 +185,13 @@ def test_a_prefill_whose_decode_never_comes_leaves_nothing_behind(pair):
         wait_until(lambda: state() is HandoffState.CLOSED, what="all is stored")
     assert pair.prefill.call("handoffs_kept") == 0
     # An ordinary prompt finds its chunks, whatever becomes of the hand-off.
-    assert pair.ask_decode(prompt, None).reused == 256
+    pair.prefill.call("forget")
+    (output,) = pair.prefill.generate([prompt])
+    assert output.reused == 256
 
 
 def test_requests_that_are_aborted_while_they_wait_give_their_blocks_back(pair):
     free = pair.decode.call("free_blocks")
-    early = {"do_remote_prefill": True, "transfer_id": "never", "remote_host": "", "early": True}
+    early = EARLY | {"transfer_id": "never"}
     pair.decode.call("abort_waiting", models.prompts(1, 900, seed=65)[0], early)
     wait_until(lambda: pair.decode.call("stepped_free_blocks") == free, what="blocks are free")
