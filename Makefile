@@ -4,18 +4,24 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-PIP_VERSION := 26.3
 VLLM := .venv-vllm
 # Two tests at a time: much of what they do is waiting for processes to start. Tests of one vLLM
 # file stay together, because they share engines.
 TWO := -n 2 --dist worksteal
-TWO_FILES := -n 2 --dist loadfile
+TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
 UV_VERSION := 0.13.8
 NATIVE := $(wildcard hatch_build.py transfer/*.c transfer/*.h compression/*.c compression/*.h gpu/cuda/*.cuh)
 
 .PHONY: help demo test test-vllm check coverage lint format bench bench-codecs setup clean redis-server \
-    operators-tools
+    operators-tools engines
+
+# $(call install,ENVIRONMENT,WHAT). Nobody's torch is one for GPUs: that for other machines is found
+# where pip is told to look for wheels, or else where uv knows it to be.
+define install
+@links="$$($(BIN)/python -m pip config get global.find-links 2>/dev/null)"; \
+    if [ -n "$$links" ]; then set -- --find-links "$$links"; else set -- --torch-backend cpu; fi; \
+    $(BIN)/uv pip install --quiet --python $(1)/bin/python "$$@" $(2)
+endef
 
 help:
 	@echo "make demo      a real model skips its prefill in a second process"
@@ -64,6 +70,9 @@ bench-codecs: $(VENV)/hf.stamp
 
 setup: $(VENV)/dev.stamp
 
+# What tests need and `make lint` does not, outside the environment that `make lint` uses.
+engines: $(VLLM)/vllm.stamp redis-server operators-tools
+
 clean:
 	rm -rf $(VENV) $(VLLM) build dist .coverage .coverage.* htmlcov transfer/_copy.so \
 	    compression/_codecs.so
@@ -82,12 +91,12 @@ $(VENV)/venv.stamp:
 	         && apt-get update -qq && apt-get install -qq --yes python3-venv \
 	         && $(PYTHON) -m venv --clear $(VENV); } \
 	    || { echo "python3 cannot make a virtual environment; install python3-venv" >&2; exit 1; }
-	$(PIP) pip==$(PIP_VERSION)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
 	@touch $@
 
 # kvstore itself, editable, with its C library, and the pinned tools.
 $(VENV)/dev.stamp: $(VENV)/venv.stamp pyproject.toml $(NATIVE)
-	$(PIP) --group dev --editable .
+	$(call install,$(VENV),--group dev --editable .)
 	@touch $@
 
 # What tests of the Redis tier start servers and make certificates with.
@@ -110,26 +119,22 @@ operators-tools:
 
 # Linters and schemas for deploy/, and what drives the browser.
 $(VENV)/deploy.stamp: $(VENV)/dev.stamp
-	$(PIP) --group deploy-test
+	$(call install,$(VENV),--group deploy-test)
 	@touch $@
 
-# torch first and alone: this exact version has a light build for machines without a GPU. The
-# compiler of kernels is large, too, and does without one.
+# The compiler of kernels needs no GPU.
 $(VENV)/hf.stamp: $(VENV)/dev.stamp
-	$(PIP) torch==2.13.0
-	$(PIP) --group hf-test
-	$(PIP) --group cuda-test || echo "no NVRTC: tests that compile kernels are skipped" >&2
+	$(call install,$(VENV),--group hf-test)
+	$(call install,$(VENV),--group cuda-test) \
+	    || echo "no NVRTC: tests that compile kernels are skipped" >&2
+	$(call install,$(VENV),--no-deps --group nixl-test) \
+	    || echo "no NIXL: tests with the library are skipped" >&2
 	@touch $@
 
-# A vLLM engine for the CPU, in an environment of its own: it pins much of what it needs.
-# Its torch is a build for machines without a GPU, found where pip is told to look for wheels,
-# or else where uv knows it to be. What exists only for GPUs stays out.
+# A vLLM engine for the CPU, in an environment of its own: it pins much of what it needs. What
+# exists only for GPUs stays out.
 $(VLLM)/vllm.stamp: $(VENV)/dev.stamp pyproject.toml tests/engine/vllm/excludes.txt $(NATIVE)
-	@$(VLLM)/bin/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VLLM)
-	$(VLLM)/bin/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
-	@links="$$($(VLLM)/bin/python -m pip config get global.find-links 2>/dev/null)"; \
-	    if [ -n "$$links" ]; then set -- --find-links "$$links"; \
-	    else set -- --torch-backend cpu; fi; \
-	    $(VLLM)/bin/uv pip install --quiet --compile-bytecode --python $(VLLM)/bin/python "$$@" \
-	        --excludes tests/engine/vllm/excludes.txt --group vllm-test --editable .
+	@test -x $(VLLM)/bin/python || $(BIN)/uv venv --quiet --python $(BIN)/python $(VLLM)
+	$(call install,$(VLLM),--compile-bytecode --excludes tests/engine/vllm/excludes.txt \
+	    --group vllm-test --editable .)
 	@touch $@

@@ -34,6 +34,15 @@ class Library(NamedTuple):
         """Return the path of the target as build settings write it."""
         return self.target.as_posix()
 
+    def is_built(self, root: Path) -> bool:
+        """Return whether the target below *root* is younger than all that it is made of."""
+        target = root / self.target
+        folder = root / self.source.parent
+        headers = (*folder.glob("*.[ch]"), *(root / "gpu" / "cuda").glob("*.cuh"), Path(__file__))
+        return target.exists() and all(
+            file.stat().st_mtime < target.stat().st_mtime for file in headers
+        )
+
 
 COPIES = Library(Path("transfer/_copy.so"), Path("transfer/_copy.c"))
 # Every stored byte is the same on every machine, so no multiply-add is ever fused.
@@ -70,9 +79,11 @@ def compile_library(root: Path, library: Library, target: Path, *flags: str) -> 
 
 
 def build_libraries(root: Path) -> dict[str, str]:
-    """Compile all libraries in place; return why not for each that failed."""
+    """Compile all libraries in place that changed; return why not for each that failed."""
     failures = {
-        library.key: compile_library(root, library, root / library.target) for library in LIBRARIES
+        library.key: compile_library(root, library, root / library.target)
+        for library in LIBRARIES
+        if not library.is_built(root)
     }
     return {key: failure for key, failure in failures.items() if failure is not None}
 

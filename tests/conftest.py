@@ -16,6 +16,13 @@ settings.load_profile("kvstore")
 
 StartDaemon = Callable[..., Daemon]
 
+# What takes longest starts first, so that no test is waited for alone at the end.
+LONG = ("crash", "property", "engine")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.parent.name not in LONG)
+
 
 @pytest.fixture
 def start_daemon(tmp_path) -> Iterator[StartDaemon]:

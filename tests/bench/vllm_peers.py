@@ -7,7 +7,7 @@ their quartiles. LMCache runs as its own server, on CPU tensors; ours beside it 
 
 LMCache is not installed with kvstore. Put it, without its dependencies, into a folder of its own:
 
-    FOLDER=/somewhere; .venv-vllm/bin/python -m pip install --no-deps --target $FOLDER \
+    FOLDER=/somewhere; .venv/bin/uv pip install --python .venv-vllm --no-deps --target $FOLDER \
         lmcache==0.5.6 aiofile aiofiles caio awscrt nvtx redis hiredis sortedcontainers msgpack \
         'opentelemetry-exporter-prometheus<=0.61b0'
 

@@ -34,7 +34,7 @@ MANIFEST = make_manifest(model="tiers", layers=1, kv_heads=2)
 CHUNK_PAGES = 3
 CHUNKS = 3
 WRITERS = 3
-ROUNDS_BETWEEN_KILLS = 15
+ROUNDS_BETWEEN_KILLS = 6
 SAMPLE = 30
 
 pytestmark = pytest.mark.skipif(SERVER is None, reason="redis-server is not installed")

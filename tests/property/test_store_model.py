@@ -368,4 +368,4 @@ class StoreModel(RuleBasedStateMachine):
 
 
 TestStoreModel = StoreModel.TestCase
-TestStoreModel.settings = settings(max_examples=60, stateful_step_count=50)
+TestStoreModel.settings = settings(max_examples=40, stateful_step_count=50)

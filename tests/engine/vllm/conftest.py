@@ -24,7 +24,12 @@ else:
         importlib.import_module("kvstore.connectors.vllm")
 
 
+# Whoever runs files side by side begins with the longest, so that none is waited for at the end.
+LONGEST = ("test_parallel", "test_several_processes", "test_churn", "test_processes", "test_pd")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: (*LONGEST, item.path.stem).index(item.path.stem))
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.engine)

@@ -26,6 +26,14 @@ ENVIRONMENT = {
 }
 # Engines of several processes start slowly, above all where cores are few.
 _ANSWER_SECONDS_MAX = 400.0
+# What takes seconds to import and starts no thread: a server has it, and each engine is a fork of
+# that server, as fresh as if it had imported them itself.
+PRELOADED = (
+    "vllm.entrypoints.llm",
+    "vllm.v1.engine.core",
+    "vllm.v1.worker.cpu_worker",
+    "kvstore.connectors.vllm",
+)
 
 
 class Output(NamedTuple):
@@ -48,7 +56,7 @@ class Planned(NamedTuple):
 class Engine:
     """An engine in another process. Leave the `with` block to end it.
 
-    *prepare* is called there before vLLM is imported.
+    *prepare* is called there before vLLM is imported: such a process is no fork.
     """
 
     def __init__(
@@ -63,7 +71,8 @@ class Engine:
         prepare: Callable[[], None] | None = None,
         **arguments: object,
     ) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver" if prepare is None else "spawn")
+        context.set_forkserver_preload([__name__, *PRELOADED])
         self._pipe, theirs = context.Pipe()
         settings = {"socket": str(socket), **(extra or {})} if socket is not None else None
         given = dict(model=str(model), dtype=dtype, **arguments)
