@@ -10,9 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import ssl
-import struct
-import time
 from collections.abc import Generator, Sequence
 from enum import Enum, auto
 from typing import Final, NamedTuple, Protocol, cast
@@ -29,15 +26,17 @@ from kvstore.tiers.redis_records import (
     Unreadable,
     read_label,
 )
-from kvstore.transfer import copies
-from kvstore.transfer.native import address_of
+from kvstore.transfer.bounded_socket import BoundedSocket
 
 Command = tuple[bytes, ...]
 """The words of one command."""
 
 _LINE_MAX_BYTES: Final = 4096
 _RECEIVE_BYTES: Final = 64 * 1024
-_TIMEVAL: Final = struct.Struct("@ll")
+# What is digested at once: a server on this host has no more than this on its way by itself.
+_PART_BYTES: Final = 256 * 1024
+# How much of a stripe is still to come when the next one is asked for.
+_TAIL_BYTES: Final = 512 * 1024
 
 
 class LaneError(Exception):
@@ -91,12 +90,10 @@ class Target(NamedTuple):
             table = np.zeros(block_count(len(view)), dtype=np.uint64)
         return cls(view, table)
 
-    def digest(self, stripe: Stripe) -> None:
-        """Take the digests of the bytes of *stripe*, while they still lie in a cache."""
-        view = self.view[stripe.start : stripe.stop]
-        found = copies.digest_blocks_at(address_of(view), len(view))
-        first = stripe.start // CHECKSUM_BLOCK_BYTES
-        self.digests[first : first + len(found)] = found
+    def part(self, start: int, stop: int) -> tuple[memoryview, Digests64]:
+        """Return the bytes from *start*, where a block begins, to *stop*, and their digests."""
+        first, last = start // CHECKSUM_BLOCK_BYTES, -(-stop // CHECKSUM_BLOCK_BYTES)
+        return self.view[start:stop], self.digests[first:last]
 
 
 class Connection(Protocol):
@@ -111,38 +108,16 @@ class Connection(Protocol):
         """Close the socket."""
 
 
-class Lane:
+class Lane(BoundedSocket):
     """One connection. *timeout_seconds* bounds every wait in which no byte moves."""
 
+    other_side = "the server"
+
     def __init__(self, connection: Connection, timeout_seconds: float) -> None:
+        super().__init__(connection.bulk, timeout_seconds)
         self._connection = connection
-        self._socket = connection.bulk
-        self._is_tls = isinstance(self._socket, ssl.SSLSocket)
-        self._timeout_seconds = timeout_seconds
-        self._ends_at = 0.0
         self._small = memoryview(bytearray(_LINE_MAX_BYTES))
         self._have = self._small[:0]
-        self.is_broken = False
-
-    def is_quiet(self) -> bool:
-        """Return whether the connection still stands and nothing has come unasked."""
-        self._socket.settimeout(0)
-        try:
-            # The socket below: TLS would take bytes off it.
-            came = socket.socket.recv(self._socket, 1, socket.MSG_PEEK)
-        except BlockingIOError:
-            return not self.is_broken
-        except OSError:
-            return False
-        # TLS has messages of its own, and ours are told apart by their labels.
-        return self._is_tls and came != b"" and not self.is_broken
-
-    def abort(self) -> None:
-        """End whatever another thread is doing here, at once: its next read or write fails."""
-        self.is_broken = True
-        with contextlib.suppress(OSError):
-            # Not what TLS makes of it, which waits and forgets what the other thread uses.
-            socket.socket.shutdown(self._socket, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Close the connection. Idempotent, and only for whoever has the lane."""
@@ -152,8 +127,9 @@ class Lane:
     def begin(self, ends_at: float) -> None:
         """Let the next calls end by *ends_at* on the monotonic clock."""
         self._ends_at = ends_at
-        if not self._is_tls:
-            self._socket.settimeout(None)
+
+    def _failure(self, reason: str, *, is_timeout: bool) -> LaneError:
+        return LaneTimeoutError("no answer in time") if is_timeout else LaneError(reason)
 
     # --- small commands ------------------------------------------------------------------
 
@@ -171,7 +147,7 @@ class Lane:
         room = memoryview(bytearray(_RECEIVE_BYTES))
         received = 0
         while len(replies) < count:
-            size = self._receive_into(room)
+            size = self._receive_some(room)
             received += size
             if received > REDIS_REPLY_MAX_BYTES:
                 raise LaneError(f"a reply of more than {REDIS_REPLY_MAX_BYTES} bytes")
@@ -234,8 +210,9 @@ class Lane:
     ) -> list[Fetched | ReplyError]:
         """Get *stripes* into *target*, the room of their shard; return what became of each.
 
-        At most *window* bytes, or one stripe, are on their way at a time. Stripes behind one
-        that is not as it should be may be left out, and count as it does.
+        At most *window* bytes, or one stripe, are on their way at a time, besides the end of the
+        one that is coming. Stripes behind one that is not as it should be may be left out, and
+        count as it does.
         """
         outcomes: list[Fetched | ReplyError] = []
         asked, wanted = 0, len(stripes)
@@ -245,13 +222,16 @@ class Lane:
                 if asking:
                     self._status(asking=False)
                 stripe = stripes[len(outcomes)]
-                outcomes.append(self._stripe(stripe, target))
+                outcomes.append(self._head(stripe))
                 if self.is_broken:
                     break
                 if outcomes[-1] is Fetched.HERE:
-                    # The server goes on while we digest.
+                    middle = max(stripe.start, _block_start(stripe.stop - _TAIL_BYTES))
+                    self._fill_digested(*target.part(stripe.start, middle), _PART_BYTES)
+                    # The server turns to the next while the end of this one is on its way.
                     asked = self._ask(stripes[:wanted], asked, len(outcomes), window, asking=asking)
-                    target.digest(stripe)
+                    self._fill_digested(*target.part(middle, stripe.stop), _PART_BYTES)
+                    self._end()
                 elif not is_ask(outcomes[-1]):
                     wanted = asked
             else:
@@ -270,7 +250,8 @@ class Lane:
             self._send([memoryview(commands)])
         return asked
 
-    def _stripe(self, stripe: Stripe, target: Target) -> Fetched | ReplyError:
+    def _head(self, stripe: Stripe) -> Fetched | ReplyError:
+        """Read how a reply begins; when that is as it should be, the bytes of *stripe* follow."""
         line = self._line()
         if line.startswith(b"-"):
             refused = ReplyError(line[1:].decode(errors="replace"))
@@ -287,12 +268,14 @@ class Lane:
             # What follows is not read: closing costs less than reading bytes for nobody.
             self.is_broken = True
             return _judge(bytes(label), stripe)
-        self._fill(target.view[stripe.start : stripe.stop])
+        return Fetched.HERE
+
+    def _end(self) -> None:
+        """Read how a reply ends."""
         ending = bytearray(2)
         self._fill(memoryview(ending))
         if ending != b"\r\n":
             raise LaneError("a reply does not end where it should")
-        return Fetched.HERE
 
     def _status(self, *, asking: bool) -> ReplyError | None:
         """Read the reply to a command that answers OK, and to the ASKING before it."""
@@ -312,11 +295,6 @@ class Lane:
         """Break the lane when the batch inside does not run to its end."""
         try:
             yield
-        except OSError as error:
-            self.is_broken = True
-            if isinstance(error, TimeoutError | BlockingIOError):
-                raise LaneTimeoutError("no answer in time") from error
-            raise LaneError(error.strerror or str(error)) from error
         except BaseException:
             self.is_broken = True
             raise
@@ -334,15 +312,13 @@ class Lane:
             self._small[:kept] = bytes(self._have)
             # No more than a line and a label: what follows goes where it belongs at once.
             room = self._small[kept : kept + LABEL_BYTES + 16]
-            self._have = self._small[: kept + self._receive_into(room)]
+            self._have = self._small[: kept + self._receive_some(room)]
         line = bytes(self._have[:end])
         self._have = self._have[end + 2 :]
         return line
 
     def _fill(self, view: memoryview) -> None:
-        got = self._drain(view)
-        while got < len(view):
-            got += self._receive_into(view[got:], socket.MSG_WAITALL)
+        super()._fill(view[self._drain(view) :])
 
     def _drain(self, view: memoryview) -> int:
         """Move what came along with the last line to *view*; return how much that was."""
@@ -350,36 +326,6 @@ class Lane:
         view[:size] = self._have[:size]
         self._have = self._have[size:]
         return size
-
-    def _receive_into(self, view: memoryview, flags: int = 0) -> int:
-        """Receive some bytes."""
-        self._bound_wait(socket.SO_RCVTIMEO)
-        size = self._socket.recv_into(view, 0, 0 if self._is_tls else flags)
-        if size == 0:
-            raise LaneError("the server has closed the connection")
-        return size
-
-    def _send(self, parts: list[memoryview]) -> None:
-        while parts:
-            self._bound_wait(socket.SO_SNDTIMEO)
-            sent = self._socket.send(parts[0]) if self._is_tls else self._socket.sendmsg(parts)
-            while parts and sent >= len(parts[0]):
-                sent -= len(parts.pop(0))
-            if sent:
-                parts[0] = parts[0][sent:]
-
-    def _bound_wait(self, option: int) -> None:
-        """Bound the next wait by the deadline and by the time in which nothing moves."""
-        left = self._ends_at - time.monotonic()
-        if left <= 0:
-            raise LaneTimeoutError("no answer in time")
-        seconds = min(left, self._timeout_seconds)
-        if self._is_tls:
-            self._socket.settimeout(seconds)
-        else:
-            # The kernel waits by itself: fewer calls and fewer changes of thread than Python's.
-            whole, rest = divmod(max(1, round(seconds * 1e6)), 10**6)
-            self._socket.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(whole, rest))
 
 
 def is_ask(reply: object) -> bool:
@@ -405,6 +351,10 @@ def _is_room(ahead: Sequence[Stripe], begun: int, wanted: int, window: int) -> b
     if begun >= wanted:
         return False
     return len(ahead) == 1 or sum(stripe.value_bytes for stripe in ahead) <= window
+
+
+def _block_start(at: int) -> int:
+    return at // CHECKSUM_BLOCK_BYTES * CHECKSUM_BLOCK_BYTES
 
 
 def _get(name: bytes, *, asking: bool) -> bytes:
