@@ -16,13 +16,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Final, NamedTuple, Protocol, Self
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.errors import KVStoreError
 from kvstore.limits import DEVICE_PATIENCE_SECONDS, DEVICE_POLL_SECONDS
+
+if TYPE_CHECKING:
+    from kvstore.gpu.pools import Pools
 
 
 class DeviceError(KVStoreError):
@@ -136,6 +139,10 @@ class Device(Protocol):
 
     def unregister(self, address: int) -> None:
         """End the registration that begins at *address*, when no copy uses it any more."""
+        ...
+
+    def pools(self) -> Pools:
+        """Return what makes and opens memory that processes share; raises `DeviceError`."""
         ...
 
 

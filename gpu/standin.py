@@ -33,6 +33,7 @@ from kvstore.gpu.device import (
     Urgency,
     host_bytes,
 )
+from kvstore.gpu.standin_pools import StandinPools
 from kvstore.gpu.twins import TWINS, Step, Twin
 
 Fault = Literal["allocate", "pin", "register", "copy", "launch", "lost"]
@@ -211,6 +212,10 @@ class Standin:
     def adopt(self, address: int, size_bytes: int) -> None:
         """Call memory of the host this device's own: the pages of an engine that has no GPU."""
         self.claim(address, size_bytes, is_pinned=False)
+
+    def pools(self) -> StandinPools:
+        """Return what shares memory with other stand-ins, of this process or another."""
+        return StandinPools(self)
 
     # --- what it can be told --------------------------------------------------------------
 

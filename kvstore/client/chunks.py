@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from kvstore.compression.shapes import Bytes, Values
+    from kvstore.gpu.pools import Pool
     from kvstore.protocol import messages as m
     from kvstore.protocol.manifest import Manifest
     from kvstore.transfer.arena import ArenaMapping
@@ -33,10 +34,18 @@ _scratch: Final = Scratch()
 class AttachedSpace:
     """What a client knows of a namespace that it has entered."""
 
-    def __init__(self, manifest: Manifest, attached: m.Attached, arena: ArenaMapping) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        attached: m.Attached,
+        arena: ArenaMapping,
+        pool: Pool | None = None,
+    ) -> None:
         self.manifest = manifest
         self.number = attached.space
         self.arena = arena
+        self.pool = pool
+        """Device memory behind the arena, where this engine has mapped it."""
         self.checksums = attached.checksums
         self.verify_loads = attached.verify_loads
         self.lease_ttl_seconds = attached.lease_ttl_ms / 1000
@@ -47,6 +56,19 @@ class AttachedSpace:
     def traceparent(self) -> str:
         """Return the trace that a request made now belongs to, if the daemon records any."""
         return current_traceparent() if self._traced else ""
+
+    def bytes_at(self, offset: int, size_bytes: int) -> memoryview:
+        """Return what lies at *offset* of the arena, as it is mapped.
+
+        Raises `RequestError` for what lies in device memory: the host does not read that.
+        """
+        if self.is_pooled(offset):
+            raise RequestError(f"{size_bytes} bytes at {offset} lie in device memory")
+        return self.arena.view[offset : offset + size_bytes]
+
+    def is_pooled(self, offset: int) -> bool:
+        """Return whether *offset* is one in device memory."""
+        return offset >= self.arena.size_bytes
 
     def coding(self, heads: HeadRange) -> Coding | None:
         """Return how *heads* are encoded by default; None where they are stored as they are."""
@@ -78,7 +100,7 @@ class Vacancy:
     def view(self) -> memoryview:
         """The room itself, writable. After writing to it directly, call `seal`."""
         self._check_reserved()
-        return self._space.arena.view[self.offset : self.offset + self.size_bytes]
+        return self._space.bytes_at(self.offset, self.size_bytes)
 
     def fill(self, source: Runs) -> None:
         """Copy *source* in and seal it, in one pass over memory."""
@@ -93,9 +115,10 @@ class Vacancy:
         if blocks is None:
             self.root = _ROOT_OFF
             return
-        table = blocks.astype("<u8", copy=False).tobytes()
-        start = self.offset + table_offset(self.size_bytes)
-        self._space.arena.view[start : start + len(table)] = table
+        if not self._space.is_pooled(self.offset):
+            table = blocks.astype("<u8", copy=False).tobytes()
+            start = self.offset + table_offset(self.size_bytes)
+            self._space.arena.view[start : start + len(table)] = table
         self.root = root_of(blocks)
 
     def _check_reserved(self) -> None:
@@ -119,6 +142,11 @@ class StoredShard:
     def offset(self) -> int:
         """Where it begins in the arena."""
         return self._shard.offset
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether it lies in device memory."""
+        return self._space.is_pooled(self._shard.offset)
 
     @property
     def size_bytes(self) -> int:
@@ -164,8 +192,7 @@ class StoredShard:
     @property
     def _bytes(self) -> memoryview:
         # Writable, as it is mapped: the address of a read-only view is dear to find.
-        start = self._shard.offset
-        return self._space.arena.view[start : start + self._shard.size_bytes]
+        return self._space.bytes_at(self._shard.offset, self._shard.size_bytes)
 
     def check(self, found: Digests64) -> None:
         """Raise `ChecksumError` unless *found* are the block digests of what was committed."""

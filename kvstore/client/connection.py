@@ -75,6 +75,8 @@ class Connection:
     ) -> None:
         self.path = path
         self.arena_fd: int | None = None
+        self._pool_fd = -1
+        self._expects_fd = True
         self._ids = itertools.count(1)
         self._waiters: dict[int, Waiter | None] = {}
         self._frames = FrameReader()
@@ -146,6 +148,18 @@ class Connection:
         """Send *request* and take no interest in its reply."""
         self._send(request, _UNWANTED)
 
+    def expect_fd(self, timeout_seconds: float) -> None:
+        """Have the next descriptor taken in, too, until `take_fd`; it would be lost otherwise."""
+        self._expects_fd = True
+        # Whichever thread reads now does not know it. When this is answered, all that follow do.
+        self.call(m.Ping(self.next_id(), deadline_ms(timeout_seconds)), m.Pong, timeout_seconds)
+
+    def take_fd(self) -> int:
+        """Return the descriptor that has come, -1 for none; it is the caller's from now on."""
+        fd, self._pool_fd = self._pool_fd, -1
+        self._expects_fd = False
+        return fd
+
     def close(self) -> None:
         """End the session. Idempotent."""
         self._fail("the connection was closed")
@@ -215,12 +229,15 @@ class Connection:
     def _receive(self) -> BytesLike:
         """Return what has come, good until the next call."""
         data: BytesLike
-        if self.arena_fd is not None:
+        if not self._expects_fd:
             data = self._received[: self._socket.recv_into(self._received)]
         else:
             data, fds, _, _ = socket.recv_fds(self._socket, _RECEIVE_BYTES, 1)
-            if fds:
+            if fds and self.arena_fd is None:
                 self.arena_fd = fds[0]
+                self._expects_fd = False
+            elif fds:
+                self._pool_fd = fds[0]
         if not data:
             raise ConnectionResetError("the daemon closed the session")
         return data

@@ -18,7 +18,7 @@ from kvstore.protocol import messages as m
 from kvstore.protocol.manifest import decode_manifest
 from kvstore.store.history import Fate
 from kvstore.store.recent import RecentLookup
-from kvstore.types import Digest, HeadRange, LeaseId, ReservationId, Root, SessionId
+from kvstore.types import Digest, HeadRange, LeaseId, ReservationId, Root, SessionId, TierKind
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # An answer leaves this long before the deadline, so that it is there in time.
 _ANSWER_SECONDS = 0.002
 _MICROSECOND = 1e-6
+_DIRECT = TierKind.HOST | TierKind.DEVICE
 
 
 class Answers:
@@ -40,6 +41,8 @@ class Answers:
         self, server: Server, session: SessionId, reply: Callable[[m.AnyReply], None]
     ) -> None:
         self.spaces: list[Namespace] = []
+        # The numbers of those whose engine maps the pool of device memory.
+        self._pooled: set[int] = set()
         self.tenant = 0
         self._scope = ""
         self._server = server
@@ -117,7 +120,10 @@ class Answers:
             )
         space = self._store.enter(manifest, self._scope)
         self.spaces.append(space)
-        host = self._store.host
+        host, device = self._store.host, self._store.device
+        pool = None if device is None or not request.pool else device.tier.pool
+        if pool is not None:
+            self._pooled.add(len(self.spaces) - 1)
         return m.Attached(
             request.request_id,
             len(self.spaces) - 1,
@@ -129,6 +135,7 @@ class Answers:
             self._server.prefaults,
             self._mover.writes_through,
             self.spans is not None,
+            *(() if pool is None else (pool.size_bytes, pool.identity, pool.exported.handle)),
         )
 
     def _keep(self, request: m.Pin | m.Unpin | m.Delete | m.Prefetch | m.Hint) -> m.Done:
@@ -244,8 +251,9 @@ class Answers:
             _heads(request, space),
             now,
             recompute_seconds=request.recompute_us * _MICROSECOND,
+            direct=_DIRECT if request.space in self._pooled else TierKind.HOST,
         )
-        if loading.is_in_host:
+        if loading.is_at_hand:
             return self._loaded(request, loading, len(loading.slots))
         # Longer than this, its lease would not last for the copy.
         seconds = min(self._seconds(request), self._store.leases.ttl_seconds / 2)
@@ -265,7 +273,28 @@ class Answers:
 
     def _loaded(self, request: m.Load, loading: Loading, count: int) -> m.Loaded:
         lease, chunks = self._store.end_load(loading, count)
+        if loading.direct != TierKind.HOST:
+            chunks = self._with_pool(loading, chunks)
         return m.Loaded(request.request_id, lease, _shards(chunks))
+
+    def _with_pool(
+        self, loading: Loading, chunks: list[list[ShardRecord]]
+    ) -> list[list[ShardRecord]]:
+        """Return *chunks* with the places in the pool of what is read there, behind the arena."""
+        device, behind = self._store.device, self._store.host.arena.size_bytes
+        assert device is not None, "a space is pooled where there is a pool"
+
+        def place(slot: int, shard: ShardRecord) -> ShardRecord:
+            if not loading.is_pooled(shard):
+                return shard
+            extent = device.place_of(slot, shard)
+            return shard._replace(extent=extent._replace(offset=behind + extent.offset))
+
+        slots = loading.slots[: len(chunks)]
+        return [
+            [place(slot, shard) for shard in chunk]
+            for slot, chunk in zip(slots, chunks, strict=True)
+        ]
 
     # --- writing ------------------------------------------------------------------------
 
@@ -283,8 +312,13 @@ class Answers:
             heads=heads,
             sizes=request.sizes,
             tenant=self.tenant,
+            pooled=request.space in self._pooled,
         )
-        slots = [m.Slot(one.outcome, one.reservation, one.extent.offset) for one in granted]
+        behind = self._store.host.arena.size_bytes
+        slots = [
+            m.Slot(one.outcome, one.reservation, one.extent.offset + one.is_pooled * behind)
+            for one in granted
+        ]
         return m.Reserved(request.request_id, slots)
 
     def _commit(self, request: m.Commit) -> m.Committed | None:

@@ -59,6 +59,7 @@ class Session(asyncio.Protocol):
         # What is answered later, and since when that is waited for.
         self._began: dict[int, tuple[str, float]] = {}
         self._arena_sent = False
+        self._pool_sent = False
         self._transport: asyncio.Transport
         self._socket: socket.socket
         self._closing = False
@@ -186,12 +187,25 @@ class Session(asyncio.Protocol):
     def _attach(self, request: m.Attach) -> m.Attached | None:
         reply = self._answers.attach(request)
         self._machine.attached()
-        if self._arena_sent:
+        fds = self._descriptors(reply)
+        if not fds:
             return reply
-        self._arena_sent = True
         self._machine.answered(request.request_id)
-        self._send_with_arena(frame(reply))
+        self._send_with(fds, frame(reply))
         return None
+
+    def _descriptors(self, reply: m.Attached) -> list[int]:
+        """Return the descriptors that go with *reply*: each once in a session."""
+        fds: list[int] = []
+        if not self._arena_sent:
+            self._arena_sent = True
+            fds.append(self._store.host.arena.fd)
+        device = self._store.device
+        if device is not None and reply.pool_bytes and not self._pool_sent:
+            self._pool_sent = True
+            if device.tier.pool.exported.fd >= 0:
+                fds.append(device.tier.pool.exported.fd)
+        return fds
 
     # --- replies ------------------------------------------------------------------------
 
@@ -213,19 +227,19 @@ class Session(asyncio.Protocol):
         if not self._closing:
             self._transport.write(frame(reply))
 
-    def _send_with_arena(self, reply: bytes) -> None:
-        """Send *reply* and the arena's descriptor with it, once all earlier replies are out."""
+    def _send_with(self, fds: list[int], reply: bytes) -> None:
+        """Send *reply* and descriptors with it, once all earlier replies are out."""
         if self._closing:
             return
         try:
             if self._transport.get_write_buffer_size():
                 raise BlockingIOError  # as the socket itself would say
-            sent = socket.send_fds(self._socket, [reply], [self._store.host.arena.fd])
+            sent = socket.send_fds(self._socket, [reply], fds)
         except BlockingIOError:
-            self._server.loop.call_later(_RETRY_SECONDS, self._send_with_arena, reply)
+            self._server.loop.call_later(_RETRY_SECONDS, self._send_with, fds, reply)
             return
         except OSError as error:
-            self._fail(0, ProtocolError(f"the arena could not be passed: {error.strerror}"))
+            self._fail(0, ProtocolError(f"memory could not be passed: {error.strerror}"))
             return
         if sent < len(reply):
             self._transport.write(reply[sent:])

@@ -65,11 +65,14 @@ class Hello(Request, tag=1, frozen=True, gc=False):
 class Attach(Request, tag=2, frozen=True, gc=False):
     """Enter the namespace of *manifest*; *chunk_bytes* is the client's own idea of its size.
 
-    The reply to the first attach of a session carries the arena's file descriptor.
+    The reply to the first attach of a session carries the arena's file descriptor, the first with
+    *pool* that of the pool of device memory, if there is one: loads and stores in a space that
+    was entered so may use it.
     """
 
     manifest: Annotated[bytes, Meta(max_length=MANIFEST_SIZE_MAX_BYTES)]
     chunk_bytes: f.Size
+    pool: bool = False
 
 
 class Lookup(Request, tag=3, frozen=True, gc=False):
@@ -310,7 +313,9 @@ class Attached(Message, tag=66, frozen=True, gc=False):
 
     *prefaulted* says that the arena is, or is being, backed by memory as a whole, *through*
     that a commit is answered only once slower tiers have what they are to have. *traced* says
-    that the daemon records requests that name their trace (`traceparent`).
+    that the daemon records requests that name their trace (`traceparent`). A pool of
+    *pool_bytes* lies on the GPU *pool_device*; where it has a *pool_handle*, that opens it
+    instead of a descriptor.
     """
 
     space: f.Handle
@@ -322,6 +327,9 @@ class Attached(Message, tag=66, frozen=True, gc=False):
     prefaulted: bool = False
     through: bool = False
     traced: bool = False
+    pool_bytes: int = 0
+    pool_device: str = ""
+    pool_handle: bytes = b""
 
 
 class Found(Message, tag=67, frozen=True, gc=False):
@@ -340,7 +348,10 @@ class Found(Message, tag=67, frozen=True, gc=False):
 
 
 class Shard(msgspec.Struct, array_like=True, frozen=True, gc=False):
-    """Where one shard of a chunk lies in the arena, and the root of its checksum tree."""
+    """Where one shard of a chunk lies, and the root of its checksum tree.
+
+    Offsets are those in the arena; from its end on they go on through the pool.
+    """
 
     head_start: int
     head_stop: int

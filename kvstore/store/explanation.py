@@ -13,7 +13,7 @@ import msgspec
 
 from kvstore.limits import EXPLAINED_CHUNKS_MAX, EXPLAINED_ELSEWHERE_MAX
 from kvstore.store.history import Entry, Fate
-from kvstore.store.recompute import worth_loading
+from kvstore.store.recompute import run_lengths, worth_loading
 from kvstore.types import NO_SLOT, Digest, TierKind
 
 if TYPE_CHECKING:
@@ -136,14 +136,8 @@ def explain(
 
 
 def _worth(store: Store, space: Namespace, slots: Sequence[int], recompute_seconds: float) -> int:
-    runs: list[tuple[int, int]] = []
-    for bits in store.index.tiers(slots):
-        if runs and runs[-1][0] == bits:
-            runs[-1] = (bits, runs[-1][1] + 1)
-        else:
-            runs.append((bits, 1))
     return worth_loading(
-        runs,
+        run_lengths(store.index.tiers(slots)),
         lambda bits, chunks: store.expected_seconds(bits, chunks, space.chunk_bytes),
         recompute_seconds,
     ).chunks

@@ -184,9 +184,19 @@ class Lane:
         return len(self._fetches)
 
     @property
+    def is_loading(self) -> bool:
+        """Whether somebody waits for a load, under way or not."""
+        return self._reading_loads > 0 or self._has_loads()
+
+    @property
     def is_settled(self) -> bool:
         """Whether nothing waits to be written or is being written."""
         return not (self._writes or self._removals or self._writing)
+
+    @property
+    def is_quiet(self) -> bool:
+        """Whether no fetch waits or is under way."""
+        return not (self._fetches or self._reading)
 
     # --- putting in ---------------------------------------------------------------------
 

@@ -104,6 +104,8 @@ class Reservation(NamedTuple):
     heads: HeadRange
     extent: Extent
     tenant: int = 0
+    is_pooled: bool = False
+    """Whether *extent* lies in the pool of the device tier, not in the arena."""
 
 
 class Reservations:

@@ -26,7 +26,7 @@ from kvstore.store.admission import Admission
 from kvstore.store.lane import Fetch, FetchKey, Job, Lane, Removal, Write
 from kvstore.store.promotion import PendingLoad
 from kvstore.store.quota import DEFAULT_TENANT
-from kvstore.store.route import Route, Threads, WritePolicy, shard_of
+from kvstore.store.route import Route, Threads, WritePolicy
 from kvstore.store.shards import is_below, tiers_with
 from kvstore.tiers.guard import GuardedTier
 from kvstore.types import NO_SLOT, Digest, HeadRange, TierKind
@@ -83,8 +83,9 @@ class Mover:
         async with asyncio.TaskGroup() as group:
             self._group = group
             for route in self.routes.values():
-                name = f"probe-{route.kind.name.lower()}"
-                group.create_task(route.tier.keep_probing(), name=name)
+                group.create_task(
+                    route.tier.keep_probing(), name=f"probe-{route.kind.name.lower()}"
+                )
                 self._kick(route)
 
     @property
@@ -123,7 +124,7 @@ class Mover:
         for route in self.routes.values():
             if len(here) == 1:
                 route.note_use(slot)
-            if route.policy != "on_evict":
+            if route.is_offered:
                 self._offer(route, slot, next(shard for shard in here if shard.heads == heads))
         # Only now: what makes room may be this very chunk.
         self.pressed()
@@ -136,7 +137,7 @@ class Mover:
                 for slot in slots:
                     route.note_use(slot)
             # A tier that fails is offered what is used once it answers again.
-            if route.policy != "on_evict" and route.tier.is_usable:
+            if route.is_offered and route.tier.is_usable:
                 for slot in [slot for slot in slots if not index.tiers_of(slot) & route.kind]:
                     for shard in index.shards(slot):
                         self._offer(route, slot, shard)
@@ -162,10 +163,8 @@ class Mover:
     def removed(self, slot: int, shards: Sequence[ShardRecord]) -> None:
         """Let slower tiers forget *shards* of *slot*, which is about to be forgotten here."""
         for route in self.routes.values():
-            for record in [shard for shard in shards if shard.tiers & route.kind]:
-                shard = shard_of(self._store, slot, record)
-                route.lane.put_removal(Removal(shard, record.place))
-                self._kick(route)
+            route.remove(slot, shards)
+            self._kick(route)
 
     def is_wanted(self, slot: int) -> bool:
         """Return whether a tier that takes what is evicted would take *slot*."""
@@ -203,7 +202,7 @@ class Mover:
         for position, (slot, shards) in enumerate(zip(loading.slots, loading.chunks, strict=True)):
             parent = digests[position - 1] if position else None
             for shard in shards:
-                if not shard.is_in_host and position < pending.limit:
+                if not loading.has_at_hand(shard) and position < pending.limit:
                     fetch = self._fetch(slot, shard.heads, parent)
                     pending.wait_for(fetch, position)
                     if deadline < fetch.deadline and not fetch.is_running:
@@ -219,15 +218,19 @@ class Mover:
         for parent, slot in zip((None, *digests), slots, strict=False):
             forms = self._store.index.shards(slot)
             for heads in {f.heads for f in forms if not tiers_with(forms, f.heads) & _HOST}:
-                if len(self._fetches) >= PREFETCH_QUEUE_CHUNKS_MAX:
-                    continue
-                coming += 1
-                if (slot, heads) not in self._fetches:
-                    fetch = self._fetch(slot, heads, parent)
-                    fetch.is_prefetch = True
-                    self._route(fetch)
+                coming += self.bring(slot, heads, parent)
         self._store.counters.prefetch_chunks += coming
         return coming
+
+    def bring(self, slot: int, heads: HeadRange, parent: Digest | None = None) -> bool:
+        """Bring a shard into the host tier when nothing else is to do; return whether it comes."""
+        if (slot, heads) not in self._fetches:
+            if len(self._fetches) >= PREFETCH_QUEUE_CHUNKS_MAX:
+                return False
+            fetch = self._fetch(slot, heads, parent)
+            fetch.is_prefetch = True
+            self._route(fetch)
+        return True
 
     def when_written(
         self, space: Namespace, digest: Digest, heads: HeadRange, done: Callable[[bool], None]
@@ -311,7 +314,7 @@ class Mover:
         try:
             is_here = await route.fetch(fetch)
         except TierError as error:
-            log.info("chunk not read", extra=_fields(route, error))
+            log.info("chunk not read", extra=route.fields(error))
         except Exception:
             log.exception("chunk not read", extra={"tier": route.kind.name.lower()})
         finally:
@@ -366,7 +369,7 @@ class Mover:
         try:
             kept = await route.write(write)
         except TierError as error:
-            log.info("chunk not written", extra=_fields(route, error))
+            log.info("chunk not written", extra=route.fields(error))
         finally:
             route.lane.ended(write)
             write.finish(kept=kept)
@@ -405,7 +408,7 @@ class Mover:
         try:
             await route.tier.remove(removal.shard, removal.place)
         except TierError as error:
-            log.info("chunk not removed", extra=_fields(route, error))
+            log.info("chunk not removed", extra=route.fields(error))
         finally:
             route.lane.ended(removal)
 
@@ -422,7 +425,8 @@ class Mover:
         self._finding += 1
         try:
             for route in asked:
-                await self._find_in(route, space, digests)
+                known, _ = self._store.index.prefix(space, digests)
+                await self._find_in(route, space, digests[known:])
         finally:
             space.entered -= 1
             self._finding -= 1
@@ -441,7 +445,7 @@ class Mover:
                 if len(self._store.index.leading(space, batch)) < len(batch):
                     break
         except TierError as error:
-            log.info("tier not asked", extra=_fields(route, error))
+            log.info("tier not asked", extra=route.fields(error))
         finally:
             route.finding -= 1
 
@@ -478,7 +482,7 @@ class Mover:
 
     def _is_settled(self) -> bool:
         """Whether all is written that can be: a tier that fails is not waited for."""
-        return all(r.lane.is_settled or not r.tier.is_usable for r in self.routes.values())
+        return all(r.is_settled or not r.tier.is_usable for r in self.routes.values())
 
     def _changed(self, route: Route) -> None:
         """Act on a breaker that has opened or closed."""
@@ -494,7 +498,3 @@ class Mover:
                 if self._fetches.get(fetch.key) is fetch:
                     self._route(fetch)
         self._kick(route)
-
-
-def _fields(route: Route, error: TierError) -> dict[str, object]:
-    return {"tier": route.kind.name.lower(), "reason": str(error)}

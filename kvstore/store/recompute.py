@@ -13,6 +13,16 @@ class Worth(NamedTuple):
     expected_seconds: float
 
 
+def run_lengths(tiers: bytes) -> list[tuple[int, int]]:
+    """Return (tier bits, chunks) for every run of equal bytes."""
+    runs: list[tuple[int, int]] = []
+    while tiers:
+        rest = tiers.lstrip(tiers[:1])
+        runs.append((tiers[0], len(tiers) - len(rest)))
+        tiers = rest
+    return runs
+
+
 def worth_loading(
     runs: Sequence[tuple[int, int]],
     seconds_for: Callable[[int, int], float],

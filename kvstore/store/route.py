@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Final, Literal, Protocol, TypeVar
 
 import numpy as np
 
-from kvstore.errors import ChecksumError
+from kvstore.errors import ChecksumError, TierError
 from kvstore.hashing import Digests64, block_count, root_of
 from kvstore.limits import TIER_TRANSCODES_MAX
 from kvstore.protocol.manifest import encode_namespace
 from kvstore.store.admission import Admission, AdmitAll
 from kvstore.store.history import Fate
-from kvstore.store.lane import TierRead
+from kvstore.store.lane import Removal, TierRead
 from kvstore.store.residence import fingerprint
 from kvstore.store.shards import tiers_with
 from kvstore.store.transcode import Stored, Transcoder, count, form_of
@@ -34,7 +34,7 @@ _HOST: Final = TierKind.HOST
 # A tier that says that it is full, though by its figures it is not, is asked so often.
 _WRITE_TRIES_MAX: Final = 16
 
-WritePolicy = Literal["through", "back", "on_evict"]
+WritePolicy = Literal["through", "back", "on_evict", "never"]
 Answer = TypeVar("Answer")
 
 
@@ -62,6 +62,7 @@ class Route:
         self.kind: Final = tier.kind
         self.lane = lane
         self.policy = policy
+        self.is_offered: Final = policy in {"through", "back"}
         self.admission = admission or AdmitAll()
         self.is_selective: Final = not isinstance(self.admission, AdmitAll)
         self.finding = 0
@@ -93,9 +94,32 @@ class Route:
         self.admission.note(fingerprint(index.digest(slot)), index.space_of(slot).chunk_bytes)
 
     def lacks(self, slot: int, record: ShardRecord) -> bool:
-        """Return whether *record* is in the host tier, and no form of it here."""
+        """Return whether *record* is in the host tier, and no form of it here where one may be."""
+        if self.policy == "never":
+            return False
         forms = self._store.index.shards(slot)
         return record.is_in_host and not tiers_with(forms, record.heads) & self.kind
+
+    def fields(self, error: TierError) -> dict[str, object]:
+        """Return what a log says of *error*."""
+        return {"tier": self.kind.name.lower(), "reason": str(error)}
+
+    def remove(self, slot: int, shards: Sequence[ShardRecord]) -> None:
+        """Queue what the tier is to forget of *shards* of *slot*.
+
+        From the device tier it is gone as soon as the index lets go of it.
+        """
+        for record in shards if self.kind is not TierKind.DEVICE else ():
+            if record.tiers & self.kind:
+                self.lane.put_removal(Removal(self._shard(slot, record), record.place))
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether all is kept that is to be kept when the daemon ends.
+
+        What engines have put into the device tier is not, before it has been fetched.
+        """
+        return self.lane.is_settled and (self.kind is not TierKind.DEVICE or self.lane.is_quiet)
 
     def lacks_above(self, slot: int) -> Digest | None:
         """Return the chunk before *slot* where the tier does not have it."""
@@ -148,8 +172,11 @@ class Route:
         store = self._store
         store.host.seal(extent, blocks)
         if store.promoted(fetch.slot, record, extent, fetch.parent):
-            store.counters.promote_chunks += 1
-            store.counters.promote_bytes += extent.size_bytes
+            if self.kind is TierKind.DEVICE:
+                store.demoted(fetch.slot, fetch.heads)
+            else:
+                store.counters.promote_chunks += 1
+                store.counters.promote_bytes += extent.size_bytes
         return store.index.shard(fetch.slot, fetch.heads, _HOST) is not None
 
     @property

@@ -63,8 +63,17 @@ def tiers_with(shards: Iterable[ShardRecord], heads: HeadRange) -> int:
 
 def is_below(shards: Sequence[ShardRecord]) -> bool:
     """Return whether all heads that the host tier has are in a slower tier, too."""
-    host = TierKind.HOST
-    return all(tiers_with(shards, s.heads) & ~host for s in shards if s.tiers & host)
+    host, not_below = TierKind.HOST, TierKind.HOST | TierKind.DEVICE
+    return all(tiers_with(shards, s.heads) & ~not_below for s in shards if s.tiers & host)
+
+
+def is_at_hand(shard: ShardRecord, wanted: HeadRange, direct: int) -> bool:
+    """Return whether an engine that maps the tiers *direct* can read *shard* where it lies.
+
+    Only chunks in one piece are put together on a device.
+    """
+    at_hand = shard.tiers & direct
+    return bool(at_hand & TierKind.HOST or (at_hand and shard.heads == wanted))
 
 
 def find_form(shards: Iterable[ShardRecord], wanted: ShardRecord) -> ShardRecord | None:
@@ -84,18 +93,21 @@ def covers(shards: Iterable[HeadRange], wanted: HeadRange) -> bool:
 
 
 def choose_cover(
-    shards: Sequence[ShardRecord], wanted: HeadRange, usable: int = -1
+    shards: Sequence[ShardRecord],
+    wanted: HeadRange,
+    usable: int = -1,
+    direct: int = TierKind.HOST,
 ) -> list[ShardRecord]:
     """Return the fewest shards that hold every head of *wanted*, in head order.
 
-    *shards* must cover *wanted* with those in *usable* tiers. Where shards in the host tier
-    are enough, no others are chosen; of several forms one is.
+    *shards* must cover *wanted* with those in *usable* tiers. Where shards that are at hand in
+    the tiers *direct* are enough, no others are chosen; of several forms one is.
     """
     if len(shards) == 1:
         return list(shards)
-    in_host = [shard for shard in shards if shard.is_in_host]
-    if covers([shard.heads for shard in in_host], wanted):
-        shards = in_host
+    at_hand = [shard for shard in shards if is_at_hand(shard, wanted, direct & usable)]
+    if covers([shard.heads for shard in at_hand], wanted):
+        shards = at_hand
     chosen: list[ShardRecord] = []
     reached = wanted.start
     while reached < wanted.stop:

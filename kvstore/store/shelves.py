@@ -6,7 +6,7 @@ Knows nothing of requests: they are the store's.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from kvstore.metrics import Counters
 from kvstore.store.history import Fate, History
@@ -32,8 +32,12 @@ from kvstore.types import (
     TierKind,
 )
 
+if TYPE_CHECKING:
+    from kvstore.store.device import DeviceRoom
+
 NO_TENANT = ""
 _HOST = TierKind.HOST
+_EVICTING = TierKind.DEVICE | TierKind.DISK
 
 
 class SlowTier(NamedTuple):
@@ -79,7 +83,7 @@ class Shelves:
         tenants: Sequence[Share] = (Share(NO_TENANT),),
         slower: Sequence[SlowTier] = (),
     ) -> None:
-        evicting = [_HOST, *(tier.kind for tier in slower if tier.kind is TierKind.DISK)]
+        evicting = [_HOST, *(tier.kind for tier in slower if tier.kind & _EVICTING)]
         self.host = host
         self.index = Index(evicting)
         self.leases = Leases(lease_ttl_seconds)
@@ -101,6 +105,7 @@ class Shelves:
             self.history,
         )
         self.promoting: dict[Extent, int] = {}
+        self.device: DeviceRoom | None = None
         self._movement: Movement | None = None
         self._spaces: dict[NamespaceId, Namespace] = {}
         self._orphans: dict[SessionId, list[Reservation]] = {}
@@ -143,6 +148,33 @@ class Shelves:
         self.index.release(slot)
         self._sweep()
 
+    def pin(self, space: Namespace, digests: Sequence[Digest], *, hard: bool) -> int:
+        """Pin the chunks that are present; return their number."""
+        slots = [slot for digest in digests if (slot := space.find(digest)) != NO_SLOT]
+        for slot in slots:
+            self.index.pin(slot, hard=hard)
+        for residents in () if hard else (self.residents, *self.slower.residents.values()):
+            for slot in slots:
+                residents.defer(slot)
+        return len(slots)
+
+    def unpin(self, space: Namespace, digests: Sequence[Digest]) -> int:
+        """End the pins on the chunks; return how many had one."""
+        slots = [slot for digest in digests if (slot := space.find(digest)) != NO_SLOT]
+        unpinned = sum(self.index.unpin(slot) for slot in slots)
+        for residents in (self.residents, *self.slower.residents.values()):
+            for slot in slots:
+                residents.resume(slot)
+        self._sweep()
+        return unpinned
+
+    def expire(self, now: float) -> int:
+        """End the leases whose time is over; return their number."""
+        ended = self.leases.expire(now)
+        self._unhold(ended)
+        self.counters.lease_expirations += len(ended)
+        return len(ended)
+
     def keep(self, space: Namespace, digests: Sequence[Digest], *, kept: bool) -> None:
         """Let the leading chunks leave last, or no longer."""
         for slot in self.index.leading(space, digests):
@@ -163,7 +195,7 @@ class Shelves:
     def bury(self, session: SessionId) -> None:
         """Free what an ended session had reserved: nobody can write there any more."""
         for record in self._orphans.pop(session, ()):
-            self.room.give_back(record.tenant, record.extent)
+            self._free(record)
 
     def watch(self, space: Namespace, digest: Digest, changed: Callable[[], None]) -> None:
         """Call *changed* once, when the arriving chunk *digest* is published or given up."""
@@ -225,6 +257,12 @@ class Shelves:
         self.room.record(slot, here, parent)
         return True
 
+    def demoted(self, slot: int, heads: HeadRange) -> None:
+        """Note bytes in the host tier that engines have stored in the device tier."""
+        self.counters.demote_chunks += 1
+        if self._movement is not None:
+            self._movement.published(slot, heads)
+
     def offer(self, slot: int) -> None:
         """Let slower tiers that lack *slot* take it, as after a use of it."""
         if self._movement is not None:
@@ -265,6 +303,9 @@ class Shelves:
         self.index.check()
         extents = list(self.room.extents())
         self.host.check(extent for extent, _ in extents)
+        if self.device is not None:
+            unpublished = self._unpublished_records()
+            self.device.check(record.extent for record in unpublished if record.is_pooled)
         self._check_accounts()
         self.slower.check()
         held = dict(self._holds)
@@ -283,6 +324,8 @@ class Shelves:
         for slot in in_host:
             used[self.index.tenant_of(slot)] += self.room.footprint_of(slot)
         for record in self._unpublished_records():
+            if record.is_pooled:
+                continue
             used[record.tenant] += self.host.footprint(record.extent.size_bytes)
         for extent, tenant in self.promoting.items():
             used[tenant] += self.host.footprint(extent.size_bytes)
@@ -309,7 +352,8 @@ class Shelves:
         if self.index.hollow:
             self.index.drop_hollow()
 
-    def _has_shard(self, slot: int, heads: HeadRange, tiers: int) -> bool:
+    def has_shard(self, slot: int, heads: HeadRange, tiers: int) -> bool:
+        """Return whether *tiers* together hold *heads* of *slot*."""
         shards = self.index.shards(slot)
         return covers([shard.heads for shard in shards if shard.tiers & tiers], heads)
 
@@ -326,7 +370,7 @@ class Shelves:
         `NO_SLOT` when shards cut otherwise got there first: it would only take up room.
         """
         slot = space.find(digest)
-        if slot != NO_SLOT and self._has_shard(slot, shard.heads, _HOST):
+        if slot != NO_SLOT and self.has_shard(slot, shard.heads, _HOST):
             return NO_SLOT
         above = NO_SLOT if parent is None else space.find(parent)
         if slot == NO_SLOT:
@@ -353,9 +397,9 @@ class Shelves:
         # tier has made itself is as good as what it would make of these.
         self.index.add_shard(slot, shard)
         stale = [form._replace(tiers=form.tiers & ~self.slower.forming) for form in forms]
-        self._forget_slower(slot, [form for form in stale if form.tiers])
+        self.forget_slower(slot, [form for form in stale if form.tiers])
 
-    def _forget_slower(self, slot: int, shards: Sequence[ShardRecord]) -> None:
+    def forget_slower(self, slot: int, shards: Sequence[ShardRecord]) -> None:
         """Let all slower tiers forget *shards* of *slot*."""
         if self._movement is not None:
             self._movement.removed(slot, shards)
@@ -367,7 +411,7 @@ class Shelves:
     def _remove(self, slot: int) -> None:
         """Let *slot*, which is not held, leave all tiers."""
         self.index.lease(slot)
-        self._forget_slower(slot, [s for s in self.index.shards(slot) if s.tiers & ~_HOST])
+        self.forget_slower(slot, [s for s in self.index.shards(slot) if s.tiers & ~_HOST])
         if self.index.tiers_of(slot) & _HOST:
             self.room.vacate(slot, evicted=False)
         self.index.release(slot)
@@ -378,7 +422,14 @@ class Shelves:
         for orphans in self._orphans.values():
             yield from orphans
 
+    def _free(self, record: Reservation) -> None:
+        """Free the room of *record*, which is reserved no more, and in which nothing is kept."""
+        if not record.is_pooled:
+            self.room.give_back(record.tenant, record.extent)
+        elif self.device is not None:
+            self.device.free(record.extent)
+
     def _unpublished(self) -> Iterator[Extent]:
-        """Yield every extent in use that is no chunk's."""
-        yield from (record.extent for record in self._unpublished_records())
+        """Yield every extent of the arena in use that is no chunk's."""
+        yield from (r.extent for r in self._unpublished_records() if not r.is_pooled)
         yield from self.promoting

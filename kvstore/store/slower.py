@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Final
 
 from kvstore.limits import CHUNK_SIZE_MAX_BYTES, REMEMBERED_CHUNKS_MAX
 from kvstore.store.history import Fate
 from kvstore.store.shards import ShardRecord, find_form, whole_bytes
+from kvstore.tiers.base import ShardKey
 from kvstore.types import NO_SLOT, Digest, Extent, HeadRange, Place, TierKind
 
 if TYPE_CHECKING:
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from kvstore.store.namespace import Namespace
     from kvstore.store.residence import Residents
     from kvstore.tiers.base import Recovered, RecoveredRun
+
+# Tiers whose room is ours to give: what is there is known, however much it is.
+_OURS: Final = TierKind.DEVICE | TierKind.DISK
 
 
 class SlowerTiers:
@@ -32,6 +36,8 @@ class SlowerTiers:
         self.residents = residents
         self._history = history
         self.forming = 0
+        self.let_go: dict[TierKind, Callable[[ShardKey], None]] = {}
+        """Who is told, by tier, of what is there no more: those whose room is freed at once."""
         self._index = index
 
     def entered(self, slot: int, written: ShardRecord, kind: TierKind, place: Place) -> None:
@@ -52,15 +58,17 @@ class SlowerTiers:
         if not there:
             return []
         residents, tenant = self.residents[kind], self._index.tenant_of(slot)
+        space, digest = self._index.space_of(slot), self._index.digest(slot)
         if heads is None or {shard.heads for shard in there} == {heads}:
             residents.forget(slot, evicted=evicted)
-        space = self._index.space_of(slot)
         if evicted:
-            self._history.note(space, self._index.digest(slot), Fate.EVICTED_FOR_ROOM, kind)
+            self._history.note(space, digest, Fate.EVICTED_FOR_ROOM, kind)
         lost = self._index.lose(slot, kind, heads)
         residents.gave(space, lost)
         for shard in lost:
             residents.shares.refund(tenant, shard.size_bytes)
+            if kind in self.let_go:
+                self.let_go[kind](ShardKey(space.id, digest, shard.heads))
         return lost
 
     def learn(self, space: Namespace, kind: TierKind, found: Recovered, *, tenant: int) -> int:
@@ -80,9 +88,7 @@ class SlowerTiers:
         record = ShardRecord(heads, Extent(0, shard.size_bytes), shard.root, kind, place)
         if slot == NO_SLOT:
             parent = NO_SLOT if shard.parent is None else space.find(shard.parent)
-            slot = self._index.add(space, digest, parent, record, tenant)
-            self._charge(slot, kind, record, is_new=True)
-            return slot
+            return self.add(space, digest, parent, record, tenant)
         forms = [known for known in self._index.shards(slot) if known.heads == heads]
         former = next((known for known in forms if known.tiers & kind), None)
         if former is None:
@@ -92,6 +98,14 @@ class SlowerTiers:
             # Another daemon has written this key anew, with bytes that are as good.
             self.left(slot, kind, heads)
             return self.learn(space, kind, found, tenant=tenant)
+        return slot
+
+    def add(
+        self, space: Namespace, digest: Digest, parent: int, record: ShardRecord, tenant: int
+    ) -> int:
+        """Publish the first shard of a chunk, which is in one slower tier; return its slot."""
+        slot = self._index.add(space, digest, parent, record, tenant)
+        self._charge(slot, TierKind(record.tiers), record, is_new=True)
         return slot
 
     def recover(self, kind: TierKind, found: Iterable[tuple[Namespace, int, RecoveredRun]]) -> int:
@@ -192,7 +206,7 @@ class SlowerTiers:
         if is_new:
             heads = self._index.space_of(slot).manifest.kv_heads
             residents.admit(slot, whole_bytes(record, heads))
-        if residents.count > REMEMBERED_CHUNKS_MAX and kind is not TierKind.DISK:
+        if residents.count > REMEMBERED_CHUNKS_MAX and not kind & _OURS:
             self._forget_one(kind, slot)
 
     def _forget_one(self, kind: TierKind, newest: int) -> None:

@@ -16,8 +16,8 @@ from kvstore.store.history import Fate
 from kvstore.store.leases import Reservation
 from kvstore.store.namespace import Namespace
 from kvstore.store.quota import DEFAULT_TENANT
-from kvstore.store.recompute import Worth, worth_loading
-from kvstore.store.shards import ShardRecord, bytes_for, choose_cover, covers
+from kvstore.store.recompute import Worth, run_lengths, worth_loading
+from kvstore.store.shards import ShardRecord, bytes_for, choose_cover, covers, is_at_hand
 from kvstore.store.shelves import NO_TENANT, Shelves
 from kvstore.tiers.record_layout import Owner
 from kvstore.types import (
@@ -36,6 +36,8 @@ from kvstore.types import (
 
 NO_LEASE = LeaseId(0)
 _HOST = TierKind.HOST
+# What another host holds for itself is not kept: it may be gone at any time.
+_KEEPING = ~TierKind.PEER
 
 
 class Hits(NamedTuple):
@@ -58,10 +60,14 @@ class Granted(NamedTuple):
     outcome: ReserveOutcome
     reservation: ReservationId = ReservationId(0)
     extent: Extent = Extent(0, 0)
+    is_pooled: bool = False
 
 
 class Loading(NamedTuple):
-    """Leased chunks on their way to a session: for each, the shards that cover *heads*."""
+    """Leased chunks on their way to a session: for each, the shards that cover *heads*.
+
+    *direct* are the tiers whose memory the session has mapped.
+    """
 
     session: SessionId
     space: Namespace
@@ -69,11 +75,21 @@ class Loading(NamedTuple):
     lease: LeaseId
     slots: list[int]
     chunks: list[list[ShardRecord]]
+    direct: int = _HOST
 
     @property
-    def is_in_host(self) -> bool:
+    def is_at_hand(self) -> bool:
         """Whether all of it can be read where it lies."""
-        return all(shard.tiers & _HOST for chunk in self.chunks for shard in chunk)
+        chunks = self.chunks
+        return all(s.tiers & _HOST or self.has_at_hand(s) for chunk in chunks for s in chunk)
+
+    def has_at_hand(self, shard: ShardRecord) -> bool:
+        """Return whether the session can read *shard* where it lies."""
+        return is_at_hand(shard, self.heads, self.direct)
+
+    def is_pooled(self, shard: ShardRecord) -> bool:
+        """Return whether the session reads *shard*, which it has at hand, in the device tier."""
+        return is_at_hand(shard, self.heads, self.direct & TierKind.DEVICE)
 
 
 class Store(Shelves):
@@ -128,13 +144,13 @@ class Store(Shelves):
         """
         present, slots = self.index.prefix(space, digests, window)
         arriving = self._count_arriving(space, digests, present)
-        tiers = _run_lengths(self.index.tiers(slots))
+        tiers = run_lengths(self.index.tiers(slots))
         hits, expected = present, 0.0
         if any(not bits & _HOST for bits, _ in tiers):
             worth = self._worth(slots, tiers, recompute_seconds)
             if worth.chunks < len(slots):
                 hits, slots = (0 if window else worth.chunks), slots[: worth.chunks]
-                tiers = _run_lengths(self.index.tiers(slots)) if hits else []
+                tiers = run_lengths(self.index.tiers(slots)) if hits else []
                 slots = slots if hits else []
             expected = worth.expected_seconds if hits else 0.0
         self._count_outcomes(space, digests, present, hits, arriving)
@@ -146,13 +162,17 @@ class Store(Shelves):
         return Hits(hits, arriving, tiers, granted, expected)
 
     def _worth(
-        self, slots: Sequence[int], tiers: Sequence[tuple[int, int]], recompute_seconds: float
+        self,
+        slots: Sequence[int],
+        tiers: Sequence[tuple[int, int]],
+        recompute_seconds: float,
+        direct: int = _HOST,
     ) -> Worth:
         assert self._movement is not None, "what is in slower tiers was moved there"
         movement, sizes = self._movement, self.slower.sizes(slots, tiers)
 
         def seconds_for(bits: int, chunks: int) -> float:
-            return 0.0 if bits & _HOST else movement.expected_seconds(bits, chunks, sizes[bits])
+            return 0.0 if bits & direct else movement.expected_seconds(bits, chunks, sizes[bits])
 
         return worth_loading(tiers, seconds_for, recompute_seconds)
 
@@ -213,28 +233,29 @@ class Store(Shelves):
         now: float,
         *,
         recompute_seconds: float = 0.0,
+        direct: int = _HOST,
     ) -> Loading:
         """Lease the leading chunks, whichever tiers they are in, until `end_load`."""
         self._check_heads(space, heads)
         hits, slots = self.index.prefix(space, digests)
-        tiers = _run_lengths(self.index.tiers(slots))
-        if any(not bits & _HOST for bits, _ in tiers):
-            slots = slots[: self._worth(slots, tiers, recompute_seconds).chunks]
+        tiers = run_lengths(self.index.tiers(slots))
+        if any(not bits & direct for bits, _ in tiers):
+            slots = slots[: self._worth(slots, tiers, recompute_seconds, direct).chunks]
             self.counters.load_chunks_declined += hits - len(slots)
         lease = self._lease(session, slots, now) if slots else NO_LEASE
         usable = self.index.usable
-        chunks = [choose_cover(self.index.shards(slot), heads, usable) for slot in slots]
-        return Loading(session, space, heads, lease, slots, chunks)
+        chunks = [choose_cover(self.index.shards(slot), heads, usable, direct) for slot in slots]
+        return Loading(session, space, heads, lease, slots, chunks, direct)
 
     def end_load(self, loading: Loading, count: int) -> tuple[LeaseId, list[list[ShardRecord]]]:
-        """Narrow a load to its first *count* chunks that are in the host tier; return their shards.
+        """Narrow a load to its first *count* chunks that are at hand; return their shards.
 
         A use of every chunk returned. The lease is `NO_LEASE` when there are none, or when it
         ended meanwhile.
         """
         if not self.leases.holds(loading.session, loading.lease):
             return NO_LEASE, []
-        if loading.is_in_host and count == len(loading.slots):
+        if loading.is_at_hand and count == len(loading.slots):
             slots, chunks = loading.slots, loading.chunks
         else:
             slots, chunks = self._arrived(loading, count)
@@ -251,7 +272,10 @@ class Store(Shelves):
             self._sweep()
         # The head of the prefix is used last, so that it is the most recent.
         for slot in reversed(slots):
-            self.residents.touch(slot)
+            if self.index.tiers_of(slot) & _HOST:
+                self.residents.touch(slot)
+        if self.device is not None and loading.direct != _HOST:
+            self.device.loaded(slots, chunks)
         if self._movement is not None:
             self._movement.used(slots)
         self.counters.load_chunks += len(slots)
@@ -259,13 +283,13 @@ class Store(Shelves):
         return loading.lease, chunks
 
     def _arrived(self, loading: Loading, count: int) -> tuple[list[int], list[list[ShardRecord]]]:
-        """Return the leading slots of a load whose shards are all in the host tier, with those."""
+        """Return the leading slots of a load whose shards are all at hand, with those."""
         chunks: list[list[ShardRecord]] = []
         for slot in loading.slots[:count]:
-            here = [shard for shard in self.index.shards(slot) if shard.is_in_host]
+            here = [shard for shard in self.index.shards(slot) if loading.has_at_hand(shard)]
             if not covers([shard.heads for shard in here], loading.heads):
                 break
-            chunks.append(choose_cover(here, loading.heads))
+            chunks.append(choose_cover(here, loading.heads, direct=loading.direct))
         return loading.slots[: len(chunks)], chunks
 
     # --- writing ------------------------------------------------------------------------
@@ -280,10 +304,12 @@ class Store(Shelves):
         heads: HeadRange,
         sizes: Sequence[int] = (),
         tenant: int = DEFAULT_TENANT,
+        pooled: bool = False,
     ) -> list[Granted]:
         """Give room for the shard *heads* of consecutive chunks, evicting where needed.
 
-        The room counts for *tenant*. Chunks present, or being written by someone, get none.
+        The room counts for *tenant*; with *pooled* it may be in the device tier. Chunks present,
+        or being written by someone, get none.
         Raises `TooLargeError` and changes nothing when a chunk could never fit.
         """
         self._check_heads(space, heads)
@@ -295,7 +321,9 @@ class Store(Shelves):
         self.reservations.check_room(session, len(digests))
         granted: list[Granted] = []
         for digest, size in zip(digests, wanted, strict=True):
-            wish = Reservation(session, space, digest, parent, heads, Extent(0, size), tenant)
+            wish = Reservation(
+                session, space, digest, parent, heads, Extent(0, size), tenant, pooled
+            )
             granted.append(self._reserve_one(wish))
             parent = digest
         if self._movement is not None:
@@ -309,7 +337,8 @@ class Store(Shelves):
         `ChecksumError`, which frees it, when the bytes are not those of *root*.
         """
         record = self.reservations.get(session, reservation)
-        if not self.host.verify(record.extent, root):
+        # What is in the device tier is verified when it is copied down, and by who loads it.
+        if not record.is_pooled and not self.host.verify(record.extent, root):
             self.counters.checksum_failures += 1
             self._abandon(reservation, Fate.DAMAGED_AT_COMMIT)
             raise ChecksumError(
@@ -358,33 +387,6 @@ class Store(Shelves):
         self._unhold(ended)
         return len(ended)
 
-    def pin(self, space: Namespace, digests: Sequence[Digest], *, hard: bool) -> int:
-        """Pin the chunks that are present; return their number."""
-        slots = [slot for digest in digests if (slot := space.find(digest)) != NO_SLOT]
-        for slot in slots:
-            self.index.pin(slot, hard=hard)
-        for residents in () if hard else (self.residents, *self.slower.residents.values()):
-            for slot in slots:
-                residents.defer(slot)
-        return len(slots)
-
-    def unpin(self, space: Namespace, digests: Sequence[Digest]) -> int:
-        """End the pins on the chunks; return how many had one."""
-        slots = [slot for digest in digests if (slot := space.find(digest)) != NO_SLOT]
-        unpinned = sum(self.index.unpin(slot) for slot in slots)
-        for residents in (self.residents, *self.slower.residents.values()):
-            for slot in slots:
-                residents.resume(slot)
-        self._sweep()
-        return unpinned
-
-    def expire(self, now: float) -> int:
-        """End the leases whose time is over; return their number."""
-        ended = self.leases.expire(now)
-        self._unhold(ended)
-        self.counters.lease_expirations += len(ended)
-        return len(ended)
-
     def open_session(self, session: SessionId, writer: Owner) -> None:
         """Note which process writes to what *session* reserves, for a restart to find."""
         self._writers[session] = writer
@@ -427,12 +429,17 @@ class Store(Shelves):
     def _reserve_one(self, wish: Reservation) -> Granted:
         counters, space, digest = self.counters, wish.space, wish.digest
         slot = space.find(digest)
-        if slot != NO_SLOT and self._has_shard(slot, wish.heads, self.index.usable):
+        if slot != NO_SLOT and self.has_shard(slot, wish.heads, self.index.usable & _KEEPING):
             counters.reserve_chunks_present += 1
             return Granted(ReserveOutcome.PRESENT)
         if self.reservations.is_arriving(space, digest, wish.heads):
             counters.reserve_chunks_arriving += 1
             return Granted(ReserveOutcome.ARRIVING)
+        if wish.is_pooled and self.device is not None:
+            extent = self.device.take(wish.tenant, wish.extent.size_bytes)
+            if extent is not None:
+                return self._grant(wish._replace(extent=extent))
+        wish = wish._replace(is_pooled=False)
         extent = self.room.take(wish.tenant, wish.extent.size_bytes)
         if extent is None:
             self.history.note(space, digest, Fate.NO_ROOM, _HOST)
@@ -442,15 +449,21 @@ class Store(Shelves):
             self.room.give_back(wish.tenant, extent)
             counters.reserve_chunks_no_space += 1
             return Granted(ReserveOutcome.NO_SPACE)
-        counters.reserve_chunks_reserved += 1
-        made = self.reservations.make(wish._replace(extent=extent))
-        return Granted(ReserveOutcome.RESERVED, made, extent)
+        return self._grant(wish._replace(extent=extent))
+
+    def _grant(self, wish: Reservation) -> Granted:
+        self.counters.reserve_chunks_reserved += 1
+        made = self.reservations.make(wish)
+        return Granted(ReserveOutcome.RESERVED, made, wish.extent, wish.is_pooled)
 
     def _publish(self, record: Reservation, root: Root) -> None:
         space, shard = record.space, ShardRecord(record.heads, record.extent, root)
         self.reuse.stored(record.tenant, record.digest, space.chunk_bytes)
         self.counters.commit_chunks += 1
         self.counters.commit_bytes += record.extent.size_bytes
+        if record.is_pooled and self.device is not None:
+            self.device.publish(record, root)
+            return
         slot = self._place(space, record.digest, record.parent, shard, record.tenant)
         if slot == NO_SLOT:
             self.room.give_back(record.tenant, record.extent)
@@ -463,7 +476,7 @@ class Store(Shelves):
     def _abandon(self, reservation: ReservationId, fate: Fate = Fate.ABORTED) -> None:
         record = self.reservations.end(reservation)
         self.history.note(record.space, record.digest, fate, _HOST)
-        self.room.give_back(record.tenant, record.extent)
+        self._free(record)
         self.counters.abort_chunks += 1
         self.announce(record.space, record.digest)
 
@@ -483,13 +496,3 @@ class Store(Shelves):
             raise RequestError(
                 f"a parent digest of {len(parent)} bytes, {DIGEST_SIZE_BYTES} needed"
             )
-
-
-def _run_lengths(tiers: bytes) -> list[tuple[int, int]]:
-    """Return (tier bits, chunks) for every run of equal bytes."""
-    runs: list[tuple[int, int]] = []
-    while tiers:
-        rest = tiers.lstrip(tiers[:1])
-        runs.append((tiers[0], len(tiers) - len(rest)))
-        tiers = rest
-    return runs

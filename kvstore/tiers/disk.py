@@ -108,10 +108,10 @@ class DiskTier:
         self._punches = punches
         self._payloads = Payloads(volume)
         self._leaving: set[int] = set()
-        self._readers = Crew("read", DISK_READ_THREADS)
-        self._writers = Crew("write", DISK_WRITE_THREADS)
+        self._readers = Crew("disk-read", DISK_READ_THREADS)
+        self._writers = Crew("disk-write", DISK_WRITE_THREADS)
         # One thread: records reach the index in the order in which they were decided.
-        self._recorder = Crew("record", 1)
+        self._recorder = Crew("disk-record", 1)
         self._closed = False
 
     @property

@@ -60,7 +60,7 @@ class Crew:
     """
 
     def __init__(self, name: str, count: int) -> None:
-        self._pool = ThreadPoolExecutor(count, thread_name_prefix=f"kvstore-disk-{name}")
+        self._pool = ThreadPoolExecutor(count, thread_name_prefix=f"kvstore-{name}")
         self._pending: set[Future[Any]] = set()
 
     async def do(

@@ -173,7 +173,7 @@ class Simulation:
             if lease:
                 self.store.release(engine.session, [lease])
 
-        if loading.is_in_host:
+        if loading.is_at_hand:
             answer(len(loading.slots))
             return
         wait = LoadWait(answer)

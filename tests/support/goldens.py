@@ -108,7 +108,9 @@ class Golden(NamedTuple):
 
 REQUESTS: Final = {
     "hello_2": Golden(m.Hello(1, 5000, 2, "engine", "blue"), [1, 1, 5000, 2, "engine", "blue"]),
-    "attach": Golden(m.Attach(2, 5000, _MANIFEST, 32_768), [2, 2, 5000, _MANIFEST, 32_768]),
+    "attach_2": Golden(
+        m.Attach(2, 5000, _MANIFEST, 32_768, pool=True), [2, 2, 5000, _MANIFEST, 32_768, True]
+    ),
     "lookup_4": Golden(
         m.Lookup(
             3,
@@ -168,7 +170,7 @@ REQUESTS: Final = {
 
 REPLIES: Final = {
     "welcome": Golden(m.Welcome(1, 1, "kvstore 0.1.0"), [65, 1, 1, "kvstore 0.1.0"]),
-    "attached_3": Golden(
+    "attached_4": Golden(
         m.Attached(
             2,
             0,
@@ -180,8 +182,11 @@ REPLIES: Final = {
             prefaulted=True,
             through=True,
             traced=True,
+            pool_bytes=2**31,
+            pool_device="GPU-7",
+            pool_handle=b"\x07",
         ),
-        [66, 2, 0, A[:16], 2**32, 60_000, True, False, True, True, True],
+        [66, 2, 0, A[:16], 2**32, 60_000, True, False, True, True, True, 2**31, "GPU-7", b"\x07"],
     ),
     "found_2": Golden(
         m.Found(3, 5, 1, [(2, 4), (4, 1)], 77, 1500), [67, 3, 5, 1, [[2, 4], [4, 1]], 77, 1500]
@@ -213,6 +218,7 @@ ALL: Final = REQUESTS | REPLIES
 # Written by peers of older versions, and read by all: what was appended since has its default.
 OLDER: Final = {
     "hello": m.Hello(1, 5000, 1, "engine"),
+    "attach": m.Attach(2, 5000, _MANIFEST, 32_768),
     "lookup": m.Lookup(3, 50, 0, [A, B], 2, wait=True, lease=True),
     "lookup_2": m.Lookup(3, 50, 0, [A, B], 2, wait=True, lease=True, recompute_us=70_000),
     "lookup_3": m.Lookup(
@@ -237,6 +243,18 @@ OLDER: Final = {
         verify_loads=False,
         prefaulted=True,
         through=True,
+    ),
+    "attached_3": m.Attached(
+        2,
+        0,
+        A[:16],
+        2**32,
+        60_000,
+        checksums=True,
+        verify_loads=False,
+        prefaulted=True,
+        through=True,
+        traced=True,
     ),
     "found": m.Found(3, 5, 1, [(2, 4), (4, 1)], 77),
     "committed": m.Committed(6, [m.Failure(9, 32, "wrong bytes")]),

@@ -1,0 +1,322 @@
+"""Pools of a GPU: CUDA's virtual memory management, or where that cannot be passed on, CUDA IPC.
+
+The first is the driver's own interface, called here as its headers declare it; the second is
+the runtime's, which CuPy has. That there is no driver, or an old one, is a value.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import logging
+import os
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Final
+
+from kvstore.gpu.device import DeviceError, DeviceMemoryError
+from kvstore.gpu.pools import Exported, OwnPool, Pool, PoolError
+
+if TYPE_CHECKING:
+    from kvstore.gpu.cupy_device import CupyDevice
+
+log = logging.getLogger(__name__)
+
+# Numbers of the driver's enumerations.
+_SUCCESS: Final = 0
+_OUT_OF_MEMORY: Final = 2
+_HAS_VIRTUAL_MEMORY: Final = 102
+_HAS_DESCRIPTORS: Final = 103
+_PINNED: Final = 1
+_POSIX_DESCRIPTOR: Final = 1
+_ON_DEVICE: Final = 1
+_READ_WRITE: Final = 3
+_RECOMMENDED: Final = 1
+# cudaIpcMemLazyEnablePeerAccess
+_PEERS_TOO: Final = 1
+
+
+class Location(ctypes.Structure):
+    """CUmemLocation."""
+
+    _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))
+
+
+class Properties(ctypes.Structure):
+    """CUmemAllocationProp."""
+
+    _fields_ = (
+        ("type", ctypes.c_int),
+        ("handle_types", ctypes.c_int),
+        ("location", Location),
+        ("win32", ctypes.c_void_p),
+        ("compression", ctypes.c_ubyte),
+        ("rdma", ctypes.c_ubyte),
+        ("usage", ctypes.c_ushort),
+        ("reserved", ctypes.c_ubyte * 4),
+    )
+
+
+class Access(ctypes.Structure):
+    """CUmemAccessDesc."""
+
+    _fields_ = (("location", Location), ("flags", ctypes.c_int))
+
+
+def find_driver() -> Any | None:  # noqa: ANN401  # the library, whose calls are looked up by name
+    """Return CUDA's driver library, or None where there is none."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+
+
+class Driver:
+    """The calls of the driver that pools are made of. Every failure is a `DeviceError`."""
+
+    def __init__(self, library: Any, ordinal: int) -> None:  # noqa: ANN401
+        """Raise `PoolError` when the device has no memory that goes by descriptor."""
+        self._library = library
+        self._device = ctypes.c_int(-1)
+        self._call("cuInit", ctypes.c_uint(0))
+        self._call("cuDeviceGet", ctypes.byref(self._device), ctypes.c_int(ordinal))
+        for attribute in (_HAS_VIRTUAL_MEMORY, _HAS_DESCRIPTORS):
+            found = ctypes.c_int(0)
+            self._call(
+                "cuDeviceGetAttribute", ctypes.byref(found), ctypes.c_int(attribute), self._device
+            )
+            if not found.value:
+                raise PoolError(f"the device lacks attribute {attribute} of CUDA")
+        self._properties = Properties(
+            type=_PINNED, handle_types=_POSIX_DESCRIPTOR, location=self._location
+        )
+
+    @property
+    def _location(self) -> Location:
+        return Location(_ON_DEVICE, self._device.value)
+
+    def granularity(self) -> int:
+        """Return what sizes and addresses of mappings are multiples of."""
+        found = ctypes.c_size_t(0)
+        self._call(
+            "cuMemGetAllocationGranularity",
+            *(ctypes.byref(found), ctypes.byref(self._properties), ctypes.c_int(_RECOMMENDED)),
+        )
+        return found.value
+
+    def create(self, size_bytes: int) -> int:
+        """Return a handle of new memory."""
+        handle = ctypes.c_ulonglong(0)
+        self._call(
+            "cuMemCreate",
+            *(ctypes.byref(handle), ctypes.c_size_t(size_bytes)),
+            *(ctypes.byref(self._properties), ctypes.c_ulonglong(0)),
+        )
+        return handle.value
+
+    def export(self, handle: int) -> int:
+        """Return a descriptor of memory."""
+        fd = ctypes.c_int(-1)
+        self._call(
+            "cuMemExportToShareableHandle",
+            *(ctypes.byref(fd), ctypes.c_ulonglong(handle)),
+            *(ctypes.c_int(_POSIX_DESCRIPTOR), ctypes.c_ulonglong(0)),
+        )
+        return fd.value
+
+    def import_(self, fd: int) -> int:
+        """Return a handle of the memory behind a descriptor, which stays the caller's."""
+        handle = ctypes.c_ulonglong(0)
+        self._call(
+            "cuMemImportFromShareableHandle",
+            *(ctypes.byref(handle), ctypes.c_void_p(fd), ctypes.c_int(_POSIX_DESCRIPTOR)),
+        )
+        return handle.value
+
+    def release(self, handle: int) -> None:
+        """Let go of a handle; memory stays while it is mapped or exported."""
+        self._call("cuMemRelease", ctypes.c_ulonglong(handle))
+
+    def map(self, handle: int, size_bytes: int) -> int:
+        """Return where memory is from now on, for this device to read and write."""
+        address, size = ctypes.c_ulonglong(0), ctypes.c_size_t(size_bytes)
+        nothing, start = ctypes.c_ulonglong(0), ctypes.c_size_t(0)
+        self._call("cuMemAddressReserve", ctypes.byref(address), size, start, nothing, nothing)
+        try:
+            self._call("cuMemMap", address, size, start, ctypes.c_ulonglong(handle), nothing)
+            try:
+                access = Access(self._location, _READ_WRITE)
+                self._call(
+                    "cuMemSetAccess", address, size, ctypes.byref(access), ctypes.c_size_t(1)
+                )
+            except DeviceError:
+                self._call("cuMemUnmap", address, size)
+                raise
+        except DeviceError:
+            self._call("cuMemAddressFree", address, size)
+            raise
+        return address.value
+
+    def unmap(self, address: int, size_bytes: int) -> None:
+        """End a mapping."""
+        where, size = ctypes.c_ulonglong(address), ctypes.c_size_t(size_bytes)
+        self._call("cuMemUnmap", where, size)
+        self._call("cuMemAddressFree", where, size)
+
+    def _call(self, name: str, *arguments: object) -> None:
+        try:
+            function: Callable[..., int] = getattr(self._library, name)
+        except AttributeError:
+            raise PoolError(f"the driver has no {name}") from None
+        status = function(*arguments)
+        if status == _OUT_OF_MEMORY:
+            raise DeviceMemoryError(f"{name}: out of memory")
+        if status != _SUCCESS:
+            raise PoolError(f"{name}: error {status} of the driver")
+
+
+class MappedPool:
+    """Memory that goes by descriptor. Its owner has *fd*, which is closed with it."""
+
+    def __init__(
+        self,
+        device: CupyDevice,
+        driver: Driver,
+        handle: int,
+        size_bytes: int,
+        *,
+        fd: int = -1,
+        identity: str = "",
+    ) -> None:
+        self.exported = Exported(fd)
+        self.identity = identity
+        self.size_bytes = size_bytes
+        self._device = device
+        self._driver = driver
+        self._is_open = True
+        self.address = driver.map(handle, size_bytes)
+
+    def close(self) -> None:
+        """Unmap it."""
+        if self._is_open:
+            self._is_open = False
+            if self.exported.fd >= 0:
+                os.close(self.exported.fd)
+            with self._device.entered():
+                self._driver.unmap(self.address, self.size_bytes)
+
+
+class HandlePool:
+    """Memory of the runtime that goes by handle; *end* frees it, or lets go of it."""
+
+    def __init__(
+        self,
+        device: CupyDevice,
+        address: int,
+        size_bytes: int,
+        handle: bytes,
+        *,
+        end: str,
+        identity: str = "",
+    ) -> None:
+        self.exported = Exported(-1, handle)
+        self.identity = identity
+        self.address = address
+        self.size_bytes = size_bytes
+        self._device = device
+        self._end = end
+        self._is_open = True
+
+    def close(self) -> None:
+        """Give it back."""
+        if self._is_open:
+            self._is_open = False
+            with self._device.entered() as runtime:
+                getattr(runtime, self._end)(self.address)
+
+
+class CudaPools:
+    """The pools of one GPU. *library* is the driver's, None where it is not to be had."""
+
+    def __init__(self, device: CupyDevice, library: Any | None) -> None:  # noqa: ANN401
+        self._device = device
+        self._driver: Driver | None = None
+        with device.entered() as runtime:
+            self.identity = identity_of(runtime, device.index)
+            try:
+                self._driver = None if library is None else Driver(library, device.index)
+            except DeviceError as error:
+                log.warning(
+                    "device memory is passed on by handle: other containers cannot map it",
+                    extra={"device": device.name, "reason": str(error)},
+                )
+
+    def make(self, size_bytes: int) -> OwnPool:
+        """Return a pool that goes by descriptor, or else by handle."""
+        driver = self._driver
+        with self._device.entered() as runtime:
+            if driver is None:
+                return self._make_by_handle(runtime, size_bytes)
+            size_bytes += -size_bytes % driver.granularity()
+            handle = driver.create(size_bytes)
+            with _released(driver, handle):
+                fd = driver.export(handle)
+                try:
+                    return MappedPool(
+                        self._device, driver, handle, size_bytes, fd=fd, identity=self.identity
+                    )
+                except DeviceError:
+                    os.close(fd)
+                    raise
+
+    def open(self, size_bytes: int, exported: Exported) -> Pool:
+        """Map a pool of another process."""
+        driver = self._driver
+        if exported.fd < 0:
+            with self._device.entered() as runtime:
+                address = runtime.ipcOpenMemHandle(exported.handle, _PEERS_TOO)
+                return HandlePool(
+                    self._device, address, size_bytes, exported.handle, end="ipcCloseMemHandle"
+                )
+        try:
+            if driver is None:
+                raise PoolError("a pool came by descriptor, and there is no driver that maps it")
+            with self._device.entered():
+                handle = driver.import_(exported.fd)
+                with _released(driver, handle):
+                    return MappedPool(self._device, driver, handle, size_bytes)
+        finally:
+            os.close(exported.fd)
+
+    def reaches(self, identity: str) -> bool:
+        """Return whether that is this GPU, or one whose memory it works on directly."""
+        if identity == self.identity:
+            return True
+        with self._device.entered() as runtime:
+            others = range(runtime.getDeviceCount())
+            found = [n for n in others if identity_of(runtime, n) == identity]
+            return any(runtime.deviceCanAccessPeer(self._device.index, n) for n in found)
+
+    def _make_by_handle(self, runtime: Any, size_bytes: int) -> HandlePool:  # noqa: ANN401
+        address = runtime.malloc(size_bytes)
+        try:
+            handle = bytes(runtime.ipcGetMemHandle(address))
+        except BaseException:
+            runtime.free(address)
+            raise
+        return HandlePool(
+            self._device, address, size_bytes, handle, end="free", identity=self.identity
+        )
+
+
+def identity_of(runtime: Any, ordinal: int) -> str:  # noqa: ANN401
+    """Return what processes on this host call a GPU, whichever of them it can see."""
+    return "GPU-" + bytes(runtime.getDeviceProperties(ordinal)["uuid"]).hex()
+
+
+@contextlib.contextmanager
+def _released(driver: Driver, handle: int) -> Iterator[None]:
+    """Let go of *handle* at the end: mappings and descriptors keep the memory."""
+    try:
+        yield
+    finally:
+        driver.release(handle)
