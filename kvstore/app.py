@@ -8,7 +8,8 @@ import logging
 import socket
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
@@ -17,14 +18,14 @@ from kvstore.admin.subject import Subject
 from kvstore.config import AdminConfig, Config, WritePolicy
 from kvstore.daemon.address import SocketAddress
 from kvstore.daemon.handoffs import keep_handoffs
-from kvstore.daemon.lifecycle import feed_watchdog, keep_house, prefault, until_stopped
+from kvstore.daemon.lifecycle import feed_watchdog, heed_signals, keep_house, prefault
 from kvstore.daemon.peer_setup import serve_peers, set_up_peers
 from kvstore.daemon.peers import Admission
-from kvstore.daemon.reload import RELOADABLE, Reloaded, Reloader
+from kvstore.daemon.reload import Reloaded, Reloader, is_reloadable
 from kvstore.daemon.server import Server
 from kvstore.daemon.spans import Recorder
 from kvstore.daemon.systemd import notify, take_sockets
-from kvstore.daemon.tenants import TenantRule, Tenants
+from kvstore.daemon.tenants import Tenants
 from kvstore.daemon.warm import WarmStart
 from kvstore.errors import CodecError, ConfigError, TierError
 from kvstore.events import Events
@@ -181,9 +182,20 @@ async def _serve_over(
             "ready",
             extra={"socket": str(address.path), "arena_bytes": store.host.arena.size_bytes},
         )
+        reloader = Reloader(server, config, reread)
+
+        def reload() -> Reloaded:
+            tokens = exposure.reread()
+            reloaded = reloader.reload()
+            exposure.take(tokens)
+            return reloaded
+
+        # From here on systemd may say anything.
+        stopped = heed_signals(reload)
         notify("READY=1", f"STATUS=serving {format_size(config.tiers.host.capacity_bytes)}")
         to_greet = [guard for guard, one in zip(guards, slower, strict=True) if one.is_elsewhere]
-        await _live(Reloader(server, config, reread), server, warm, to_greet, exposure)
+        admin = partial(_serve_admin, server, reloader, reload, exposure)
+        await _live(reloader, server, warm, to_greet, admin, stopped)
     finally:
         store.host.close()
 
@@ -193,28 +205,24 @@ async def _live(
     server: Server,
     warm: WarmStart,
     to_greet: Sequence[GuardedTier],
-    exposure: Exposure,
+    admin: Callable[[], Coroutine[None, None, None]],
+    stopped: Awaitable[str],
 ) -> None:
     """Run the background tasks until a signal comes, then drain."""
-
-    def reload() -> Reloaded:
-        exposure.reread()
-        return reloader.reload()
-
     async with asyncio.TaskGroup() as group:
         tasks = [
             group.create_task(keep_house(server.store), name="housekeeping"),
             group.create_task(feed_watchdog(), name="watchdog"),
             group.create_task(warm.settle(), name="warm start"),
             group.create_task(server.mover.run(), name="mover"),
-            group.create_task(_serve_admin(server, reloader, reload, exposure), name="admin API"),
+            group.create_task(admin(), name="admin API"),
             group.create_task(keep_handoffs(server.handoffs), name="hand-offs"),
             group.create_task(serve_peers(server), name="peers"),
             *(group.create_task(tier.greet(), name="greeting") for tier in to_greet),
         ]
         if reloader.config.tiers.host.prefault:
             tasks.append(group.create_task(prefault(server.store.host.arena), name="prefault"))
-        stopped_by = await until_stopped(reload)
+        stopped_by = await stopped
         log.info("draining", extra={"signal": stopped_by})
         notify("STOPPING=1", "STATUS=draining")
         drain_seconds = reloader.config.server.drain_timeout_seconds
@@ -245,7 +253,7 @@ async def _serve_admin(
         latencies=server.latencies,
         tracing=server.tracing,
         socket=server.address.path,
-        reloadable=frozenset(RELOADABLE),
+        is_reloadable=is_reloadable,
         stats=server.stats,
         config=lambda: reloader.config,
         reload=reload,
@@ -345,9 +353,7 @@ def _make_server(config: Config, store: Store, mover: Mover, address: SocketAddr
         mover,
         address,
         Admission(config.server.allowed_uids, config.server.allowed_gids),
-        tenants=Tenants(
-            {name: TenantRule(of.uids, of.shared) for name, of in config.tenants.items()}
-        ),
+        tenants=Tenants.of(config),
         sessions_max=config.server.sessions_max,
         orphan_grace_seconds=config.leases.orphan_grace_seconds,
         verify_loads=config.tiers.host.verify_load,

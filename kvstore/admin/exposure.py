@@ -29,9 +29,19 @@ class Exposure:
         """Whether reading needs no token."""
         return self.is_local or (self._config.insecure and not len(self.tokens))
 
-    def reread(self) -> None:
-        """Read the tokens anew; raises `ConfigError`, and then those of before stay."""
-        self.tokens = self._read()
+    def reread(self) -> Tokens:
+        """Return the tokens as they are in their file now, and look at the certificate.
+
+        Raises `ConfigError`. Nothing has changed before `take`.
+        """
+        server_tls("admin", self._config.tls_cert_file, self._config.tls_key_file)
+        return self._read()
+
+    def take(self, tokens: Tokens) -> None:
+        """Let *tokens* count from now on, and show new connections the certificate of now."""
+        self.tokens = tokens
+        if self.tls is not None:
+            self.tls.load_cert_chain(self._config.tls_cert_file, self._config.tls_key_file)
 
     def _read(self) -> Tokens:
         tokens = read_tokens(self._config.token_file)

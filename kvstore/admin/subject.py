@@ -40,7 +40,7 @@ class Subject:
     latencies: Latencies
     tracing: Tracing
     socket: Path
-    reloadable: frozenset[str]
+    is_reloadable: Callable[[str], bool]
     stats: Callable[[], DaemonStats]
     config: Callable[[], Config]
     reload: Callable[[], ReloadReport]

@@ -264,7 +264,7 @@ class Views:
         return schema.ConfigShown(
             settings=[
                 schema.SettingShown(
-                    path=path, value=value, reloadable=path in self._subject.reloadable
+                    path=path, value=value, reloadable=self._subject.is_reloadable(path)
                 )
                 for path, value in plain(self._subject.config()).items()
             ]

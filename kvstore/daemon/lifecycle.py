@@ -18,8 +18,8 @@ log = logging.getLogger(__name__)
 _HOUSEKEEPING_SECONDS = 0.5
 
 
-async def until_stopped(reload: Callable[[], object]) -> str:
-    """Wait for SIGTERM or SIGINT and return its name; at SIGHUP call *reload*.
+def heed_signals(reload: Callable[[], object]) -> asyncio.Future[str]:
+    """Call *reload* at SIGHUP; at SIGTERM or SIGINT, give what is returned the signal's name.
 
     SIGHUP ends the daemon when it comes from the loss of the terminal that it was started in.
     """
@@ -40,7 +40,7 @@ async def until_stopped(reload: Callable[[], object]) -> str:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop, number.name)
     loop.add_signal_handler(signal.SIGHUP, hang_up)
-    return await stopped
+    return stopped
 
 
 def _reload(reload: Callable[[], object]) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import ssl
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,8 +104,11 @@ def _token(path: str) -> bytes:
     try:
         with Path(path).open("rb") as file:
             content = file.read(PEER_TOKEN_MAX_BYTES + 1)
+            mode = os.fstat(file.fileno()).st_mode
     except OSError as error:
         raise ConfigError(f"token_file {path} cannot be read: {error.strerror}") from None
+    if mode & stat.S_IROTH:
+        raise ConfigError(f"token_file {path}: everybody can read it; take that away (0600)")
     token = content.split(b"\n")[0].strip()
     if not PEER_TOKEN_MIN_BYTES <= len(token) <= PEER_TOKEN_MAX_BYTES:
         raise ConfigError(

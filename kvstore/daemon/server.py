@@ -106,10 +106,16 @@ class Server:
             session.close(DrainingError("the daemon is shutting down"))
 
     def reconfigure(
-        self, admission: Admission, *, sessions_max: int, orphan_grace_seconds: float
+        self,
+        admission: Admission,
+        tenants: Tenants,
+        *,
+        sessions_max: int,
+        orphan_grace_seconds: float,
     ) -> None:
         """Judge new sessions by these from now on; those that are open stay."""
         self._admission = admission
+        self.tenants = tenants
         self._sessions_max = sessions_max
         self._orphan_grace_seconds = orphan_grace_seconds
         self._refused_uids.clear()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple, Self
 
 from kvstore.errors import RefusedError
 from kvstore.store.quota import DEFAULT_TENANT
 from kvstore.store.shelves import NO_TENANT
+
+if TYPE_CHECKING:
+    from kvstore.config import Config
 
 _ROOT_UID: Final = 0
 
@@ -26,6 +29,11 @@ class Tenants:
     def __init__(self, rules: Mapping[str, TenantRule]) -> None:
         self._rules = dict(rules)
         self._numbers = {name: number for number, name in enumerate(self._rules, 1)}
+
+    @classmethod
+    def of(cls, config: Config) -> Self:
+        """Return the tenants that *config* has."""
+        return cls({name: TenantRule(of.uids, of.shared) for name, of in config.tenants.items()})
 
     @property
     def names(self) -> Sequence[str]:

@@ -49,10 +49,7 @@ class Shares:
         self.capacity_bytes = capacity_bytes
         self.shares = tuple(shares)
         self._used = [0] * len(shares)
-        self._floor = [share.floor_bytes for share in shares]
-        self._quota = [
-            capacity_bytes if share.quota_bytes is None else share.quota_bytes for share in shares
-        ]
+        self._floor, self._quota = self._limits()
 
     def __len__(self) -> int:
         """Return the number of tenants."""
@@ -103,13 +100,23 @@ class Shares:
             share = share._replace(quota_bytes=quota_bytes or None)
         if floor_bytes is not None:
             share = share._replace(floor_bytes=floor_bytes)
-        shares = (*self.shares[:tenant], share, *self.shares[tenant + 1 :])
+        self.replace((*self.shares[:tenant], share, *self.shares[tenant + 1 :]))
+
+    def judge(self, shares: Sequence[Share]) -> None:
+        """Raise `ConfigError` when *shares* of the same tenants cannot be kept."""
+        assert [one.tenant for one in shares] == [one.tenant for one in self.shares]
         _check(self._tier, self.capacity_bytes, shares)
-        self.shares = shares
-        self._floor[tenant] = share.floor_bytes
-        self._quota[tenant] = (
-            self.capacity_bytes if share.quota_bytes is None else share.quota_bytes
-        )
+
+    def replace(self, shares: Sequence[Share]) -> None:
+        """Give all tenants other quotas and floors; see `change`."""
+        self.judge(shares)
+        self.shares = tuple(shares)
+        self._floor, self._quota = self._limits()
+
+    def _limits(self) -> tuple[list[int], list[int]]:
+        floors = [share.floor_bytes for share in self.shares]
+        given = [share.quota_bytes for share in self.shares]
+        return floors, [self.capacity_bytes if quota is None else quota for quota in given]
 
     # --- the decision -------------------------------------------------------------------
 

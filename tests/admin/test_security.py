@@ -149,6 +149,16 @@ def test_a_token_has_128_bits_at_least_and_a_file_that_others_cannot_read(tmp_pa
     assert tokens.judge(READ[:-1]) is None
 
 
+def test_tokens_that_were_read_again_count_once_they_are_taken(tmp_path):
+    file = write_tokens(tmp_path / "tokens")
+    exposure = Exposure(AdminConfig(token_file=str(file)))
+    file.write_text(f"admin {'n' * 40}\n")
+    tokens = exposure.reread()
+    assert exposure.tokens.judge(ADMIN) is not None
+    exposure.take(tokens)
+    assert exposure.tokens.judge(ADMIN) is None
+
+
 def test_tokens_are_compared_by_digests_in_constant_time():
     source = Path(read_tokens.__code__.co_filename).read_text(encoding="utf-8")
     assert "hmac.compare_digest(grant.digest, digest)" in source

@@ -15,7 +15,8 @@ import pytest
 from kvstore.daemon.address import SocketAddress
 from kvstore.daemon.systemd import take_sockets, watchdog_seconds
 from kvstore.errors import ConfigError
-from kvstore.limits import MIB
+from kvstore.limits import KIB, MIB
+from tests.support.admin import READ, AdminClient, port_of, write_tokens
 from tests.support.daemon import DEADLINE_SECONDS, REPOSITORY, Daemon
 from tests.support.making import make_digests, make_manifest, sources_of
 from tests.support.waiting import wait_until
@@ -180,18 +181,50 @@ def test_sighup_applies_what_it_can_and_names_what_waits(systemd):
         assert daemon.stop() == 0
 
 
-def test_a_configuration_with_a_mistake_changes_nothing(systemd):
+def test_quotas_change_and_tenants_that_come_or_go_wait(systemd):
+    quota = 'quota = "64KiB"\n'
+    systemd.configure(**{"tenants.blue": quota, "tenants.red": quota})
     with systemd.start() as daemon:
         systemd.hear("READY")
-        systemd.configure(server="sessions_max = 1\nsessions_min = 1\n")
+        blue = 'quota = "96KiB"\nfloor = "32KiB"\nshared = true\nuids = [4242]\n'
+        systemd.configure(**{"tenants.blue": blue, "tenants.green": quota})
         daemon.send(signal.SIGHUP)
         systemd.hear("RELOADING")
-        said = systemd.hear("READY")
-        assert "unknown setting server.sessions_min" in said["STATUS"]
+        systemd.hear("READY")
+        (event,) = events(daemon, "configuration reloaded")
+        assert event["applied"] == "tenants.blue.uids, tenants.blue.quota, tenants.blue.floor"
+        waiting = event["needs_restart"].split(", ")
+        assert {"tenants.blue.shared", "tenants.red.quota", "tenants.green.quota"} < set(waiting)
+        shares = {one.tenant: (one.quota_bytes, one.floor_bytes) for one in daemon.stats().tenants}
+        assert shares == {"": (MIB, 0), "blue": (96 * KIB, 32 * KIB), "red": (64 * KIB, 0)}
+
+
+@pytest.mark.parametrize(
+    ("mistake", "said"),
+    [
+        ({"server": "sessions_min = 1\n"}, "unknown setting server.sessions_min"),
+        ({"tenants.blue": 'floor = "2MiB"\n'}, "the floors of all tenants on the host tier"),
+    ],
+)
+def test_a_configuration_with_a_mistake_changes_nothing(systemd, tmp_path, mistake, said):
+    tokens = write_tokens(tmp_path / "tokens")
+    admin = {"admin": f'listen = "127.0.0.1:0"\ntoken_file = "{tokens}"\n'}
+    admin |= {"tenants.blue": 'floor = "32KiB"\n'}
+    systemd.configure(**admin)
+    with systemd.start() as daemon:
+        systemd.hear("READY")
+        api = AdminClient(port_of(daemon))
+        tokens.write_text(f"admin {'n' * 40}\n")
+        server = "sessions_max = 1\n" + mistake.pop("server", "")
+        systemd.configure(**(admin | {"server": server} | mistake))
+        daemon.send(signal.SIGHUP)
+        systemd.hear("RELOADING")
+        assert said in systemd.hear("READY")["STATUS"]
         (event,) = events(daemon, "configuration not reloaded")
         assert event["severity"] == "ERROR"
         with daemon.connect(), daemon.connect():
-            pass
+            assert api.get("/v1/status", token=READ).status == 200
+            assert api.post("/v1/config/reload", token="n" * 40).status == 401
 
 
 def test_a_restart_keeps_the_host_tier_when_its_arena_is_a_file(systemd, tmp_path):

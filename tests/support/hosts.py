@@ -28,6 +28,7 @@ def token_file(directory: Path, token: str = TOKEN) -> Path:
     directory.mkdir(exist_ok=True)
     path = directory / "token"
     path.write_text(token)
+    path.chmod(0o600)
     return path
 
 

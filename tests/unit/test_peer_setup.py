@@ -54,6 +54,10 @@ REFUSED = {
         {"peers.far.url": "tls://192.0.2.1:65536", "peers.far.token_file": "TOKEN"},
         "peers.far.url tls://192.0.2.1:65536: a port is from 1 to 65535",
     ),
+    "a token that everybody can read": (
+        {"peers.far.url": "tls://192.0.2.1:9", "peers.far.token_file": "OPEN"},
+        "everybody can read it",
+    ),
     "a peer that is nowhere": ({"peers.far.token_file": "TOKEN"}, "peers.far.url is missing"),
     "an authority that is none": (
         {
@@ -68,9 +72,10 @@ REFUSED = {
 
 @pytest.fixture
 def configured(tmp_path):
-    files = {"TOKEN": tmp_path / "token", "SHORT": tmp_path / "short"}
-    files["TOKEN"].write_text("sixteen bytes or more\n")
-    files["SHORT"].write_text("short\n")
+    files = {name: tmp_path / name for name in ("TOKEN", "SHORT", "OPEN")}
+    for name, file in files.items():
+        file.write_text("short\n" if name == "SHORT" else "sixteen bytes or more\n")
+        file.chmod(0o644 if name == "OPEN" else 0o640)
 
     def configure(settings):
         words = [f"{path}={files.get(value, value)}" for path, value in settings.items()]
