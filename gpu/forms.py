@@ -37,12 +37,13 @@ class Launch:
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Form:
-    """Chunks that are stored alike: one transfer moves chunks of one form.
+    """Chunks that are stored alike, in pages of one layout: one transfer moves chunks of one form.
 
     *size_bytes* is a multiple of 16. The first *head_bytes* are the host's: it writes them behind
     a store, and reads them before a load.
     """
 
+    layout: PageLayout
     size_bytes: int
     launches: tuple[Launch, ...]
     is_plain: bool = False
@@ -67,7 +68,7 @@ def plain_form(layout: PageLayout) -> Form:
         extra=layout.head_bytes,
     )
     launch = Launch(gather=GATHER, scatter=SCATTER, sections=layout.sections(), chunks=told)
-    return Form(size_bytes=layout.chunk_bytes, launches=(launch,), is_plain=True)
+    return Form(layout=layout, size_bytes=layout.chunk_bytes, launches=(launch,), is_plain=True)
 
 
 def batch_for(layout: PageLayout, launch: Launch, count: int, places: Places) -> NDArray[Any]:

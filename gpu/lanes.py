@@ -173,7 +173,6 @@ class Lane:
     ) -> None:
         """Raise `DeviceError` or `RequestError` when there is no way to move these pages."""
         self.settings = settings or LaneSettings()
-        self.layout = layout
         self.plain = plain_form(layout)
         self.host = host
         self.counters = counters
@@ -226,7 +225,7 @@ class Lane:
         transfer = Transfer(self, self.ring.take(), chunks, form, checksums=checksums)
         transfer.fence = after
         try:
-            if form.is_plain and self._is_direct(chunks):
+            if form.is_plain and self._is_direct(chunks, form.layout):
                 self._give_direct(transfer)
                 self.counters.direct_chunks += len(chunks)
             else:
@@ -269,14 +268,14 @@ class Lane:
     # --- what they are made of ------------------------------------------------------------------
 
     def _check(self, chunks: Sequence[Moved], form: Form) -> None:
-        self.layout.check_pages([chunk.pages for chunk in chunks])
+        form.layout.check_pages([chunk.pages for chunk in chunks])
         if len(chunks) > self.capacity(form):
             raise LimitError(f"{len(chunks)} chunks in one transfer of {self.capacity(form)}")
         if not form.is_plain and any(NOWHERE in chunk.pages for chunk in chunks):
             raise RequestError("coded chunks with pages that are nowhere")
 
-    def _is_direct(self, chunks: Sequence[Moved]) -> bool:
-        least, layout = self.settings.direct_page_min_bytes, self.layout
+    def _is_direct(self, chunks: Sequence[Moved], layout: PageLayout) -> bool:
+        least = self.settings.direct_page_min_bytes
         if least is None or layout.piece_bytes < least or layout.token_stride != layout.row_bytes:
             return False
         return all(
@@ -293,7 +292,8 @@ class Lane:
 
     def _tell_pieces(self, transfer: Transfer) -> NDArray[Any]:
         """Bring places to the device; return the argument that digests chunks where pages lie."""
-        told = transfer.slot.tell_pieces([chunk.pages for chunk in transfer.chunks])
+        pages = [chunk.pages for chunk in transfer.chunks]
+        told = transfer.slot.tell_pieces(transfer.form.layout, pages)
         self._kernels.copy([told.upload])
         return told.digest
 
@@ -333,9 +333,10 @@ class Lane:
     def _piece_runs(self, transfer: Transfer) -> list[Copy]:
         """Return copies from host memory to pages."""
         copies: list[Copy] = []
-        size = self.layout.piece_bytes
+        layout = transfer.form.layout
+        size = layout.piece_bytes
         for chunk in transfer.chunks:
-            for number, piece in enumerate(self.layout.pieces(chunk.pages).tolist()):
+            for number, piece in enumerate(layout.pieces(chunk.pages).tolist()):
                 start = chunk.address + number * size
                 copies += [
                     Copy(piece + run.address - start, run.address, run.size_bytes)

@@ -57,7 +57,6 @@ class Slot:
 
     def __init__(self, device: Device, layout: PageLayout, chunks: int) -> None:
         self._device = device
-        self._layout = layout
         self.room_bytes = chunks * _stride(layout.chunk_bytes)
         self.most = min(chunks * STAGED_PER_PLAIN_MAX, CHUNKS_PER_TRANSFER_MAX)
         most = max(self.most, chunks)
@@ -124,16 +123,15 @@ class Slot:
                 containers=where["chunks"],
                 reports=report,
             )
-            batches.append(batch_for(self._layout, launch, count, read))
+            batches.append(batch_for(form.layout, launch, count, read))
             report += launch.reports * count * len(launch.sections) * REPORT.itemsize
         digest = digest_batch(
             count, form.size_bytes, pieces=1, starts=where["chunks"], digests=self._words.address
         )
         return Told(batches, digest, upload)
 
-    def tell_pieces(self, pages: Sequence[Sequence[int]]) -> Told:
+    def tell_pieces(self, layout: PageLayout, pages: Sequence[Sequence[int]]) -> Told:
         """Lay down what the digest of chunks that stay in their *pages* reads."""
-        layout = self._layout
         pieces = np.stack([layout.pieces(each) for each in pages])
         where, upload = self._write({"starts": pieces})
         digest = digest_batch(

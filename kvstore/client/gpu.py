@@ -16,7 +16,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Self
 
-from kvstore.client.gpu_calls import Loading, Parts, Storing, Wanted, gather_to_host
+from kvstore.client.gpu_calls import (
+    Asked,
+    Loading,
+    Parts,
+    Storing,
+    Wanted,
+    gather_to_host,
+)
 from kvstore.client.gpu_forms import Forms
 from kvstore.client.gpu_pool import PooledSpaces
 from kvstore.client.gpu_steps import Arenas, Held, groups_of
@@ -116,23 +123,25 @@ class DeviceCache:
         *,
         parent: Digest | None = None,
         after: Fence | None = None,
+        layout: PageLayout | None = None,
     ) -> StoreReport:
         """Store chunk i from `pages[i]` as they are behind *after*; report what was kept.
 
-        On return the engine may overwrite the pages, whatever became of them.
+        On return the engine may overwrite the pages, whatever became of them. With *layout*, they
+        lie there for once; it may differ from the cache's in where planes, pages and heads are.
         """
         self._held.reap()
         if self._stores.off:
             return StoreReport(0, 0, len(digests), 0)
+        asked = self._asked(pages, after, layout)
 
         def put(
             start: int, batch: Sequence[Digest], before: Digest | None, space: Space
         ) -> StoreReport:
-            some = pages[start : start + len(batch)]
-            coding = self._cache.coding
+            some, coding = asked.part(start, start + len(batch)), self._cache.coding
             if coding is None:
-                return self._store_plain(batch, some, before, after, self._pooled.of(space))
-            return self._store_coded(batch, some, before, after, space, coding)
+                return self._store_plain(batch, some, before, self._pooled.of(space))
+            return self._store_coded(batch, some, before, space, coding)
 
         return self._cache.store_with(digests, put, parent=parent)
 
@@ -142,20 +151,22 @@ class DeviceCache:
         pages: Sequence[Sequence[int]],
         *,
         after: Fence | None = None,
+        layout: PageLayout | None = None,
     ) -> int:
         """Fill `pages[i]` with chunk i behind *after*; return how many leading ones are right.
 
         What the device is given from now on sees them. Pages behind those may hold anything.
         What was given up may still write to them, but never behind what the stream of *after*
-        is given from now on.
+        is given from now on. *layout* is as for `store`.
         """
         self._held.reap()
         if self._loads.off:
             return 0
+        asked = self._asked(pages, after, layout)
 
         def copy(start: int, part: Sequence[Digest], loaded: LoadedChunks, space: Space) -> int:
-            with Loading(self._parts, space, loaded) as loading:
-                loading.run(pages[start : start + len(loaded)], after)
+            with Loading(asked.part(start, start + len(loaded)), space, loaded) as loading:
+                loading.run()
             trusted = loading.whole if loaded.is_trusted else 0
             if loading.damage is not None:
                 self.counters.damaged_chunks += 1
@@ -173,35 +184,36 @@ class DeviceCache:
         self._loads.close()
         self._arenas.close()
 
+    def _asked(
+        self, pages: Sequence[Sequence[int]], after: Fence | None, layout: PageLayout | None
+    ) -> Asked:
+        parts = self._parts
+        if layout is not None:
+            parts = parts._replace(forms=parts.forms.in_pages(layout))
+        return Asked(parts, pages, after)
+
     def _store_plain(
-        self,
-        digests: Sequence[Digest],
-        pages: Sequence[Sequence[int]],
-        parent: Digest | None,
-        after: Fence | None,
-        space: Space,
+        self, digests: Sequence[Digest], asked: Asked, parent: Digest | None, space: Space
     ) -> StoreReport:
         vacancies = space.take_room(digests, parent=parent, heads=self._cache.heads)
-        plain = self._parts.forms.plain
-        wanted = [Wanted(n, vacancy, plain) for n, vacancy in enumerate(vacancies)]
-        with Storing(self._parts, space) as storing:
-            storing.run(wanted, pages, after)
+        plain = asked.parts.forms.plain
+        with Storing(asked, space) as storing:
+            storing.run([Wanted(n, vacancy, plain) for n, vacancy in enumerate(vacancies)])
         return report_of(vacancies, storing.volatile)
 
     def _store_coded(
         self,
         digests: Sequence[Digest],
-        pages: Sequence[Sequence[int]],
+        asked: Asked,
         parent: Digest | None,
-        after: Fence | None,
         space: Space,
         coding: Coding,
     ) -> StoreReport:
         """Have the device encode what it has kernels for, and the host the rest."""
         plans = [coding.plan(is_first=not (parent or n)) for n in range(len(digests))]
         forms = [
-            None if NOWHERE in some else self._parts.forms.of_plan(plan)
-            for some, plan in zip(pages, plans, strict=True)
+            None if NOWHERE in some else asked.parts.forms.of_plan(plan)
+            for some, plan in zip(asked.pages, plans, strict=True)
         ]
         report, left = NOTHING_STORED, list(range(len(digests)))
         if any(forms):
@@ -212,13 +224,11 @@ class DeviceCache:
                 Wanted(n, vacancy, form, is_first=not (parent or n))
                 for n, (vacancy, form) in enumerate(zip(vacancies, forms, strict=True))
             ]
-            with Storing(self._parts, space, coding) as storing:
-                storing.run(wanted, pages, after)
+            with Storing(asked, space, coding) as storing:
+                storing.run(wanted)
             report, left = report_of(vacancies, storing.volatile), storing.left
         for numbers in self._host_groups(left):
-            report = report.plus(
-                self._store_from_host(numbers, digests, pages, parent, after, space)
-            )
+            report = report.plus(self._store_from_host(numbers, digests, asked, parent, space))
         return report._replace(refused=len(digests) - report.stored - report.present)
 
     def _host_groups(self, numbers: Sequence[int]) -> Iterator[list[int]]:
@@ -235,14 +245,13 @@ class DeviceCache:
         self,
         numbers: Sequence[int],
         digests: Sequence[Digest],
-        pages: Sequence[Sequence[int]],
+        asked: Asked,
         parent: Digest | None,
-        after: Fence | None,
         space: Space,
     ) -> StoreReport:
         """Store the chunks *numbers* by way of host memory, encoded there."""
         first, stop = numbers[0], numbers[-1] + 1
-        gathered = gather_to_host(self._parts, pages[first:stop], after)
+        gathered = gather_to_host(asked.part(first, stop))
         if gathered is None:
             return NOTHING_STORED
         report = space.store(

@@ -48,6 +48,18 @@ class Parts(NamedTuple):
     counters: DeviceCounters
 
 
+class Asked(NamedTuple):
+    """What a call moves: chunk i is in `pages[i]`, behind the fence *after*."""
+
+    parts: Parts
+    pages: Sequence[Sequence[int]]
+    after: Fence | None
+
+    def part(self, start: int, stop: int) -> Asked:
+        """Return the chunks from number *start* up to *stop*."""
+        return self._replace(pages=self.pages[start:stop])
+
+
 class Wanted(NamedTuple):
     """Chunk *number* of a call, its room, and how the device fills that; None: it cannot."""
 
@@ -60,8 +72,10 @@ class Wanted(NamedTuple):
 class _Call:
     """One call of one session, which uses its arena while it lasts."""
 
-    def __init__(self, parts: Parts, space: Space) -> None:
-        self._parts = parts
+    def __init__(self, asked: Asked, space: Space) -> None:
+        self._parts = parts = asked.parts
+        self._pages = asked.pages
+        self._after = asked.after
         self._space = space
         self._arena = parts.arenas.use(space.attached.arena)
 
@@ -90,18 +104,16 @@ class Storing(_Call):
     its room is given back.
     """
 
-    def __init__(self, parts: Parts, space: Space, coding: Coding | None = None) -> None:
-        super().__init__(parts, space)
+    def __init__(self, asked: Asked, space: Space, coding: Coding | None = None) -> None:
+        super().__init__(asked, space)
         self.volatile = 0
         self.left: list[int] = []
         self._coding = coding
-        self._lane = parts.stores
+        self._lane = asked.parts.stores
         self._todo: list[Wanted] = []
 
-    def run(
-        self, wanted: Sequence[Wanted], pages: Sequence[Sequence[int]], after: Fence | None
-    ) -> None:
-        """Store from *pages*; what is not stored is given back, or kept until it is over."""
+    def run(self, wanted: Sequence[Wanted]) -> None:
+        """Store what is *wanted*; what is not stored is given back, or kept until it is over."""
         begun = 0
         reserved = [one for one in wanted if one.vacancy.is_reserved]
         self._leave([one for one in reserved if one.form is None])
@@ -109,9 +121,12 @@ class Storing(_Call):
 
         def begin(group: list[Wanted]) -> Transfer:
             nonlocal begun
-            moved = [Moved(pages[one.number], self._arena.at(one.vacancy.offset)) for one in group]
+            moved = [
+                Moved(self._pages[one.number], self._arena.at(one.vacancy.offset)) for one in group
+            ]
             checksums = self._space.attached.checksums
-            transfer = self._lane.begin(moved, after, checksums=checksums, form=group[0].form)
+            form = group[0].form
+            transfer = self._lane.begin(moved, self._after, checksums=checksums, form=form)
             begun += len(group)
             return transfer
 
@@ -182,17 +197,16 @@ def _form_of(one: Wanted) -> Form:
     return one.form
 
 
-def gather_to_host(
-    parts: Parts, pages: Sequence[Sequence[int]], after: Fence | None
-) -> list[Runs] | None:
-    """Return plain chunks from *pages* in memory of this thread; None when the device fails."""
+def gather_to_host(asked: Asked) -> list[Runs] | None:
+    """Return plain chunks in memory of this thread; None when the device fails."""
+    parts, pages, after = asked
     lane, size = parts.stores, parts.forms.plain.size_bytes
     if lane.off or not lane.can_begin:
         return None
     room = _scratch.room("gathered", len(pages) * size)
     start = address_of(room.data)
     moved = [Moved(some, start + number * size) for number, some in enumerate(pages)]
-    transfer = lane.begin(moved, after, checksums=False)
+    transfer = lane.begin(moved, after, checksums=False, form=parts.forms.plain)
     # That memory is not pinned: the device writes to staging of its own, also later.
     if land(transfer, parts.held, lambda: _nothing) is not Outcome.LANDED:
         return None
@@ -216,36 +230,37 @@ class _Source(NamedTuple):
 class Loading(_Call):
     """Brings what was *loaded* to its pages; the first *whole* chunks are right."""
 
-    def __init__(self, parts: Parts, space: Space, loaded: LoadedChunks) -> None:
-        super().__init__(parts, space)
+    def __init__(self, asked: Asked, space: Space, loaded: LoadedChunks) -> None:
+        super().__init__(asked, space)
         self.whole = 0
         self.damage: KVStoreError | None = None
-        self._lane = parts.loads
-        self._forms = parts.forms
+        self._lane = asked.parts.loads
+        self._forms = asked.parts.forms
         self._loaded = loaded
         self._unread: tuple[int, KVStoreError] | None = None
         attached = space.attached
         self._verify = attached.verify_loads and attached.checksums
 
-    def run(self, pages: Sequence[Sequence[int]], after: Fence | None) -> None:
-        """Fill *pages*."""
+    def run(self) -> None:
+        """Fill the pages."""
 
         def begin(group: list[_Source]) -> Transfer:
-            moved = [Moved(pages[source.number], source.address) for source in group]
+            moved = [Moved(self._pages[source.number], source.address) for source in group]
+            form = group[0].form
             # Nothing else keeps bytes there as they were: not even a lease, when the tier fails.
             verify = self._verify or any(one.shard and one.shard.is_pooled for one in group)
-            return self._lane.begin(moved, after, checksums=verify, form=group[0].form)
+            return self._lane.begin(moved, self._after, checksums=verify, form=form)
 
-        groups = alike(self._sources(pages), lambda source: source.form, self._lane.capacity)
+        groups = alike(self._sources(), lambda source: source.form, self._lane.capacity)
         pipeline(self._lane, groups, begin, self._end, self._drop)
         if self.damage is None and self._unread is not None and self._unread[0] == self.whole:
             self.damage = self._unread[1]
 
-    def _sources(self, pages: Sequence[Sequence[int]]) -> Iterator[_Source]:
+    def _sources(self) -> Iterator[_Source]:
         """Yield where chunks are copied from, up to one that cannot be read."""
         for number, chunk in enumerate(self._loaded.chunks):
             try:
-                source = self._source(number, chunk, pages[number])
+                source = self._source(number, chunk, self._pages[number])
             except (ChecksumError, ContainerError) as error:
                 self._unread = (number, error)
                 return

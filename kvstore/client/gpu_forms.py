@@ -76,6 +76,12 @@ class Forms:
         self._size_max = size_max_bytes
         self._known: dict[tuple[object, ...], Form | None] = {}
 
+    def in_pages(self, layout: PageLayout) -> Forms:
+        """Return the same for other pages; raises `RequestError` when they hold other chunks."""
+        if _form_of(layout) != _form_of(self._layout):
+            raise RequestError(f"pages of {_form_of(layout)}, not {_form_of(self._layout)}")
+        return Forms(layout, self._manifest, self._heads, size_max_bytes=self._size_max)
+
     def of_plan(self, plan: Plan) -> Form | None:
         """Return the form of chunks that are encoded by *plan*, sizes known before."""
         if not plan.is_fixed_rate:
@@ -133,6 +139,7 @@ class Forms:
             if codec not in LOSSLESS
         ]
         return Form(
+            layout=self._layout,
             size_bytes=size_bytes,
             launches=tuple(launches),
             head_bytes=header.payload_offset,
@@ -245,6 +252,12 @@ class Forms:
             token_stride=layout.token_stride,
             head_stride=layout.head_stride,
         )
+
+
+def _form_of(layout: PageLayout) -> dict[str, int]:
+    """Return what pages must have in common to share staging."""
+    names = ("heads", "page_tokens", "pages_per_chunk", "row_bytes", "token_stride")
+    return {"planes": len(layout.planes)} | {name: getattr(layout, name) for name in names}
 
 
 def _read_head(stored: memoryview, sections: int) -> Container | None:
