@@ -6,12 +6,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.support.daemon import Daemon
 
 # How long an example takes says nothing on a machine that others use too.
-settings.register_profile("kvstore", deadline=None)
+settings.register_profile("kvstore", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("kvstore")
 
 StartDaemon = Callable[..., Daemon]
