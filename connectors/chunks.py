@@ -97,7 +97,12 @@ class Group:
 
     def first_needed(self, end: int) -> int:
         """Return the first chunk that a hit of *end* chunks needs."""
-        return max(0, end - self.window) if self.window else 0
+        return first_needed(end, self.window)
+
+
+def first_needed(end: int, window: int) -> int:
+    """Return the first chunk that a hit of *end* chunks needs of a group; see `Group.window`."""
+    return max(0, end - window) if window else 0
 
 
 def window_chunks(window_tokens: int, chunk_tokens: int) -> int:

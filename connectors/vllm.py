@@ -26,7 +26,7 @@ from kvstore.client.sync import Client
 from kvstore.compression.policy import CodecPolicy
 from kvstore.connectors.vllm_backends import check_backends
 from kvstore.connectors.vllm_events import events_for
-from kvstore.connectors.vllm_handoff import SchedulerHandoffs
+from kvstore.connectors.vllm_handoff import HandoffGroup, SchedulerHandoffs
 from kvstore.connectors.vllm_layouts import KVGroup, groups_of
 from kvstore.connectors.vllm_manifests import manifests_of, policies_of
 from kvstore.connectors.vllm_metadata import StepMetadata
@@ -344,10 +344,12 @@ def _handoffs(
     caches: Sequence[Sequence[PrefixCache]],
     settings: Settings,
 ) -> SchedulerHandoffs:
-    """Return the hand-offs of an engine; behind a sliding window, chunks have no order of use."""
-    is_plain = len(groups) == 1 and not groups[0].window
+    """Return the hand-offs of an engine: of every group, in every namespace that a hit needs."""
     return SchedulerHandoffs(
-        [cache.handoffs for cache in caches[0]] if is_plain else [],
+        [
+            HandoffGroup([cache.handoffs for cache in some], group.window)
+            for some, group in zip(caches, groups, strict=True)
+        ],
         seconds=settings.handoff_timeout_seconds,
         engine_id=str(transfer_config.engine_id),
     )

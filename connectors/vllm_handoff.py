@@ -23,6 +23,7 @@ import msgspec
 
 from kvstore.client.handoff import NOTHING_AWAITED, Awaited, Opened
 from kvstore.client.tracing import joined
+from kvstore.connectors.chunks import first_needed
 from kvstore.connectors.vllm_keys import RequestKeys
 from kvstore.connectors.vllm_metadata import HandedOver, LoadJob, Span
 from kvstore.connectors.vllm_transfers import Job, Transfers, Urgency
@@ -96,11 +97,24 @@ def read_terms(params: object) -> Terms:
         return Terms()
 
 
+@dataclass(frozen=True, slots=True)
+class HandoffGroup:
+    """The hand-offs of one KV group, one in every namespace that a hit needs.
+
+    *window* says what a hit needs of it, see `chunks.Group`. What the end of a prompt does not
+    need is neither published nor waited for: a hand-off's number 0 is the first chunk needed.
+    """
+
+    calls: Sequence[HandoffCalls]
+    window: int = 0
+
+
 @dataclass(slots=True, eq=False)
 class Production:
-    """A hand-off that this engine feeds. *jobs* are stores of its chunks that are under way."""
+    """A hand-off of *chunks* chunks that this engine feeds; *jobs* store some of them now."""
 
     name: str
+    chunks: int
     published: int = 0
     jobs: set[int] = field(default_factory=set)
     is_computed: bool = False
@@ -112,29 +126,29 @@ class Production:
 class SchedulerHandoffs:
     """The scheduler's side. Nothing here waits for the daemon: a thread of its own does.
 
-    *calls* are the hand-offs of every namespace that a hit needs; without any, nothing is handed
-    over. A hand-off without news for *seconds* is over.
+    Without *groups*, nothing is handed over. A hand-off without news for *seconds* is over.
     """
 
     def __init__(
-        self, calls: Sequence[HandoffCalls], *, seconds: float = 120.0, engine_id: str = ""
+        self, groups: Sequence[HandoffGroup], *, seconds: float = 120.0, engine_id: str = ""
     ) -> None:
-        self._calls = calls
+        self._groups = groups
+        self._calls = [calls for group in groups for calls in group.calls]
         self._engine_id = engine_id
         self._seconds = seconds
         self._productions: dict[str, Production] = {}
         self._work: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        if calls:
+        if self._calls:
             self._thread = threading.Thread(target=self._run, name="kvstore-handoffs", daemon=True)
             self._thread.start()
 
-    def begin(self, request_id: str, terms: Terms) -> bool:
-        """Open a hand-off if the request asks for one; return whether it does."""
+    def begin(self, request_id: str, terms: Terms, chunks: int) -> bool:
+        """Open a hand-off of a prompt's *chunks* if the request asks for it; return whether."""
         if not terms.do_remote_decode or request_id in self._productions or not self._calls:
             return False
         name = terms.transfer_id or _new_name(request_id)
-        production = self._productions[request_id] = Production(name)
+        production = self._productions[request_id] = Production(name, chunks)
         self._work.put(partial(self._open, production))
         return True
 
@@ -238,10 +252,13 @@ class SchedulerHandoffs:
             production.opened.set()
 
     def _publish(self, production: Production, first: int, digests: list[Digest]) -> None:
-        for start in range(0, len(digests), KEYS_PER_REQUEST_MAX):
-            some = digests[start : start + KEYS_PER_REQUEST_MAX]
-            for calls in () if production.is_broken else self._calls:
-                production.is_broken |= not calls.publish(production.name, first + start, some)
+        for group in self._groups:
+            base = first_needed(production.chunks, group.window)
+            for start in range(max(first, base), first + len(digests), KEYS_PER_REQUEST_MAX):
+                some = digests[start - first :][:KEYS_PER_REQUEST_MAX]
+                for calls in () if production.is_broken else group.calls:
+                    done = calls.publish(production.name, start - base, some)
+                    production.is_broken |= not done
 
     def _close(self, production: Production) -> None:
         for calls in self._calls:
@@ -258,16 +275,31 @@ class SchedulerHandoffs:
 
 @dataclass(slots=True, eq=False)
 class Arrival:
-    """A load that waits for its chunks; *done* of them are loaded."""
+    """A load that waits for its chunks, span by span; *done* of each are loaded."""
 
     job: LoadJob
-    span: Span
     source: HandedOver
     fences: Sequence[Any]
     ends_at: float
     started: float
-    done: int = 0
+    done: list[int]
+    number: int = 0
     is_given_up: bool = False
+
+    @property
+    def span(self) -> Span:
+        """The span that comes next."""
+        return self.job.spans[self.number]
+
+    @property
+    def first(self) -> int:
+        """The chunk of that span that comes next."""
+        return self.done[self.number]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every chunk of every span is loaded."""
+        return sum(self.done) == sum(len(span.digests) for span in self.job.spans)
 
 
 class Arrivals:
@@ -283,7 +315,7 @@ class Arrivals:
         calls: Sequence[HandoffCalls],
         transfers: Transfers,
         load: Callable[[Span, Sequence[Any]], int],
-        report: Callable[[LoadJob, int, float], None],
+        report: Callable[[LoadJob, Sequence[int], float], None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._calls = calls
@@ -301,10 +333,9 @@ class Arrivals:
         return len(self._arrivals)
 
     def begin(self, job: LoadJob, source: HandedOver, fences: Sequence[Any]) -> None:
-        """Load the one span of *job* as *source* delivers it."""
-        (span,) = job.spans
-        now = self._clock()
-        arrival = Arrival(job, span, source, fences, now + source.seconds, time.perf_counter())
+        """Load the spans of *job* as *source* delivers them."""
+        ends_at, done = self._clock() + source.seconds, [0] * len(job.spans)
+        arrival = Arrival(job, source, fences, ends_at, time.perf_counter(), done)
         self._arrivals[job.request_id] = arrival
         self._waiting.put(arrival)
         if len(self._threads) < min(_THREADS_MAX, len(self._arrivals)):
@@ -350,12 +381,12 @@ class Arrivals:
         source, span = arrival.source, arrival.span
         ready = self._calls[span.group].wait(
             source.name,
-            source.first + arrival.done,
+            source.firsts[arrival.number] + arrival.first,
             timeout_seconds=min(left, most),
             peer=source.peer,
             early=source.early,
         )
-        count = _agreeing(ready.digests, span.digests[arrival.done :])
+        count = _agreeing(ready.digests, span.digests[arrival.first :])
         if count:
             self._transfers.submit(Urgency.LOAD, partial(self._take, arrival, count))
         elif (ready.is_last or ready.digests) and not _is_to_open(arrival, ready):
@@ -365,30 +396,34 @@ class Arrivals:
 
     def _take(self, arrival: Arrival, count: int) -> None:
         """Load the next *count* chunks, which are ready."""
-        part = _part(arrival.span, arrival.done, arrival.done + count)
-        good = self._loaded(arrival, part)
-        arrival.done += good
+        good = self._load_next(arrival, count)
         arrival.ends_at = self._clock() + arrival.source.seconds
-        if good < count or arrival.done == len(arrival.span.digests):
+        if good < count or arrival.is_whole:
             self._end(arrival)
         else:
             self._waiting.put(arrival)
 
     def _finish(self, arrival: Arrival) -> None:
         """Load what is there of the rest, as of any prefix, and wait no more."""
-        rest = len(arrival.span.digests)
-        if not arrival.is_given_up and arrival.done < rest:
-            part = _part(arrival.span, arrival.done, rest)
-            arrival.done += self._loaded(arrival, part)
+        good = rest = 0
+        while good == rest and not (arrival.is_given_up or arrival.is_whole):
+            rest = len(arrival.span.digests) - arrival.first
+            good = self._load_next(arrival, rest)
         self._end(arrival)
 
-    def _loaded(self, arrival: Arrival, part: Span) -> int:
+    def _load_next(self, arrival: Arrival, count: int) -> int:
+        """Load the next *count* chunks of a span; return how many of them have come."""
+        span, first = arrival.span, arrival.first
         try:
             with joined(arrival.job.trace):
-                return self._load(part, arrival.fences)
+                good = self._load(_part(span, first, first + count), arrival.fences)
         except Exception:
             log.exception("kvstore: a load failed, the rest of its request is computed")
-            return 0
+            good = 0
+        arrival.done[arrival.number] += good
+        if arrival.first == len(span.digests) and not arrival.is_whole:
+            arrival.number += 1
+        return good
 
     def _end(self, arrival: Arrival) -> None:
         if self._arrivals.pop(arrival.job.request_id, None) is not None:
@@ -398,7 +433,7 @@ class Arrivals:
 def _is_to_open(arrival: Arrival, ready: Awaited) -> bool:
     """Whether the daemon has not heard of the hand-off yet, and may still."""
     is_answer = ready is not NOTHING_AWAITED  # which stands for no daemon, and comes at once
-    is_unknown = ready.state is HandoffState.ABSENT and not arrival.done
+    is_unknown = ready.state is HandoffState.ABSENT and not any(arrival.done)
     return arrival.source.early and is_answer and is_unknown
 
 

@@ -44,10 +44,11 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class HandedOver:
-    """A hand-off that a request is fed from, and *first*, the chunk that it begins with here.
+    """A hand-off that a request is fed from.
 
     *tokens* have been announced, if any were. *early* says that it may not be open yet. After
-    *seconds* without a chunk the rest is computed.
+    *seconds* without a chunk the rest is computed. *firsts* are the numbers, in the hand-off of
+    its group, of the chunk that each span of the load begins with.
     """
 
     name: str
@@ -55,14 +56,14 @@ class HandedOver:
     tokens: int | None
     early: bool
     seconds: float
-    first: int = 0
+    firsts: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class LoadJob:
     """Chunks that a request waits for. *lost* are blocks that nothing will be loaded into.
 
-    With *source*, its one span is loaded as that delivers it. *trace* is what the request belongs
+    With *source*, its spans are loaded as that delivers them. *trace* is what the request belongs
     to (`traceparent`), if anything.
     """
 

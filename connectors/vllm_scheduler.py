@@ -104,7 +104,8 @@ class SchedulerHalf:
         with self._failing_open():
             tracked = self._track(request)
             terms = read_terms(getattr(request, "kv_transfer_params", None))
-            if self._role.produces and self._handoffs.begin(request.request_id, terms):
+            chunks = request.num_prompt_tokens // self._chunk_tokens
+            if self._role.produces and self._handoffs.begin(request.request_id, terms, chunks):
                 self.counts.handoffs_opened += 1
             if self._role.consumes:
                 tracked.source = self._handoffs.promised(terms)
@@ -264,7 +265,9 @@ class SchedulerHalf:
         source = tracked.source
         if source is not None:
             tracked.source = None
-            source = replace(source, first=local_tokens // self._chunk_tokens)
+            local = local_tokens // self._chunk_tokens
+            needed = [group.first_needed(tracked.hit) for group in self._chunk_groups]
+            source = replace(source, firsts=tuple(max(0, local - first) for first in needed))
             self.counts.handoffs_taken += 1
             self.counts.tokens_handed += tokens
         spans = tuple(self._load_spans(tracked, blocks, local_tokens))

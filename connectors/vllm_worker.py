@@ -169,10 +169,10 @@ class WorkerHalf:
             failed = set().union(*(span.real_blocks for span in job.spans))
         self._receive(job, failed, loaded, started)
 
-    def _arrived(self, job: LoadJob, loaded: int, started: float) -> None:
-        """Report a load that was fed by a hand-off."""
-        (span,) = job.spans
-        self._receive(job, _blocks_behind(span, loaded), loaded, started)
+    def _arrived(self, job: LoadJob, loaded: Sequence[int], started: float) -> None:
+        """Report a load that was fed by a hand-off, with the chunks that came of each span."""
+        behind = (_blocks_behind(span, good) for span, good in zip(job.spans, loaded, strict=True))
+        self._receive(job, set().union(*behind), sum(loaded), started)
 
     def _receive(self, job: LoadJob, failed: set[int], loaded: int, started: float) -> None:
         with self._lock:

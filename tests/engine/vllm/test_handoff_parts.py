@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import queue
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import pytest
 
 from kvstore.client.handoff import NOTHING_AWAITED, Awaited, Opened
-from kvstore.connectors.vllm_handoff import Arrivals, SchedulerHandoffs, read_terms
+from kvstore.connectors.vllm_handoff import Arrivals, HandoffGroup, SchedulerHandoffs, read_terms
 from kvstore.connectors.vllm_metadata import HandedOver, LoadJob, Span
 from kvstore.connectors.vllm_transfers import Transfers
 from kvstore.limits import HANDOFF_NAME_MAX_CHARS
@@ -79,9 +80,9 @@ def calls() -> Calls:
 
 
 def test_a_hand_off_is_closed_when_its_last_store_has_ended(calls):
-    side = SchedulerHandoffs([calls], engine_id="e")
-    assert side.begin("r", PREFILL)
-    assert not side.begin("r", PREFILL), "once"
+    side = SchedulerHandoffs([HandoffGroup([calls])], engine_id="e")
+    assert side.begin("r", PREFILL, 5)
+    assert not side.begin("r", PREFILL, 5), "once"
     side.publish("r", Keys(), 2)
     side.storing("r", 7)
     side.publish("r", Keys(), 2)
@@ -106,11 +107,11 @@ def test_a_hand_off_is_closed_when_its_last_store_has_ended(calls):
 
 
 def test_a_request_that_is_aborted_gives_its_hand_off_up(calls):
-    side = SchedulerHandoffs([calls])
-    side.begin("r", read_terms({"do_remote_decode": True, "transfer_id": "chosen"}))
+    side = SchedulerHandoffs([HandoffGroup([calls])])
+    side.begin("r", read_terms({"do_remote_decode": True, "transfer_id": "chosen"}), 5)
     assert side.finish("r", 90, is_aborted=True) is None
     assert [calls.next() for _ in range(2)] == [("open", "chosen"), ("abort", "chosen")]
-    side.begin("other", PREFILL)
+    side.begin("other", PREFILL, 5)
     side.close()
     assert [calls.next()[0] for _ in range(2)] == ["open", "abort"]
     side.close()
@@ -118,8 +119,8 @@ def test_a_request_that_is_aborted_gives_its_hand_off_up(calls):
 
 def test_without_a_hand_off_there_is_nothing_to_carry():
     away = Calls(host=None)
-    side = SchedulerHandoffs([away])
-    side.begin("r", PREFILL)
+    side = SchedulerHandoffs([HandoffGroup([away])])
+    side.begin("r", PREFILL, 5)
     side.publish("r", Keys(), 2)
     assert side.finish("r", 90, is_aborted=False) is None
     assert side.finish("unknown", 90, is_aborted=False) is None
@@ -127,15 +128,15 @@ def test_without_a_hand_off_there_is_nothing_to_carry():
     assert away.next()[0] == "open"
     assert away.told.empty(), "neither published nor aborted"
     nobody = SchedulerHandoffs([])
-    assert not nobody.begin("r", PREFILL)
+    assert not nobody.begin("r", PREFILL, 5)
     assert nobody.promised(read_terms({"do_remote_prefill": True, "transfer_id": "x"})) is None
     nobody.close()
 
 
 def test_what_breaks_is_published_no_more(calls):
     calls.publishes = False
-    side = SchedulerHandoffs([calls])
-    side.begin("r" * 500, PREFILL)
+    side = SchedulerHandoffs([HandoffGroup([calls])])
+    side.begin("r" * 500, PREFILL, 5)
     for chunks in (1, 2, 3):
         side.publish("r" * 500, Keys(), chunks)
     side.close()
@@ -144,8 +145,20 @@ def test_what_breaks_is_published_no_more(calls):
     assert [calls.next() for _ in range(2)] == [("publish", 0, 1), ("abort", name)]
 
 
+def test_of_a_window_only_what_the_end_needs_is_published_and_counted_from_there(calls):
+    sliding = Calls()
+    side = SchedulerHandoffs([HandoffGroup([calls]), HandoffGroup([sliding], window=2)])
+    side.begin("r", PREFILL, 5)
+    for chunks in (2, 4, 5):
+        side.publish("r", Keys(), chunks)
+    side.close()
+    told = [[each.next() for _ in range(each.told.qsize())][1:-1] for each in (calls, sliding)]
+    assert told[0] == [("publish", 0, 2), ("publish", 2, 2), ("publish", 4, 1)]
+    assert told[1] == [("publish", 0, 1), ("publish", 1, 1)]
+
+
 def test_a_decode_engine_asks_the_daemon_that_it_is_told_of_and_leaves_it(calls):
-    side = SchedulerHandoffs([calls], seconds=9.0)
+    side = SchedulerHandoffs([HandoffGroup([calls])], seconds=9.0)
     carried = {"do_remote_prefill": True, "transfer_id": "x", "remote_host": "host-a"}
     source = side.promised(read_terms(carried | {"remote_num_tokens": 70}))
     assert source == HandedOver("x", "host-a", 70, early=False, seconds=9.0)
@@ -183,7 +196,7 @@ class Worker:
     """Loads what it is told, of which the first *good* chunks of each span come."""
 
     def __init__(self, calls: Calls, good: int = 99) -> None:
-        self.reports: queue.SimpleQueue[tuple[str, int]] = queue.SimpleQueue()
+        self.reports: queue.SimpleQueue[tuple[str | int, ...]] = queue.SimpleQueue()
         self.loaded: list[tuple[list[Digest], list[int], Digest | None]] = []
         self.good = good
         self.transfers = Transfers()
@@ -193,18 +206,18 @@ class Worker:
         self.loaded.append((span.digests, span.blocks, span.parent))
         return min(self.good, len(span.digests))
 
-    def report(self, job: LoadJob, done: int, _: float) -> None:
-        self.reports.put((job.request_id, done))
+    def report(self, job: LoadJob, done: Sequence[int], _: float) -> None:
+        self.reports.put((job.request_id, *done))
 
     def begin(
         self, name: str, chunks: int, *, first: int = 0, seconds: float = 60.0, early: bool = True
     ) -> None:
-        source = HandedOver(name, "host-a", None, early=early, seconds=seconds, first=first)
+        source = HandedOver(name, "host-a", None, early=early, seconds=seconds, firsts=(first,))
         ours = digests(first + chunks)[first:]
         span = Span(0, ours, list(range(2 * chunks)), digests(first)[-1] if first else None)
         self.arrivals.begin(LoadJob(name, (span,), source=source), source, [])
 
-    def ended(self) -> tuple[str, int]:
+    def ended(self) -> tuple[str | int, ...]:
         return self.reports.get(timeout=DEADLINE_SECONDS)
 
     def close(self) -> None:
@@ -254,6 +267,27 @@ def test_what_does_not_come_is_looked_for_once_and_then_computed(answer, good, d
     calls.answers.put(answer)
     assert worker.ended() == ("r", done)
     assert len(worker.loaded) == 1
+    worker.close()
+
+
+@pytest.mark.parametrize("good", [99, 1])
+def test_groups_come_one_behind_the_other(good, calls):
+    worker, sliding = Worker(calls, good), Calls()
+    worker.arrivals._calls = [calls, sliding]
+    chain = digests(5)
+    spans = Span(0, chain[2:], [1, 2, 3], chain[1]), Span(1, chain[3:], [7, 8], chain[2])
+    source = HandedOver("r", "", None, early=True, seconds=60.0, firsts=(2, 0))
+    worker.arrivals.begin(LoadJob("r", spans, source=source), source, [])
+    for each, answer in ((calls, ready(2, 3)), (calls, ready(3, 5)), (sliding, ready(3, 5))):
+        each.answers.put(answer)
+    if good == 1:
+        # What has come of the first group is of no use without the second.
+        assert worker.ended() == ("r", 2, 0)
+        assert sliding.told.empty()
+    else:
+        assert worker.ended() == ("r", 3, 2)
+        assert sliding.next() == ("wait", 0)
+        assert worker.loaded[-1] == (chain[3:], [7, 8], chain[2])
     worker.close()
 
 

@@ -10,7 +10,9 @@ import pytest
 from deploy.demo.daemon import running_daemon
 from tests.engine.damage import scramble
 from tests.engine.vllm import models
-from tests.engine.vllm.driver import Engine
+from tests.engine.vllm.driver import Engine, Output
+
+THIRDS = list(enumerate(models.prompts(3, 1400, seed=70)))
 
 
 @pytest.fixture(scope="module")
@@ -24,6 +26,15 @@ def daemon() -> Iterator[tuple[Path, int]]:
         yield socket, process.pid
 
 
+def take(engine: Engine, prompt: list[int], name: str) -> Output:
+    """Return what *engine* makes of *prompt* when it is handed over to it."""
+    name = f"hybrid-{name}"
+    _, params = engine.call("hand_over", prompt, {"do_remote_decode": True, "transfer_id": name}, 1)
+    engine.call("forget")
+    output, _ = engine.call("hand_over", prompt, params, 8)
+    return output
+
+
 @pytest.mark.parametrize("step_tokens", [4096, 512], ids=["whole", "chunked"])
 def test_a_hit_equals_a_local_prefix_hit(gemma, daemon, step_tokens):
     asked = models.prompts(4, 1400, seed=50 + step_tokens)
@@ -35,9 +46,17 @@ def test_a_hit_equals_a_local_prefix_hit(gemma, daemon, step_tokens):
         warm = writer.generate(asked)
         counts = writer.call("counts")
         writer.call("forget")
+        # It hands over to itself as it would to another engine.
+        handed = [take(writer, prompt, f"{step_tokens}-{number}") for number, prompt in THIRDS]
+        writer.call("forget")
+        alone = writer.generate([prompt for _, prompt in THIRDS], salt="alone")
+        taken = writer.call("counts")
+        writer.call("forget")
         free, all_blocks = writer.call("free_blocks")
-    assert counts["load_failures"] == 0
+    assert counts["load_failures"] == taken["load_failures"] == 0
     assert counts["tokens_hit"] == 4 * 1280
+    assert (taken["handoffs_taken"], taken["tokens_handed"]) == (3, 3 * 1280)
+    assert [output.tokens for output in handed] == [output.tokens for output in alone]
     assert [output.tokens for output in warm] == [output.tokens for output in cold]
     assert warm == local
     assert free == all_blocks
