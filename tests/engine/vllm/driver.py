@@ -254,6 +254,16 @@ class Driver:
         counts = get_kv_transfer_group()._worker.counts
         return counts.chunks_loaded, counts.chunks_failed
 
+    def load_seconds(self) -> float:
+        """Return how long the worker's half has been loading chunks, waits for them included."""
+        from vllm.distributed.kv_transfer import get_kv_transfer_group
+
+        return get_kv_transfer_group()._worker.counts.load_seconds
+
+    def computed_tokens(self) -> int:
+        """Return how many tokens of prompts the engine has computed itself."""
+        return self._metric("vllm:prompt_tokens") - self._metric("vllm:prompt_tokens_cached")
+
     def handoffs_kept(self) -> int:
         """Return how many hand-offs the scheduler's half still feeds."""
         return len(self.scheduler.connector._scheduler._handoffs._productions)

@@ -18,7 +18,7 @@ import pytest
 
 from tests.engine.vllm import models
 from tests.engine.vllm.driver import ENVIRONMENT
-from tests.engine.vllm.test_server import metric, post
+from tests.engine.vllm.test_server import free_port, is_healthy, metric, post, stream
 from tests.support.waiting import wait_until
 
 EXAMPLE = Path(__file__).parents[3] / "deploy/pd/one-host.sh"
@@ -91,6 +91,22 @@ def chat(port: int, prompt: list[int]) -> str:
     )
 
 
+@contextmanager
+def in_turn(prefill: str, decode: str) -> Iterator[str]:
+    """Run a proxy that asks *decode* when *prefill* has answered; give its address."""
+    port = free_port()
+    words = [sys.executable, "-m", "kvstore.connectors.pd_proxy", "--in-turn"]
+    words += ["--listen", f"127.0.0.1:{port}", "--prefill", prefill, "--decode", decode]
+    process = subprocess.Popen(words)
+    try:
+        address = f"http://127.0.0.1:{port}"
+        wait_until(lambda: is_healthy(address), what="the proxy answers")
+        yield address
+    finally:
+        process.terminate()
+        process.wait(60)
+
+
 def text(answer: str) -> str:
     return json.loads(answer)["choices"][0]["text"]
 
@@ -111,6 +127,18 @@ def test_streaming_chats_are_prefilled_here_and_decoded_there(tmp_path):
         # The same engine, without anybody's help.
         assert [chat(port + 100, prompt) for prompt in prompts] == answers
 
+        # The first token of a completion is prefill's: decode computes the others, and nobody
+        # can tell.
+        asked = models.prompts(2, 600, seed=92)
+        whole = [stream(prefill, prompt) for prompt in asked]
+        with in_turn(prefill, decode) as proxy:
+            before = metric(decode, "vllm:prompt_tokens_total")
+            assert stream(proxy, asked[0]) == whole[0]
+            assert metric(decode, "vllm:prompt_tokens_total") - before == 600 + 1
+        assert stream(f"http://127.0.0.1:{port}", asked[1]) == whole[1]
+        assert metric(decode, "vllm:kvstore_tokens_handed_total") == 5 * 512
+        assert metric(decode, "vllm:kvstore_load_failures_total") == 0
+
         # As vLLM's own proxies do it, who know nothing of what they carry.
         (other,) = models.prompts(1, 600, seed=91)
         body = {"model": "tiny", "prompt": other, "temperature": 0, "ignore_eos": True}
@@ -120,7 +148,7 @@ def test_streaming_chats_are_prefilled_here_and_decoded_there(tmp_path):
         carried = json.loads(post(f"{prefill}/v1/completions", first))["kv_transfer_params"]
         second = body | {"max_tokens": 8}
         handed = post(f"{decode}/v1/completions", second | {"kv_transfer_params": carried})
-        assert metric(decode, "vllm:kvstore_tokens_handed_total") == 4 * 512
+        assert metric(decode, "vllm:kvstore_tokens_handed_total") == 6 * 512
         assert metric(decode, "vllm:kvstore_load_failures_total") == 0
         assert text(handed) == text(post(f"{prefill}/v1/completions", second))
 
