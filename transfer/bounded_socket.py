@@ -17,10 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar, Final
 
-from kvstore.hashing import Digests64
-from kvstore.limits import CHECKSUM_BLOCK_BYTES, MIB
-from kvstore.transfer import copies
-from kvstore.transfer.native import address_of
+from kvstore.limits import MIB
 
 _TIMEVAL: Final = struct.Struct("@ll")
 # What one call of TLS is given; it copies, so that more would not be sooner.
@@ -110,18 +107,6 @@ class BoundedSocket(ABC):
         got = 0
         while got < len(view):
             got += self._receive_some(view[got:], socket.MSG_WAITALL)
-
-    def _fill_digested(self, view: memoryview, digests: Digests64, part_bytes: int) -> None:
-        """Fill *view* and take the *digests* of its blocks, *part_bytes* at a time.
-
-        A part is digested while the next one is on its way.
-        """
-        for start in range(0, len(view), part_bytes):
-            part = view[start : start + part_bytes]
-            self._fill(part)
-            found = copies.digest_blocks_at(address_of(part), len(part))
-            first = start // CHECKSUM_BLOCK_BYTES
-            digests[first : first + len(found)] = found
 
     def _bound_wait(self, option: int) -> None:
         """Bound the next wait by the deadline and by the time in which nothing moves."""

@@ -17,11 +17,14 @@ import numpy as np
 
 from kvstore.hashing import Digests64, block_count
 from kvstore.limits import (
+    CHECKSUM_BLOCK_BYTES,
     FRAME_SIZE_MAX_BYTES,
     PEER_PART_BYTES,
     PEER_SOCKET_BUFFER_BYTES,
 )
+from kvstore.transfer import copies
 from kvstore.transfer.bounded_socket import BoundedSocket
+from kvstore.transfer.native import address_of
 
 _LENGTH: Final = struct.Struct("<I")
 _KEEPALIVE: Final = {
@@ -97,7 +100,12 @@ class Wire(BoundedSocket):
     def receive_bytes(self, target: memoryview) -> Digests64:
         """Fill *target* and return the digests of its blocks."""
         digests: Digests64 = np.zeros(block_count(len(target)), dtype=np.uint64)
-        self._fill_digested(target, digests, PEER_PART_BYTES)
+        for start in range(0, len(target), PEER_PART_BYTES):
+            part = target[start : start + PEER_PART_BYTES]
+            self._fill(part)
+            first = start // CHECKSUM_BLOCK_BYTES
+            found = copies.digest_blocks_at(address_of(part), len(part))
+            digests[first : first + len(found)] = found
         return digests
 
 

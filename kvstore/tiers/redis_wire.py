@@ -26,17 +26,15 @@ from kvstore.tiers.redis_records import (
     Unreadable,
     read_label,
 )
+from kvstore.transfer import copies
 from kvstore.transfer.bounded_socket import BoundedSocket
+from kvstore.transfer.native import address_of
 
 Command = tuple[bytes, ...]
 """The words of one command."""
 
 _LINE_MAX_BYTES: Final = 4096
 _RECEIVE_BYTES: Final = 64 * 1024
-# What is digested at once: a server on this host has no more than this on its way by itself.
-_PART_BYTES: Final = 256 * 1024
-# How much of a stripe is still to come when the next one is asked for.
-_TAIL_BYTES: Final = 512 * 1024
 
 
 class LaneError(Exception):
@@ -90,10 +88,12 @@ class Target(NamedTuple):
             table = np.zeros(block_count(len(view)), dtype=np.uint64)
         return cls(view, table)
 
-    def part(self, start: int, stop: int) -> tuple[memoryview, Digests64]:
-        """Return the bytes from *start*, where a block begins, to *stop*, and their digests."""
-        first, last = start // CHECKSUM_BLOCK_BYTES, -(-stop // CHECKSUM_BLOCK_BYTES)
-        return self.view[start:stop], self.digests[first:last]
+    def digest(self, stripe: Stripe) -> None:
+        """Take the digests of the bytes of *stripe*, while they still lie in a cache."""
+        view = self.view[stripe.start : stripe.stop]
+        found = copies.digest_blocks_at(address_of(view), len(view))
+        first = stripe.start // CHECKSUM_BLOCK_BYTES
+        self.digests[first : first + len(found)] = found
 
 
 class Connection(Protocol):
@@ -210,9 +210,8 @@ class Lane(BoundedSocket):
     ) -> list[Fetched | ReplyError]:
         """Get *stripes* into *target*, the room of their shard; return what became of each.
 
-        At most *window* bytes, or one stripe, are on their way at a time, besides the end of the
-        one that is coming. Stripes behind one that is not as it should be may be left out, and
-        count as it does.
+        At most *window* bytes, or one stripe, are on their way at a time. Stripes behind one
+        that is not as it should be may be left out, and count as it does.
         """
         outcomes: list[Fetched | ReplyError] = []
         asked, wanted = 0, len(stripes)
@@ -222,16 +221,14 @@ class Lane(BoundedSocket):
                 if asking:
                     self._status(asking=False)
                 stripe = stripes[len(outcomes)]
-                outcomes.append(self._head(stripe))
+                outcomes.append(self._stripe(stripe, target))
                 if self.is_broken:
                     break
                 if outcomes[-1] is Fetched.HERE:
-                    middle = max(stripe.start, _block_start(stripe.stop - _TAIL_BYTES))
-                    self._fill_digested(*target.part(stripe.start, middle), _PART_BYTES)
-                    # The server turns to the next while the end of this one is on its way.
+                    # The server goes on while we digest. Not while bytes come: one on this host
+                    # waits for us then, and has to be woken again and again.
                     asked = self._ask(stripes[:wanted], asked, len(outcomes), window, asking=asking)
-                    self._fill_digested(*target.part(middle, stripe.stop), _PART_BYTES)
-                    self._end()
+                    target.digest(stripe)
                 elif not is_ask(outcomes[-1]):
                     wanted = asked
             else:
@@ -250,8 +247,7 @@ class Lane(BoundedSocket):
             self._send([memoryview(commands)])
         return asked
 
-    def _head(self, stripe: Stripe) -> Fetched | ReplyError:
-        """Read how a reply begins; when that is as it should be, the bytes of *stripe* follow."""
+    def _stripe(self, stripe: Stripe, target: Target) -> Fetched | ReplyError:
         line = self._line()
         if line.startswith(b"-"):
             refused = ReplyError(line[1:].decode(errors="replace"))
@@ -268,14 +264,12 @@ class Lane(BoundedSocket):
             # What follows is not read: closing costs less than reading bytes for nobody.
             self.is_broken = True
             return _judge(bytes(label), stripe)
-        return Fetched.HERE
-
-    def _end(self) -> None:
-        """Read how a reply ends."""
+        self._fill(target.view[stripe.start : stripe.stop])
         ending = bytearray(2)
         self._fill(memoryview(ending))
         if ending != b"\r\n":
             raise LaneError("a reply does not end where it should")
+        return Fetched.HERE
 
     def _status(self, *, asking: bool) -> ReplyError | None:
         """Read the reply to a command that answers OK, and to the ASKING before it."""
@@ -351,10 +345,6 @@ def _is_room(ahead: Sequence[Stripe], begun: int, wanted: int, window: int) -> b
     if begun >= wanted:
         return False
     return len(ahead) == 1 or sum(stripe.value_bytes for stripe in ahead) <= window
-
-
-def _block_start(at: int) -> int:
-    return at // CHECKSUM_BLOCK_BYTES * CHECKSUM_BLOCK_BYTES
 
 
 def _get(name: bytes, *, asking: bool) -> bytes:
