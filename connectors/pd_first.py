@@ -14,6 +14,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from kvstore.connectors.pd_pools import EngineError
+from kvstore.limits import PROXY_EVENT_MAX_BYTES
+
 PATH: Final = "/v1/completions"
 # What bears on every token alike, whichever engine samples it and whether or not the first token
 # counts as prompt. Anything else must have one of the values that ask for nothing.
@@ -144,8 +147,10 @@ class Events:
         self._begun = b""
 
     def of(self, piece: bytes) -> Iterator[bytes]:
-        """Yield the events that *piece* ends."""
+        """Yield the events that *piece* ends; raises `EngineError` for one that never does."""
         *events, self._begun = (self._begun + piece).split(b"\n\n")
+        if len(self._begun) > PROXY_EVENT_MAX_BYTES:
+            raise EngineError(f"an event has more than {PROXY_EVENT_MAX_BYTES} bytes")
         for event in events:
             yield event + b"\n\n"
 

@@ -335,6 +335,7 @@ PROBE_INTERVAL_MAX_SECONDS: Final = 2.0
 # --- proxy between prefill and decode engines ------------------------------------------
 PROXY_BODY_MAX_BYTES: Final = 64 * MIB
 PROXY_CONNECT_SECONDS: Final = 5.0
+PROXY_EVENT_MAX_BYTES: Final = 4 * MIB
 # Below the 120 s that decode waits for a chunk, so that the proxy hears first of a silent engine.
 PROXY_PREFILL_SECONDS: Final = 100.0
 PROXY_PROBE_SECONDS: Final = 2.0

@@ -8,7 +8,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from kvstore.connectors.pd_first import may_split
+from kvstore.connectors.pd_first import Events, may_split
+from kvstore.connectors.pd_pools import EngineError
+from kvstore.limits import PROXY_EVENT_MAX_BYTES
 from tests.engine.pd_site import COMPLETIONS, EVENTS, PROMPT, SEEN, FakeEngine, Site, site
 
 
@@ -133,6 +135,13 @@ async def test_a_decode_engine_that_fails_behind_the_first_token_is_replaced():
         status, events = await made.complete()
         assert status == 200
         assert len(events) == 5
+
+
+def test_an_event_that_never_ends_is_no_event():
+    events = Events()
+    assert list(events.of(b"data: 1\n\ndata")) == [b"data: 1\n\n"]
+    with pytest.raises(EngineError, match="more than"):
+        list(events.of(bytes(PROXY_EVENT_MAX_BYTES)))
 
 
 @pytest.mark.parametrize("status", [400, 500])
