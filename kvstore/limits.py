@@ -174,6 +174,8 @@ ADMIN_SCAN_MAX: Final = 4096
 ADMIN_CONNECTIONS_MAX: Final = 64
 ADMIN_CONNECTION_IDLE_SECONDS: Final = 30.0
 ADMIN_FIRST_REQUEST_SECONDS: Final = 10.0
+# Connections whose TLS has not begun yet.
+ADMIN_HANDSHAKES_MAX: Final = 32
 # Connections of so long ago at most on which nothing was asked, closed ones included.
 ADMIN_SILENT_MAX: Final = 256
 ADMIN_REQUESTS_PER_SECOND: Final = 100

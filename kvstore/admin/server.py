@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import json
 import logging
 import socket
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NoReturn
 
 from aiohttp import web
 from aiohttp.typedefs import Handler
@@ -16,6 +17,7 @@ from aiohttp.typedefs import Handler
 from kvstore.admin.actions import Actions
 from kvstore.admin.explaining import Explaining
 from kvstore.admin.gate import Gate
+from kvstore.admin.handshakes import accept_tls
 from kvstore.admin.openapi import document, served_path
 from kvstore.admin.routes import JSON, Call, Route, Text
 from kvstore.admin.status import Observer
@@ -86,27 +88,24 @@ class Admin:
             listening = await self._listen()
             server = runner.server
             assert server is not None, "the runner is set up"
-            listener = await self._accept(server, listening)
-            try:
-                await self._observe()
-            finally:
-                self._subject.store.reuse.is_on = False
-                # Its connections are the runner's to end: to wait for them here would be for ever.
-                listener.close()
+            await self._accept(server, listening)
         finally:
             await runner.cleanup()
 
-    async def _observe(self) -> None:
+    async def _observe(self) -> NoReturn:
         """Look at the daemon from time to time, and do what look-ups have left to be done."""
         reuse, due = self._subject.store.reuse, 0.0
         reuse.is_on = True
-        while True:
-            now = time.monotonic()
-            if now >= due:
-                self._observer.sample()
-                due = now + ADMIN_HISTORY_SECONDS
-            reuse.work(REUSE_BATCH)
-            await asyncio.sleep(REUSE_PAUSE_SECONDS)
+        try:
+            while True:
+                now = time.monotonic()
+                if now >= due:
+                    self._observer.sample()
+                    due = now + ADMIN_HISTORY_SECONDS
+                reuse.work(REUSE_BATCH)
+                await asyncio.sleep(REUSE_PAUSE_SECONDS)
+        finally:
+            reuse.is_on = False
 
     def _app(self) -> web.Application:
         @web.middleware
@@ -123,7 +122,7 @@ class Admin:
             app.router.add_route(route.method, served_path(route.path), self._gate.serve(route))
         return app
 
-    async def _accept(self, server: web.Server, listening: socket.socket) -> asyncio.Server:
+    async def _accept(self, server: web.Server, listening: socket.socket) -> None:
         """Take connections, as many as there may be; those that stay silent are closed."""
         loop = asyncio.get_running_loop()
 
@@ -137,18 +136,22 @@ class Admin:
             )
             return handler
 
-        tls = self._exposure.tls is not None
-        listener = await loop.create_server(
-            connection,
-            sock=listening,
-            ssl=self._exposure.tls,
-            # Until TLS has begun there is no transport that could be closed.
-            ssl_handshake_timeout=ADMIN_FIRST_REQUEST_SECONDS if tls else None,
-        )
+        tls = self._exposure.tls
         self.port = listening.getsockname()[1]
         where = str(self._address._replace(port=self.port))
-        log.info("admin API is served", extra={"address": where, "tls": tls})
-        return listener
+        log.info("admin API is served", extra={"address": where, "tls": tls is not None})
+        if tls is not None:
+            with contextlib.closing(listening):
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(accept_tls(listening, tls, connection), name="admin TLS")
+                    await self._observe()
+        else:
+            listener = await loop.create_server(connection, sock=listening)
+            try:
+                await self._observe()
+            finally:
+                # Its connections are the runner's to end: waiting for them would be for ever.
+                listener.close()
 
     def _close_silent(self, handler: web.RequestHandler) -> None:
         del self._silent[handler]

@@ -86,17 +86,26 @@ def test_with_tls_and_a_token_it_serves_elsewhere_and_tells_nobody_anything_with
         "admin.tls_cert_file": certificate,
         "admin.tls_key_file": key,
     }
-    with Daemon(tmp_path, settings, {"ADMIN_FIRST_REQUEST_SECONDS": 3.0}) as daemon:
+    limits = {"ADMIN_FIRST_REQUEST_SECONDS": 3.0, "ADMIN_HANDSHAKES_MAX": 2}
+    with Daemon(tmp_path, settings, limits) as daemon:
         port = port_of(daemon)
         context = ssl.create_default_context(cafile=str(certificate))
         for path in ("/livez", "/metrics", "/v1/status", "/openapi.json", "/", "/readyz"):
             assert _https(context, port, path).startswith(b"HTTP/1.1 401 ")
             assert _https(context, port, path, READ).split()[1] in {b"200", b"404"}
-        with (
-            contextlib.suppress(ConnectionResetError),
-            socket.create_connection(("127.0.0.1", port), 20) as silent,
-        ):
-            assert silent.recv(1) == b"", "who does not even begin with TLS is closed, too"
+        silent = [socket.create_connection(("127.0.0.1", port), 20) for _ in range(3)]
+        with contextlib.ExitStack() as all_of_them:
+            for one in silent:
+                all_of_them.enter_context(one)
+            assert _is_closed(silent[2]), "one too many at once is closed at once"
+            assert _is_closed(silent[0]), "who does not even begin with TLS is closed, too"
+            assert _https(context, port, "/livez", READ).startswith(b"HTTP/1.1 200 ")
+
+
+def _is_closed(connection: socket.socket) -> bool:
+    with contextlib.suppress(ConnectionResetError):
+        return connection.recv(1) == b""
+    return True
 
 
 def _https(context: ssl.SSLContext, port: int, path: str, token: str = "") -> bytes:
