@@ -27,6 +27,7 @@ from kvstore.client.cache import PrefixCache
 from kvstore.compression.guard import CodecCounters
 from kvstore.connectors.chunks import ChunkCache, Group, StoreCounts, joint_hit, window_chunks
 from kvstore.connectors.codecs import CodecChoice, counted, read_codec
+from kvstore.connectors.huggingface_device import OpenDevice, device_group, open_cuda
 from kvstore.connectors.huggingface_groups import ModelGroup, Planes
 from kvstore.connectors.huggingface_layers import HEADROOM_TOKENS, SlidingLayer, own_layer
 from kvstore.connectors.huggingface_model import Geometry, fingerprint, manifest_of, observe
@@ -68,8 +69,8 @@ class PrefixReuse:
 
     *revision* names the weights (`"org/name@commit"`); without it all weights are hashed once.
     Make a new one when the weights change. Chunks are stored with *codec*: a name, or a table as
-    in `read_codec`; prefixes of other codecs are not found. *open_cache* is for tests and other
-    stores.
+    in `read_codec`; prefixes of other codecs are not found. Where the model is on a GPU, that moves
+    its chunks by itself. *open_cache* and *open_device* are for tests and other stores.
 
     Raises `RequestError` when the model's state cannot be cut into chunks of tokens, and
     `ConfigError` for a codec that is unknown.
@@ -85,6 +86,7 @@ class PrefixReuse:
         timeout_seconds: float = 0.04,
         codec: CodecChoice = "raw",
         open_cache: OpenCache | None = None,
+        open_device: OpenDevice = open_cuda,
     ) -> None:
         policy = read_codec(codec)
 
@@ -101,6 +103,7 @@ class PrefixReuse:
         self._chunk_tokens = chunk_tokens
         self._codec = policy.codec
         self._open_cache = open_cache or connect
+        self._open_device = open_device
         self._revision = fingerprint(model, weights=revision)
         self._groups = [self._group(geometry) for geometry in observe(model)]
 
@@ -135,10 +138,16 @@ class PrefixReuse:
         """What encoding has done so far: bytes, errors, fallbacks, chunks that did not fit."""
         return counted(group.group.cache for group in self._groups)
 
+    @property
+    def device_counters(self) -> dict[str, int]:
+        """What GPUs have moved so far, and every fallback; nothing where there are none."""
+        counted = [group.device.counters.values() for group in self._groups if group.device]
+        return {name: sum(each[name] for each in counted) for name in (counted or [{}])[0]}
+
     def close(self) -> None:
-        """End the connections to the daemon."""
+        """End the connections to the daemon, and free what was taken of a GPU."""
         for group in self._groups:
-            group.group.cache.close()
+            group.close()
 
     def __enter__(self) -> Self:
         return self
@@ -157,7 +166,9 @@ class PrefixReuse:
         window = geometry.window_tokens and window_chunks(
             geometry.window_tokens, self._chunk_tokens
         )
-        return ModelGroup(geometry, Group(self._open_cache(manifest), window), self._chunk_tokens)
+        cache = self._open_cache(manifest)
+        device = device_group(cache, geometry, self._chunk_tokens, self._open_device)
+        return ModelGroup(geometry, Group(cache, window), self._chunk_tokens, device)
 
     def _load(self, digests: Sequence[Digest], *, room_tokens: int) -> tuple[Planes, int]:
         """Return the planes of the longest prefix that every group can serve, and its chunks."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from kvstore.connectors.chunks import Addresses, Group, StoreCounts, chunk_runs
+from kvstore.connectors.huggingface_device import DeviceGroup
 from kvstore.connectors.huggingface_layers import make_room
 from kvstore.connectors.huggingface_model import Geometry, Side
 from kvstore.types import Digest
@@ -27,6 +28,8 @@ class ModelGroup:
     geometry: Geometry
     group: Group
     chunk_tokens: int
+    device: DeviceGroup | None = None
+    """What moves chunks where the host cannot write; None: torch does."""
 
     def load(self, digests: Sequence[Digest], room_tokens: int) -> tuple[Planes, int]:
         """Load the chunks that a hit on all of *digests* needs.
@@ -40,6 +43,15 @@ class ModelGroup:
         tokens = len(wanted) * self.chunk_tokens
         room_tokens = tokens if self.geometry.window_tokens else room_tokens
         rooms = [self._room(room_tokens, plane.device) for plane in self.geometry.planes]
+        good = None if self.device is None else self.device.load(wanted, rooms)
+        if good is None:
+            good = self._load_from_host(wanted, rooms)
+        names = [(plane.layer, plane.side) for plane in self.geometry.planes]
+        return dict(zip(names, rooms, strict=True)), first + good
+
+    def _load_from_host(self, wanted: Sequence[Digest], rooms: Sequence[torch.Tensor]) -> int:
+        """Fill the first tokens of *rooms*; return how many leading chunks are right."""
+        tokens = len(wanted) * self.chunk_tokens
         # Where the host cannot write, chunks land in its memory first.
         landings = [room if room.device == _HOST else self._landing(tokens) for room in rooms]
         runs = chunk_runs(
@@ -53,8 +65,7 @@ class ModelGroup:
         for room, landing in zip(rooms, landings, strict=True):
             if room is not landing:
                 room[:, :, :tokens].copy_(landing)
-        names = [(plane.layer, plane.side) for plane in self.geometry.planes]
-        return dict(zip(names, rooms, strict=True)), first + good
+        return good
 
     def store(
         self, layers: Sequence[Any], digests: Sequence[Digest], first: int
@@ -68,6 +79,12 @@ class ModelGroup:
         end = min(len(digests), tokens // self.chunk_tokens)
         if end <= first:
             return None
+        parent = digests[first - 1] if first else None
+        if self.device is not None:
+            new = digests[first:end]
+            counts = self.device.store(new, held, first=first, parent=parent)
+            if counts is not None:
+                return counts
         span = slice(first * self.chunk_tokens, end * self.chunk_tokens)
         tensors = [_host_rows(tensor, start, span) for tensor, start in held]
         runs = chunk_runs(
@@ -77,8 +94,13 @@ class ModelGroup:
             range(end - first),
             owner=tensors,
         )
-        parent = digests[first - 1] if first else None
         return self.group.cache.store(digests[first:end], runs, parent=parent)
+
+    def close(self) -> None:
+        """Free what was taken of a device, and end the connection."""
+        if self.device is not None:
+            self.device.close()
+        self.group.cache.close()
 
     def bytes_needed(self, hit: int) -> int:
         """Return how many bytes a hit of *hit* chunks loads."""

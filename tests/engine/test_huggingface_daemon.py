@@ -7,12 +7,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from transformers import DynamicCache
 
 from deploy.demo.daemon import running_daemon
+from kvstore.compression.twins import CODEC_TWINS
 from kvstore.connectors.huggingface import PrefixReuse
+from kvstore.connectors.huggingface_device import Opened
+from kvstore.gpu.device import host_bytes
+from kvstore.gpu.standin import Standin
 from tests.engine import models
 from tests.engine.damage import scramble
 from tests.engine.oracle import CHUNK_TOKENS, compute, engine_alone, generate, prompt, remember
@@ -22,10 +27,10 @@ class Daemon(NamedTuple):
     socket: Path
     process: subprocess.Popen[bytes]
 
-    def open(self, model: torch.nn.Module) -> PrefixReuse:
+    def open(self, model: torch.nn.Module, **options: object) -> PrefixReuse:
         # Far above what a test machine under load takes; a miss would fail the test.
         return PrefixReuse(
-            model, chunk_tokens=CHUNK_TOKENS, socket=self.socket, timeout_seconds=5.0
+            model, chunk_tokens=CHUNK_TOKENS, socket=self.socket, timeout_seconds=5.0, **options
         )
 
 
@@ -120,3 +125,65 @@ def test_a_daemon_that_dies_is_a_miss(daemon):
         with prefixes.begin(ids) as past:
             assert torch.equal(generate(model, ids, past_key_values=past), generate(model, ids))
         assert past.report.reused_tokens == 0
+
+
+# --- models on a GPU ----------------------------------------------------------------------------
+
+
+class BorrowedMemory(Standin):
+    """A stand-in to which all memory of the host is its own: tensors of torch come and go."""
+
+    def memory_at(self, address: int, size_bytes: int) -> np.ndarray:
+        return host_bytes(address, size_bytes)
+
+
+def standin(seed: int) -> BorrowedMemory:
+    return BorrowedMemory(np.random.default_rng(seed), twins=CODEC_TWINS)
+
+
+def opened(device: Standin) -> Opened:
+    return Opened(device, lambda: 1)
+
+
+@pytest.mark.parametrize("writer_is_there", [True, False], ids=["stores", "loads"])
+@pytest.mark.parametrize(
+    ("make", "codec"),
+    [(models.llama, "raw"), (models.gemma3, "raw"), (models.llama, "int8kv")],
+    ids=["llama", "gemma3", "llama, int8kv"],
+)
+def test_a_model_on_a_gpu_shares_with_one_in_host_memory(make, codec, writer_is_there, shared):
+    model, ids = make().to(torch.bfloat16), prompt(150, seed=10 + writer_is_there)
+    device = standin(1)
+    here, there = {"codec": codec}, {"codec": codec, "open_device": lambda _: opened(device)}
+    with shared.open(model, **(there if writer_is_there else here)) as writer:
+        remember(writer, model, ids[:, :144])
+        stored = writer.device_counters
+    found = []
+    for words in (here, there):
+        with shared.open(model, **words) as reader:
+            past = reader.begin(ids)
+            assert past.report.reused_tokens == 144
+            found.append(compute(model, ids, past))
+            loaded = reader.device_counters
+    assert torch.equal(*found)
+    if codec == "raw":
+        assert torch.equal(found[0], engine_alone(model, ids[:, :144], ids, 144))
+    assert bool(stored) == writer_is_there
+    for counters, moved, coded in (
+        (stored, "chunks_stored", "encoded_chunks"),
+        (loaded, "chunks_loaded", "decoded_chunks"),
+    ):
+        assert not counters or counters[moved] >= 9
+        assert not counters or counters[coded] == (codec != "raw") * counters[moved]
+
+
+def test_where_the_gpu_fails_the_prompt_is_computed(shared):
+    model, ids, device = models.llama().to(torch.bfloat16), prompt(150, seed=20), standin(2)
+    with shared.open(model, open_device=lambda _: opened(device)) as prefixes:
+        remember(prefixes, model, ids)
+        device.fail("lost", after=1)
+        for tokens in (0, 144):  # the device is lost while it loads, and from then on torch does
+            past = prefixes.begin(ids)
+            assert past.report.reused_tokens == tokens
+            compute(model, ids, past)
+        assert prefixes.device_counters["lost_devices"] == 1
