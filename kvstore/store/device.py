@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
+from kvstore.limits import DEMOTIONS_AHEAD_MAX
 from kvstore.store.shards import ShardRecord, tiers_with
 from kvstore.tiers.base import ShardKey
 from kvstore.types import NO_SLOT, Extent, HeadRange, Root, TierKind
@@ -49,7 +50,7 @@ class DeviceRoom:
             if victim == NO_SLOT:
                 break
             if self._is_alone(victim):
-                self._demote(victim)
+                self._demote_from(victim)
                 break
             freed_bytes += self._bytes_of(victim)
             self._store.slower.left(victim, _DEVICE, evicted=True)
@@ -87,7 +88,7 @@ class DeviceRoom:
 
     def place_of(self, slot: int, shard: ShardRecord) -> Extent:
         """Return where in the pool *shard* lies, which *slot* has there."""
-        place = self.tier.find(self._key_of(slot, shard))
+        place = self.tier.place_of(self._key_of(slot, shard))
         assert place is not None, "what the index knows to be in the pool is there"
         return place
 
@@ -132,6 +133,13 @@ class DeviceRoom:
 
     def _is_alone(self, slot: int) -> bool:
         return bool(self._alone(slot))
+
+    def _demote_from(self, slot: int) -> None:
+        """Have the end of a prefix copied down, and some of what is before it."""
+        for _ in range(DEMOTIONS_AHEAD_MAX):
+            if slot != NO_SLOT:
+                self._demote(slot)
+                slot = self._index.tree.parent(slot)
 
     def _demote(self, slot: int) -> None:
         for shard in self._alone(slot):

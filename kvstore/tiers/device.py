@@ -89,7 +89,7 @@ class DeviceTier:
         assert key not in self._kept, "a shard is kept once"
         self._kept[key] = extent
 
-    def find(self, key: ShardKey) -> Extent | None:
+    def place_of(self, key: ShardKey) -> Extent | None:
         """Return where *key* lies."""
         return self._kept.get(key)
 

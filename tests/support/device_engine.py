@@ -1,6 +1,7 @@
 """An engine whose pages lie on a stand-in, as `kvstore.client.gpu` serves it.
 
-`python -m tests.support.device_engine SOCKET` is one that gets stuck while it stores, and says so.
+`python -m tests.support.device_engine SOCKET [stored]` is one that gets stuck while it stores, or
+has stored, and says so.
 """
 
 from __future__ import annotations
@@ -172,17 +173,22 @@ class ChunkView:
         ).tobytes()
 
 
-def main(socket: str) -> None:
+def main(socket: str, task: str = "stuck") -> None:
     engine = DeviceEngine(Path(socket))
 
-    def stuck(event: Event) -> None:
-        engine.device.stall()
-        sys.stdout.write("stuck\n")
+    def say() -> None:
+        sys.stdout.write(f"{task}\n")
         sys.stdout.flush()
         sys.stdin.read()
 
-    engine.on_gpu._stores.settings = engine.settings._replace(wait=stuck)
+    def stuck(event: Event) -> None:
+        engine.device.stall()
+        say()
+
+    if task == "stuck":
+        engine.on_gpu._stores.settings = engine.settings._replace(wait=stuck)
     engine.store(make_digests(8))
+    say()
 
 
 if __name__ == "__main__":
