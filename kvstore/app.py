@@ -20,6 +20,7 @@ from kvstore.daemon.address import SocketAddress
 from kvstore.daemon.handoffs import keep_handoffs
 from kvstore.daemon.lifecycle import feed_watchdog, heed_signals, keep_house, prefault
 from kvstore.daemon.peer_setup import serve_peers, set_up_peers
+from kvstore.daemon.peer_share_setup import open_peer_tier, set_up_sharing, share
 from kvstore.daemon.peers import Admission
 from kvstore.daemon.reload import Reloaded, Reloader, is_reloadable
 from kvstore.daemon.server import Server
@@ -36,6 +37,7 @@ from kvstore.limits import (
 )
 from kvstore.metrics import Counters
 from kvstore.store.admission import make_admission
+from kvstore.store.device import DeviceRoom
 from kvstore.store.mover import Mover
 from kvstore.store.quota import Share, Shares
 from kvstore.store.shelves import NO_TENANT, SlowTier
@@ -46,6 +48,7 @@ from kvstore.tiers.base import DurableTier, RemoteTier
 from kvstore.tiers.disk_open import open_disk_tier
 from kvstore.tiers.guard import GuardedTier
 from kvstore.tiers.host import HostTier, make_memory
+from kvstore.tiers.peer import PEER_TIER_SECONDS
 from kvstore.types import TierKind
 from kvstore.units import format_size
 
@@ -83,6 +86,8 @@ async def open_tiers(config: Config) -> list[OpenTier]:
     A server that cannot be reached is no error: its tier fails until it can be.
     """
     opened: list[OpenTier] = []
+    if config.tiers.device.capacity_bytes:
+        opened.append(await _open_device(config))
     disk, redis = config.tiers.disk, config.tiers.redis
     for_disk, for_redis = _transcoder("disk", disk.codec), _transcoder("redis", redis.codec)
     if disk.path:
@@ -109,7 +114,26 @@ async def open_tiers(config: Config) -> list[OpenTier]:
                 transcoder=for_redis,
             )
         )
+    peer = open_peer_tier(config)
+    if peer is not None:
+        opened.append(OpenTier(peer, "never", "all", "lru", PEER_TIER_SECONDS, is_elsewhere=True))
     return opened
+
+
+async def _open_device(config: Config) -> OpenTier:
+    """Open the device tier; raises `ConfigError`, also for what it cannot promise."""
+    tiers = config.tiers
+    if tiers.host.checksum == "off":
+        raise ConfigError("tiers.device needs tiers.host.checksum: engines verify what they load")
+    slower = ((tiers.disk.path, tiers.disk.write), (tiers.redis.url, tiers.redis.write))
+    if any(is_on and write == "through" for is_on, write in slower):
+        raise ConfigError("tiers.device cannot be used beside a tier that is written through")
+    # CUDA's libraries, for those alone who have the tier.
+    from kvstore.tiers.device_open import open_device_tier  # noqa: PLC0415
+
+    device = tiers.device
+    tier = await asyncio.to_thread(open_device_tier, device.gpu, device.capacity_bytes)
+    return OpenTier(tier, "never", "all", "s3fifo")
 
 
 def _transcoder(tier: str, codec: str) -> Transcoder | None:
@@ -167,6 +191,9 @@ async def _serve_over(
         loop = asyncio.get_running_loop()
         mover = Mover(store, clock=loop.time, in_thread=asyncio.to_thread)
         guards = [_connect(mover, opened, loop.time) for opened in slower]
+        for guard in guards:
+            if guard.kind is TierKind.DEVICE:
+                store.device = DeviceRoom(store, guard, mover.bring)
         # After the others: what differs from a copy in a slower tier is removed there.
         warm = WarmStart(
             store,
@@ -175,6 +202,7 @@ async def _serve_over(
         )
         server = _make_server(config, store, mover, address)
         set_up_peers(config, server)
+        set_up_sharing(config, server)
         await server.start(listening)
         # What is here now stays: to look through it for garbage would only hold the loop.
         gc.freeze()
@@ -218,6 +246,7 @@ async def _live(
             group.create_task(admin(), name="admin API"),
             group.create_task(keep_handoffs(server.handoffs), name="hand-offs"),
             group.create_task(serve_peers(server), name="peers"),
+            group.create_task(share(server), name="sharing"),
             *(group.create_task(tier.greet(), name="greeting") for tier in to_greet),
         ]
         if reloader.config.tiers.host.prefault:
@@ -227,6 +256,7 @@ async def _live(
         notify("STOPPING=1", "STATUS=draining")
         drain_seconds = reloader.config.server.drain_timeout_seconds
         await server.drain(drain_seconds)
+        _save_device_memory(server)
         lost = await server.mover.drain(drain_seconds)
         if lost:
             log.warning("chunks not written before the end", extra={"chunks": lost})
@@ -234,6 +264,15 @@ async def _live(
             await asyncio.to_thread(server.recorder.close)
         for task in tasks:
             task.cancel()
+
+
+def _save_device_memory(server: Server) -> None:
+    """Have what lies on the device alone copied to where it outlives the daemon, if that is."""
+    routes = server.mover.routes.values()
+    if server.store.device is None:
+        return
+    if server.store.host.records is not None or any(one.policy != "never" for one in routes):
+        server.store.device.demote_all()
 
 
 async def _serve_admin(
@@ -332,7 +371,7 @@ def _known(config: Config, opened: OpenTier) -> SlowTier:
         capacity = opened.tier.usage().capacity_bytes
         return SlowTier(kind, opened.eviction, Shares("disk", capacity, _disk_shares(config)))
     nameless = [Share(share.tenant) for share in _host_shares(config)]
-    return SlowTier(kind, "lru", Shares(kind.name.lower(), _UNBOUNDED_BYTES, nameless))
+    return SlowTier(kind, opened.eviction, Shares(kind.name.lower(), _UNBOUNDED_BYTES, nameless))
 
 
 def _host_shares(config: Config) -> list[Share]:

@@ -27,6 +27,7 @@ from kvstore.limits import (
     GIB,
     LEASE_TTL_MAX_SECONDS,
     LEASE_TTL_MIN_SECONDS,
+    POOL_SIZE_MAX_BYTES,
     SESSIONS_MAX,
     TENANT_NAME_MAX_CHARS,
 )
@@ -47,7 +48,6 @@ from kvstore.settings import (
     PatternKind,
     Plain,
     PrefixKind,
-    Schema,
     SizeKind,
     SocketKind,
     UrlKind,
@@ -85,6 +85,16 @@ class ServerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     )
 
 
+class DeviceTierConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Memory of one GPU, which engines on it share; off without a capacity."""
+
+    capacity_bytes: Annotated[int, SizeKind(0, POOL_SIZE_MAX_BYTES)] = msgspec.field(
+        default=0, name="capacity"
+    )
+    gpu: Annotated[str, PatternKind(r"\d{1,3}|standin", "the number of a GPU, or standin")] = "0"
+    """`standin` is host memory in its place, for tests and trials."""
+
+
 class HostTierConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """The arena: shared memory that engines map."""
 
@@ -102,9 +112,9 @@ class HostTierConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     verify_load: Annotated[bool, FlagKind()] = True
 
 
-WritePolicy = Literal["through", "back", "on_evict"]
+WritePolicy = Literal["through", "back", "on_evict", "never"]
 AdmissionName = Literal["all", "second_touch", "tinylfu"]
-_WRITE: Final = ChoiceKind(("through", "back", "on_evict"))
+_WRITE: Final = ChoiceKind(("through", "back", "on_evict", "never"))
 _ADMISSION: Final = ChoiceKind(("all", "second_touch", "tinylfu"))
 
 
@@ -147,6 +157,7 @@ class RedisTierConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
 class TiersConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Where chunks are kept, fastest first."""
 
+    device: DeviceTierConfig = DeviceTierConfig()
     host: HostTierConfig = HostTierConfig()
     disk: DiskTierConfig = DiskTierConfig()
     redis: RedisTierConfig = RedisTierConfig()
@@ -224,10 +235,14 @@ class PeerConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     tls_cert_file: Annotated[str, PathKind()] = ""
     tls_key_file: Annotated[str, PathKind()] = ""
     insecure: Annotated[bool, FlagKind()] = False
+    share: Annotated[bool, FlagKind()] = False
+    """Whether to let peers have what the host tier holds, and to ask them; needs a Redis tier."""
+    transport: Annotated[Literal["tcp", "nixl"], ChoiceKind(("tcp", "nixl"))] = "tcp"
+    """How bytes of hand-offs come: `nixl` needs the extra `nixl` and *insecure*, on both hosts."""
 
 
 class RemoteConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """One daemon of another host, which hand-offs are taken from."""
+    """One daemon of another host, which hand-offs and chunks are taken from."""
 
     url: Annotated[str, _PEER_URL] = ""
     token_file: Annotated[str, PathKind()] = ""
@@ -315,22 +330,12 @@ def plain(config: Config) -> dict[str, Plain]:
         path: setting.kind.write(functools.reduce(getattr, setting.fields, config))
         for path, setting in settings().items()
     }
-    for table in _NAMED:
+    for table in NAMED_TABLES:
         for name, one in getattr(config, table).items():
             for field, setting in named_settings(table).items():
                 value = functools.reduce(getattr, setting.fields, one)
                 shown[f"{table}.{name}.{field}"] = setting.kind.write(value)
     return shown
-
-
-def json_schema() -> Schema:
-    """Return the JSON schema of a configuration file."""
-    root: Schema = {
-        "$schema": "https://json-schema.org/draft/2020-12/schema",
-        "title": "kvstore configuration",
-        **_table_schema(Config),
-    }
-    return root
 
 
 class Setting(NamedTuple):
@@ -347,7 +352,7 @@ def settings() -> Mapping[str, Setting]:
 
 
 # Tables of tables, each with a name that one gives it.
-_NAMED: Final[Mapping[str, type[msgspec.Struct]]] = {
+NAMED_TABLES: Final[Mapping[str, type[msgspec.Struct]]] = {
     "tenants": TenantConfig,
     "peers": RemoteConfig,
 }
@@ -356,11 +361,11 @@ _NAMED: Final[Mapping[str, type[msgspec.Struct]]] = {
 @functools.cache
 def named_settings(table: str) -> Mapping[str, Setting]:
     """Return name -> setting of what every table `tenants.NAME`, or `peers.NAME`, may hold."""
-    return dict(_walk(_NAMED[table], "", ()))
+    return dict(_walk(NAMED_TABLES[table], "", ()))
 
 
 _NAMED_PATH: Final = re.compile(
-    rf"({'|'.join(_NAMED)})\.([A-Za-z0-9_-]{{1,{TENANT_NAME_MAX_CHARS}}})(?:\.(\w+))?"
+    rf"({'|'.join(NAMED_TABLES)})\.([A-Za-z0-9_-]{{1,{TENANT_NAME_MAX_CHARS}}})(?:\.(\w+))?"
 )
 
 
@@ -377,7 +382,7 @@ def _walk(
         path = f"{prefix}{field.encode_name}"
         if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
             yield from _walk(field.type, f"{path}.", (*fields, field.name))
-        elif path not in _NAMED:
+        elif path not in NAMED_TABLES:
             yield path, Setting(_kind_of(field), (*fields, field.name))
 
 
@@ -393,7 +398,7 @@ def _build(table: type[_Table], values: Mapping[str, object], prefix: str = "") 
         path = f"{prefix}{field.encode_name}"
         if path in values:
             chosen[field.name] = values[path]
-        elif path in _NAMED:
+        elif path in NAMED_TABLES:
             chosen[field.name] = _build_named(path, values)
         elif isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
             chosen[field.name] = _build(field.type, values, f"{path}.")
@@ -407,12 +412,12 @@ def _build_named(table: str, values: Mapping[str, object]) -> dict[str, msgspec.
         if named and named[1] == table:
             (field,) = named_settings(table)[named[3]].fields
             fields.setdefault(named[2], {})[field] = value
-    return {name: _NAMED[table](**chosen) for name, chosen in fields.items()}
+    return {name: NAMED_TABLES[table](**chosen) for name, chosen in fields.items()}
 
 
 def _is_table(path: str) -> bool:
     named = _NAMED_PATH.fullmatch(path)
-    return path in _tables() or path in _NAMED or (named is not None and named[3] is None)
+    return path in _tables() or path in NAMED_TABLES or (named is not None and named[3] is None)
 
 
 def _read(found: Found) -> object:
@@ -444,7 +449,7 @@ def _unknown(found: Found) -> str:
 def _settings_near(path: str) -> Sequence[str]:
     """Return the settings that *path* could stand for: those of its tenant, or its peer."""
     parts = path.split(".")
-    if parts[0] in _NAMED and len(parts) > 2:
+    if parts[0] in NAMED_TABLES and len(parts) > 2:
         return [f"{parts[0]}.{parts[1]}.{field}" for field in named_settings(parts[0])]
     return tuple(settings())
 
@@ -455,44 +460,3 @@ def _tables() -> tuple[str, ...]:
     parts = (path.split(".")[:-1] for path in settings())
     paths = (".".join(names[:end]) for names in parts for end in range(1, len(names) + 1))
     return tuple(dict.fromkeys(paths))
-
-
-# --- for editors -----------------------------------------------------------------------
-
-
-def _table_schema(table: type[msgspec.Struct], prefix: str = "") -> Schema:
-    properties: dict[str, Schema] = {}
-    defaults = plain(Config())
-    for field in msgspec.structs.fields(table):
-        path = f"{prefix}{field.encode_name}"
-        setting = settings().get(path)
-        if path in _NAMED:
-            properties[path] = {"type": "object", "additionalProperties": _named_schema(path)}
-            continue
-        if setting is None:
-            properties[field.encode_name] = _table_schema(field.type, f"{path}.")
-            continue
-        properties[field.encode_name] = {
-            "description": f"Must be {setting.kind.allowed}.",
-            **setting.kind.schema(),
-        }
-        if path != "server.socket":  # its default depends on the user
-            properties[field.encode_name]["default"] = defaults[path]
-    return {
-        "type": "object",
-        "description": (table.__doc__ or "").strip(),
-        "additionalProperties": False,
-        "properties": properties,
-    }
-
-
-def _named_schema(table: str) -> Schema:
-    return {
-        "type": "object",
-        "description": (_NAMED[table].__doc__ or "").strip(),
-        "additionalProperties": False,
-        "properties": {
-            name: {"description": f"Must be {setting.kind.allowed}.", **setting.kind.schema()}
-            for name, setting in named_settings(table).items()
-        },
-    }

@@ -6,6 +6,7 @@ slower or narrower than it could be.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -20,6 +21,7 @@ from kvstore import __version__
 from kvstore.cli.tables import align
 from kvstore.client.sync import Client
 from kvstore.config import Config
+from kvstore.daemon.peer_doctor import examine_peers
 from kvstore.errors import ConfigError, KVStoreError, RefusedError
 from kvstore.gpu.devices import find_devices
 from kvstore.limits import MIB
@@ -44,6 +46,7 @@ _PACKAGES: Final = (
     "uvloop",
     "xxhash",
 )
+_NIXL_BUILDS: Final = ("nixl-cu13", "nixl-cu12")
 _MEMORY_FILE_SYSTEMS: Final = ("tmpfs", "hugetlbfs", "ramfs")
 _COMFORTABLE_SHARE: Final = 0.8
 """An arena beyond this share of memory leaves too little for engines and the system."""
@@ -77,11 +80,13 @@ def examine(config: Config, socket: Path, root: Path = Path("/")) -> list[Findin
     if host.huge_pages == "auto":
         findings.append(check_huge_pages(host.capacity_bytes, root))
     findings += check_slower_tiers(config)
+    if config.peer.transport == "nixl":
+        findings.append(check_nixl())
     return [*findings, check_gpu(root), check_socket_directory(socket.parent), check_daemon(socket)]
 
 
 def check_slower_tiers(config: Config) -> list[Finding]:
-    """Look at the tiers below the host tier, as far as they are configured."""
+    """Look at the tiers below the host tier and at peers, as far as they are configured."""
     findings: list[Finding] = []
     disk, redis = config.tiers.disk, config.tiers.redis
     if disk.path:
@@ -89,10 +94,11 @@ def check_slower_tiers(config: Config) -> list[Finding]:
         findings += [Finding(*found) for found in checked]
     if redis.url:
         try:
-            findings += [Finding(*found) for found in examine_redis_now(redis_settings(redis))]
+            checked_redis = examine_redis_now(redis_settings(redis), shares=config.peer.share)
+            findings += [Finding(*found) for found in checked_redis]
         except ConfigError as error:
             findings.append(Finding("redis", "fail", str(error), "mend tiers.redis"))
-    return findings
+    return findings + [Finding(*found) for found in examine_peers(config)]
 
 
 def render(findings: list[Finding]) -> str:
@@ -233,6 +239,15 @@ def check_gpu(root: Path) -> Finding:
     return Finding("gpu", "ok", f"{', '.join(devices.nodes)}; {driver}")
 
 
+def check_nixl(names: tuple[str, ...] = _NIXL_BUILDS) -> Finding:
+    """Look for the library that hand-offs of other hosts are to come by."""
+    for name in names:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return Finding("nixl", "ok", f"{name} {importlib.metadata.version(name)}")
+    fix = "pip install 'kvstore[nixl]', or peer.transport = \"tcp\""
+    return Finding("nixl", "warn", "not installed: hand-offs come by tcp", fix)
+
+
 def check_socket_directory(directory: Path) -> Finding:
     """Look at the directory of the socket: writable for us, closed to all others."""
     existing = next(place for place in (directory, *directory.parents) if place.is_dir())
@@ -266,7 +281,11 @@ def check_daemon(socket: Path) -> Finding:
     found = f"kvstore {stats.version}, {stats.state}, pid {stats.pid}"
     if stats.version != __version__:
         return Finding("daemon", "warn", found, f"restart it to run {__version__}")
-    return Finding("daemon", "ok", found)
+    if stats.peer_transport.startswith("tcp ("):
+        fix = "its log says why; NIXL is tried again by itself"
+        return Finding("daemon", "warn", f"{found}; hand-offs by {stats.peer_transport}", fix)
+    by = "" if stats.peer_transport == "tcp" else f"; hand-offs by {stats.peer_transport}"
+    return Finding("daemon", "ok", found + by)
 
 
 def file_system_of(path: Path, mounts: str) -> tuple[str, str]:

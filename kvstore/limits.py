@@ -308,8 +308,9 @@ NIXL_RUNS_MAX: Final = 1024
 # One datagram between the daemon and the process that has its agent.
 NIXL_MESSAGE_MAX_BYTES: Final = 128 * KIB
 NIXL_LOG_LINE_MAX_BYTES: Final = 16 * KIB
-# How often that process looks at the library while nobody reads.
+# How often that process lets the library work while nobody reads, and while others may read here.
 NIXL_IDLE_SECONDS: Final = 0.05
+NIXL_WATCH_SECONDS: Final = 0.0005
 NIXL_MEET_SECONDS: Final = 2.0
 # A process that keeps its orders longer than their time is ended from outside.
 NIXL_GRACE_SECONDS: Final = 1.0

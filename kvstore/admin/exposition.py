@@ -126,7 +126,14 @@ _PLAIN_COUNTERS: Final = {
     "checksum_failures": ("checksum_failures", "Chunks whose bytes were not what they should be."),
     "lease_expirations": ("lease_expirations", "Leases that nobody let go of in time."),
     "peer_faults": ("peer_faults", "Connections to or from other daemons that failed."),
+    "directory_chunks_told": (
+        "directory_chunks_told",
+        "Chunks that the directory was told of, come or gone.",
+    ),
+    "directory_failures": ("directory_failures", "Tries to tell the directory that failed."),
     "pull_failures": ("pull_failures", "Chunks of hand-offs that did not come from their host."),
+    "peer_nixl_bytes": ("peer_nixl_bytes", "Received bytes that were read by NIXL."),
+    "peer_nixl_fallbacks": ("peer_nixl_fallbacks", "Batches that came by TCP in place of NIXL."),
     "unrecorded_shards": ("unrecorded_shards", "Shards that a restart would not find in memory."),
     "evicted_bytes": ("evict_bytes", "Bytes that left the host tier to make room."),
     "hints": ("hints", "Hints taken from engines."),
@@ -164,6 +171,11 @@ class Exposition(Collector):
         """Yield every figure."""
         stats = self._subject.stats()
         yield InfoMetricFamily("kvstore_build", "Version.", {"version": stats.version})
+        yield InfoMetricFamily(
+            "kvstore_peer_transport",
+            "How bytes of other hosts' hand-offs come.",
+            {"transport": stats.peer_transport},
+        )
         yield from _counters(stats)
         yield from self._tiers(stats)
         yield from _gauges(stats)

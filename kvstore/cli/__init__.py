@@ -227,7 +227,7 @@ def _config_check(arguments: argparse.Namespace) -> int:
 
 
 def _config_schema(_: argparse.Namespace) -> int:
-    from kvstore.config import json_schema
+    from kvstore.config_schema import json_schema
 
     _print_json(json_schema())
     return OK

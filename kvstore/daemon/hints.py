@@ -93,7 +93,7 @@ class Hints:
                 self._store.keep(space, digests, kept=True)
             return
         expected = self._mover.expected_seconds(
-            TierKind.DISK | TierKind.REDIS, len(digests), space.chunk_bytes
+            TierKind.DISK | TierKind.REDIS | TierKind.PEER, len(digests), space.chunk_bytes
         )
         ahead = max(_AHEAD_SECONDS, expected * _AHEAD_TIMES)
         self._remember(space, digests, max(seconds - ahead, 0.0), is_kept=False)

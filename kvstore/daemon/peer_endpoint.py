@@ -1,4 +1,4 @@
-"""Where other daemons call: hand-offs that are open here, and the bytes of their chunks.
+"""Where other daemons call: hand-offs that are open here, what is held, and the bytes of it.
 
 A thread for each connection, which asks the event loop for all that it may say and send. What
 a caller may see: that it does not know the token, and then nothing else.
@@ -16,6 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
 from kvstore.daemon.handoffs import HandoffWait
+from kvstore.daemon.peer_grants import Grants
+from kvstore.daemon.peer_sharing import Turns, held_shards
 from kvstore.errors import ConfigError, FrameError, KVStoreError, ManifestError, RefusedError
 from kvstore.limits import (
     PEER_FOLLOW_SECONDS,
@@ -32,7 +34,16 @@ from kvstore.store.handoffs import HandoffKey
 from kvstore.store.shards import choose_cover
 from kvstore.store.store import NO_LEASE
 from kvstore.transfer.wire import Wire, WireError, WireProtocolError, prepare
-from kvstore.types import Digest, HandoffState, HeadRange, LeaseId, NamespaceId, SessionId
+from kvstore.types import (
+    NO_SLOT,
+    Digest,
+    HandoffState,
+    HeadRange,
+    LeaseId,
+    NamespaceId,
+    SessionId,
+    TierKind,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Coroutine
@@ -46,6 +57,7 @@ log = logging.getLogger(__name__)
 Answer = TypeVar("Answer")
 
 _ACCEPT_PAUSE_SECONDS: Final = 0.1
+_NOT_HELD: Final = p.HeldChunk(b"", [])
 
 
 class _Ready(NamedTuple):
@@ -53,10 +65,14 @@ class _Ready(NamedTuple):
 
     lease: LeaseId
     view: memoryview
+    has_turn: bool
 
 
 class PeerEndpoint:
-    """Serves other daemons at *listen* until its `run` is cancelled."""
+    """Serves other daemons at *listen* until its `run` is cancelled.
+
+    With *shares* it says what the host tier holds, and sends that for the tiers of others.
+    """
 
     def __init__(
         self,
@@ -66,6 +82,7 @@ class PeerEndpoint:
         name: str,
         token: bytes,
         tls: ssl.SSLContext | None,
+        shares: bool = False,
     ) -> None:
         self._server = server
         self._store = server.store
@@ -73,7 +90,10 @@ class PeerEndpoint:
         self._name = name
         self._token = token
         self._tls = tls
+        self._shares = shares
+        self._turns = Turns(server.mover)
         self._threads = ThreadPoolExecutor(PEER_SESSIONS_MAX, "peer-session")
+        self._grants = Grants(server, self._begin, self._end)
         self._wires: set[Wire] = set()
         self._is_closing = False
         self._sessions = 0
@@ -176,10 +196,11 @@ class PeerEndpoint:
     def _greet(self, wire: Wire) -> None:
         wire.begin(PEER_TIMEOUT_SECONDS)
         nonce = secrets.token_bytes(PEER_NONCE_SIZE_BYTES)
-        wire.send_frame(p.encode(p.PeerNonce(p.PEER_VERSION, nonce)))
+        wire.send_frame(p.encode(p.PeerNonce(p.PEER_VERSION_MIN, nonce, p.PEER_VERSION)))
         hello = _decode(wire)
-        if not isinstance(hello, p.PeerHello) or hello.version != p.PEER_VERSION:
-            raise RefusedError(f"it does not speak peer protocol {p.PEER_VERSION}")
+        if not isinstance(hello, p.PeerHello):
+            raise RefusedError("it does not greet as peers do")
+        p.agree(hello.version, hello.version)
         expected = p.caller_proof(self._token, nonce, hello.nonce, hello.name)
         if not p.is_proof(expected, hello.proof):
             _say(wire, RefusedError("the token is not known here (peer.token_file)"))
@@ -198,8 +219,13 @@ class PeerEndpoint:
                 case p.Want():
                     self._send(wire, request, session)
                     return
+                case p.Grant():
+                    self._grants.serve(wire, request, session)
+                    return
                 case p.PeerLeave():
                     answer = self._ask(self._leave(request))
+                case p.Have():
+                    answer = self._ask(self._have(request))
                 case _:
                     raise FrameError(f"{type(request).__name__} is nothing to ask")
         except KVStoreError as error:
@@ -211,15 +237,15 @@ class PeerEndpoint:
     def _send(self, wire: Wire, want: p.Want, session: SessionId) -> None:
         ready = self._ask(self._begin(want, session))
         wire.begin(PEER_TIMEOUT_SECONDS + want.shard.size_bytes / PEER_SPEED_MIN_BYTES_PER_SECOND)
-        if ready is None:
-            wire.send_frame(p.encode(p.Gone()))
+        if isinstance(ready, p.Gone | p.Busy):
+            wire.send_frame(p.encode(ready))
             return
         before = wire.sent_bytes
         try:
             wire.send_bytes(p.encode(p.Sending(len(ready.view))), ready.view)
         finally:
             sent = wire.sent_bytes - before
-            self._server.loop.call_soon_threadsafe(self._end, session, ready.lease, sent)
+            self._server.loop.call_soon_threadsafe(self._end, session, ready, sent)
 
     def _ask(self, question: Coroutine[object, object, Answer]) -> Answer:
         """Return what the event loop answers."""
@@ -273,16 +299,56 @@ class PeerEndpoint:
         ]
         return p.Offer(digest, shards if len(shards) <= PEER_SHARDS_PER_CHUNK_MAX else [])
 
-    async def _begin(self, want: p.Want, session: SessionId) -> _Ready | None:
-        """Lease the shard, brought up from a slower tier if need be; None when it is not here."""
+    async def _have(self, request: p.Have) -> p.Holding:
+        space = self._store.known(NamespaceId(request.namespace))
+        digests = [Digest(digest) for digest in request.digests]
+        if space is None or not self._shares:
+            return p.Holding([_NOT_HELD] * len(digests))
+        return p.Holding([self._held(space, digest) for digest in digests])
+
+    def _held(self, space: Namespace, digest: Digest) -> p.HeldChunk:
+        """Return what *digest* consists of in the host tier; in too many parts, nothing."""
+        shards = held_shards(self._store, space, digest)
+        if not 0 < len(shards) <= PEER_SHARDS_PER_CHUNK_MAX:
+            return _NOT_HELD
+        parent = self._store.index.parent_digest(space.ready[digest]) or b""
+        offered = [p.OfferedShard(*shard.heads, shard.size_bytes, shard.root) for shard in shards]
+        return p.HeldChunk(parent, offered)
+
+    async def _begin(self, want: p.Want, session: SessionId) -> _Ready | p.Gone | p.Busy:
+        """Lease the shard that is wanted, or say why not."""
+        if not want.spare:
+            return await self._lease(want, session)
+        if not self._shares or not self._is_in_host(want):
+            return p.Gone()
+        if not await self._turns.take():
+            return p.Busy()
+        ready: _Ready | p.Gone = p.Gone()
+        try:
+            # It may have left the host tier meanwhile: others' tiers are not worth a slow load.
+            if self._is_in_host(want):
+                ready = await self._lease(want, session)
+        finally:
+            if isinstance(ready, p.Gone):
+                self._turns.give()
+        return ready
+
+    def _is_in_host(self, want: p.Want) -> bool:
+        space = self._store.known(NamespaceId(want.namespace))
+        slot = NO_SLOT if space is None else space.find(Digest(want.digest))
+        heads = HeadRange(want.shard.head_start, want.shard.head_stop)
+        return slot != NO_SLOT and self._store.index.shard(slot, heads, TierKind.HOST) is not None
+
+    async def _lease(self, want: p.Want, session: SessionId) -> _Ready | p.Gone:
+        """Lease the shard, brought up from a slower tier if need be."""
         space = self._store.known(NamespaceId(want.namespace))
         heads = HeadRange(want.shard.head_start, want.shard.head_stop)
         if space is None or not 0 <= heads.start < heads.stop <= space.manifest.kv_heads:
-            return None
+            return p.Gone()
         digest, now = Digest(want.digest), self._server.loop.time()
         loading = self._store.begin_load(session, space, [digest], heads, now)
         count = len(loading.slots)
-        if not loading.is_in_host:
+        if not loading.is_at_hand:
             came: asyncio.Future[int] = self._server.loop.create_future()
             pending = self._server.mover.load(
                 loading, [digest], now + PEER_TIMEOUT_SECONDS, came.set_result
@@ -294,12 +360,17 @@ class PeerEndpoint:
         shard = chunks[0][0] if chunks and len(chunks[0]) == 1 else None
         wanted = (heads, want.shard.size_bytes, want.shard.root)
         if shard is None or (shard.heads, shard.size_bytes, shard.root) != wanted:
-            self._end(session, lease, 0)
-            return None
-        return _Ready(lease, self._store.host.view(shard.extent))
+            self._release(session, lease)
+            return p.Gone()
+        return _Ready(lease, self._store.host.view(shard.extent), want.spare)
 
-    def _end(self, session: SessionId, lease: LeaseId, sent: int) -> None:
+    def _end(self, session: SessionId, ready: _Ready, sent: int) -> None:
         self._store.counters.peer_sent_bytes += sent
+        self._release(session, ready.lease)
+        if ready.has_turn:
+            self._turns.give()
+
+    def _release(self, session: SessionId, lease: LeaseId) -> None:
         if lease != NO_LEASE and self._store.leases.holds(session, lease):
             self._store.release(session, [lease])
 

@@ -13,11 +13,12 @@ import secrets
 import ssl
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
 
-from kvstore.errors import FrameError, ProtocolError, TierError, from_code
+from kvstore.errors import FrameError, ProtocolError, TierError, VersionError, from_code
 from kvstore.hashing import Digests64, root_of
 from kvstore.limits import (
+    PEER_ASKS_MAX,
     PEER_FOLLOWS_MAX,
     PEER_LANES,
     PEER_NONCE_SIZE_BYTES,
@@ -27,6 +28,9 @@ from kvstore.limits import (
 from kvstore.metrics import Counters
 from kvstore.protocol import peering as p
 from kvstore.transfer.wire import Wire, WireError, WireProtocolError, dial
+
+if TYPE_CHECKING:
+    from kvstore.daemon.peer_nixl import NixlReads
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +46,13 @@ class PeerAddress(NamedTuple):
     port: int
     token: bytes
     tls: ssl.SSLContext | None = None
+
+
+class Greeting(NamedTuple):
+    """What another daemon calls itself, and the version that is spoken with it."""
+
+    name: str
+    version: int
 
 
 class _Errand:
@@ -71,7 +82,13 @@ class PeerLink:
         self._counters = counters
         self._lanes = asyncio.Semaphore(PEER_LANES)
         self._follows = asyncio.Semaphore(PEER_FOLLOWS_MAX)
-        self._threads = ThreadPoolExecutor(PEER_LANES + PEER_FOLLOWS_MAX, f"peer-{address.name}")
+        self._asks = asyncio.Semaphore(PEER_ASKS_MAX)
+        self._threads = ThreadPoolExecutor(
+            PEER_LANES + PEER_FOLLOWS_MAX + PEER_ASKS_MAX, f"peer-{address.name}"
+        )
+        self._version = p.PEER_VERSION_MIN
+        self.nixl: NixlReads | None = None
+        """How its bytes are read past the connection, where that is wanted."""
         self._idle: list[Wire] = []
         self._busy: set[_Errand] = set()
         self._is_closed = False
@@ -86,6 +103,30 @@ class PeerLink:
         """Say that a consumer here needs no more."""
         async with self._follows:
             await self._run(lambda wire: _ask(wire, request, p.Left, PEER_TIMEOUT_SECONDS))
+
+    async def have(self, request: p.Have) -> p.Holding:
+        """Return what its host tier holds, without waiting behind hand-offs."""
+
+        def work(wire: Wire) -> p.Holding:
+            self._require(p.PEER_VERSION_HAVE)
+            return _ask(wire, request, p.Holding, PEER_TIMEOUT_SECONDS)
+
+        async with self._asks:
+            return await self._run(work)
+
+    async def take(self, want: p.Want, target: memoryview) -> Digests64 | p.Gone | p.Busy:
+        """Fill *target* with one shard and return the digests of its blocks, as in `fetch`."""
+
+        def work(wire: Wire) -> Digests64 | p.Gone | p.Busy:
+            self._require(p.PEER_VERSION_HAVE)
+            _begin_fetch(wire, [want], len(target))
+            return _fetch_one(wire, want.shard, target)
+
+        async with self._lanes:
+            came = await self._run(work)
+        if not isinstance(came, p.Gone | p.Busy):
+            self._counters.peer_received_bytes += len(target)
+        return came
 
     async def fetch(
         self,
@@ -107,7 +148,10 @@ class PeerLink:
             arrived(number, blocks)
 
         def work(wire: Wire) -> None:
-            for number, blocks in enumerate(_fetch(wire, wanted)):
+            arriving = None
+            if self.nixl is not None and self._version >= p.PEER_VERSION_NIXL:
+                arriving = self.nixl.fetch(wire, wanted, loop)
+            for number, blocks in enumerate(arriving or _fetch(wire, wanted)):
                 loop.call_soon_threadsafe(tell, number, blocks)
 
         async with self._lanes:
@@ -150,23 +194,28 @@ class PeerLink:
 
     def _work(self, errand: _Errand, work: Callable[[Wire], Result]) -> Result:
         if errand.wire is None:
-            errand.wire = self._connect()
+            errand.wire, self._version = self._connect()
         if errand.is_cancelled:
             raise WireError("not wanted any more")
         return work(errand.wire)
 
-    def _connect(self) -> Wire:
+    def _require(self, version: int) -> None:
+        """Raise `WireError` unless the peer speaks *version*: it may be brought up to date."""
+        if self._version < version:
+            raise WireError(f"it speaks peer protocol {self._version}, {version} is needed")
+
+    def _connect(self) -> tuple[Wire, int]:
+        """Return a connection, and the version that is spoken on it."""
         address = self._address
         connection = dial(
             address.host, address.port, address.tls, timeout_seconds=PEER_TIMEOUT_SECONDS
         )
         wire = Wire(connection, PEER_TIMEOUT_SECONDS)
         try:
-            _greet(wire, address, self._own_name)
+            return wire, _greet(wire, address, self._own_name).version
         except BaseException:
             wire.close()
             raise
-        return wire
 
     def _take_idle(self) -> Wire | None:
         while self._idle:
@@ -191,21 +240,30 @@ class PeerLink:
         return {"peer": self.name, "reason": str(error)}
 
 
-def _greet(wire: Wire, address: PeerAddress, own_name: str) -> None:
+def greet_once(address: PeerAddress, own_name: str) -> Greeting:
+    """Call, exchange greetings and hang up; raises `WireError` or what the peer refuses with."""
+    connection = dial(address.host, address.port, address.tls, timeout_seconds=PEER_TIMEOUT_SECONDS)
+    wire = Wire(connection, PEER_TIMEOUT_SECONDS)
+    with contextlib.closing(wire):
+        return _greet(wire, address, own_name)
+
+
+def _greet(wire: Wire, address: PeerAddress, own_name: str) -> Greeting:
     """Show that we know the token, and see that they do."""
     wire.begin(PEER_TIMEOUT_SECONDS)
     challenge = _receive(wire, p.PeerNonce)
-    if challenge.version != p.PEER_VERSION:
-        raise WireProtocolError(
-            f"it speaks peer protocol {challenge.version}, this daemon {p.PEER_VERSION}"
-        )
+    try:
+        version = p.agree(challenge.version, max(challenge.version, challenge.newest))
+    except VersionError as error:
+        raise WireProtocolError(str(error)) from error
     nonce = secrets.token_bytes(PEER_NONCE_SIZE_BYTES)
     proof = p.caller_proof(address.token, challenge.nonce, nonce, own_name)
-    wire.send_frame(p.encode(p.PeerHello(p.PEER_VERSION, own_name, nonce, proof)))
+    wire.send_frame(p.encode(p.PeerHello(version, own_name, nonce, proof)))
     welcome = _receive(wire, p.PeerWelcome)
     expected = p.called_proof(address.token, challenge.nonce, nonce, welcome.name)
     if not p.is_proof(expected, welcome.proof):
         raise WireProtocolError("it does not know the token (peers.*.token_file)")
+    return Greeting(welcome.name, version)
 
 
 def _ask(wire: Wire, request: p.PeerMessage, kind: type[Kind], seconds: float) -> Kind:
@@ -231,22 +289,29 @@ def _receive(wire: Wire, kind: type[Kind]) -> Kind:
 
 def _fetch(wire: Wire, wanted: Sequence[tuple[p.Want, memoryview]]) -> Iterator[Digests64 | None]:
     """Ask for all at once, so that the other side never waits for us; yield each as it comes."""
-    size_bytes = sum(len(target) for _, target in wanted)
-    wire.begin(PEER_TIMEOUT_SECONDS + size_bytes / PEER_SPEED_MIN_BYTES_PER_SECOND)
-    wire.send_frames([p.encode(want) for want, _ in wanted])
+    _begin_fetch(wire, [want for want, _ in wanted], sum(len(target) for _, target in wanted))
     for want, target in wanted:
-        yield _fetch_one(wire, want.shard, target)
+        came = _fetch_one(wire, want.shard, target)
+        yield None if isinstance(came, p.Gone | p.Busy) else came
 
 
-def _fetch_one(wire: Wire, shard: p.OfferedShard, target: memoryview) -> Digests64 | None:
+def _begin_fetch(wire: Wire, wanted: Sequence[p.Want], size_bytes: int) -> None:
+    wire.begin(PEER_TIMEOUT_SECONDS + size_bytes / PEER_SPEED_MIN_BYTES_PER_SECOND)
+    wire.send_frames([p.encode(want) for want in wanted])
+
+
+def _fetch_one(
+    wire: Wire, shard: p.OfferedShard, target: memoryview
+) -> Digests64 | p.Gone | p.Busy:
+    """Fill *target* with the next answer; return its digests, compared with the root announced."""
     assert len(target) == shard.size_bytes, "room for exactly what was offered"
     try:
         answer = p.decode(wire.receive_frame())
     except FrameError as error:
         wire.is_broken = True
         raise WireProtocolError(str(error)) from error
-    if isinstance(answer, p.Gone):
-        return None
+    if isinstance(answer, p.Gone | p.Busy):
+        return answer
     if not isinstance(answer, p.Sending) or answer.size_bytes != shard.size_bytes:
         wire.is_broken = True
         raise WireProtocolError(f"{answer!r:.80} in place of {shard.size_bytes} bytes")

@@ -21,11 +21,13 @@ from kvstore.settings import PORT_MAX
 if TYPE_CHECKING:
     from kvstore.config import Config, PeerConfig, RemoteConfig
     from kvstore.daemon.server import Server
+    from kvstore.transfer.nixl import Nixl
 
 
 def set_up_peers(config: Config, server: Server) -> None:
     """Let *server* know its peers, and take the address where they call; raises `ConfigError`."""
     server.pulls = Pulls(server, peer_links(config, server))
+    server.nixl = open_nixl(config.peer, server)
     server.endpoint = open_endpoint(config.peer, server)
     server.host_name = own_name(config.peer) if server.endpoint is not None else ""
 
@@ -33,12 +35,38 @@ def set_up_peers(config: Config, server: Server) -> None:
 async def serve_peers(server: Server) -> None:
     """Let peers call until cancelled; then end all that has to do with them."""
     try:
-        if server.endpoint is not None:
-            await server.endpoint.run()
-        else:
+        async with asyncio.TaskGroup() as group:
+            if server.endpoint is not None:
+                group.create_task(server.endpoint.run(), name="peer endpoint")
+            if server.nixl is not None:
+                group.create_task(server.nixl.run(), name="NIXL")
             await asyncio.Event().wait()
     finally:
         await server.pulls.close()
+
+
+def open_nixl(config: PeerConfig, server: Server) -> Nixl | None:
+    """Return what bytes of hand-offs go by, ready for all links, or None when that is TCP.
+
+    Raises `ConfigError` unless somebody has said that something else guards them.
+    """
+    if config.transport == "tcp":
+        return None
+    if not config.insecure:
+        raise ConfigError(
+            "peer.transport = nixl carries bytes that are not encrypted, and opens this host's "
+            "arena to whoever learns of its agent: peer.insecure = true says that something else "
+            "guards the network"
+        )
+    # Nothing of it is imported where nobody wants it.
+    from kvstore.daemon.peer_nixl import NixlReads  # noqa: PLC0415
+    from kvstore.transfer.nixl import Nixl  # noqa: PLC0415
+
+    arena, counters = server.store.host.arena, server.store.counters
+    nixl = Nixl(arena, own_name(config))
+    for name, link in server.pulls.links.items():
+        link.nixl = NixlReads(nixl, name, arena, counters)
+    return nixl
 
 
 def own_name(config: PeerConfig) -> str:
@@ -62,7 +90,9 @@ def open_endpoint(config: PeerConfig, server: Server) -> PeerEndpoint | None:
             "with peer.tls_key_file, or peer.insecure = true if something else guards it"
         )
     token = _token(config.token_file)
-    endpoint = PeerEndpoint(server, config.listen, name=own_name(config), token=token, tls=tls)
+    endpoint = PeerEndpoint(
+        server, config.listen, name=own_name(config), token=token, tls=tls, shares=config.share
+    )
     endpoint.bind()
     return endpoint
 
@@ -72,13 +102,12 @@ def peer_links(config: Config, server: Server) -> dict[str, PeerLink]:
     if len(config.peers) > PEERS_MAX:
         raise ConfigError(f"{len(config.peers)} peers are configured, at most {PEERS_MAX}")
     name, counters = own_name(config.peer), server.store.counters
-    return {
-        peer: PeerLink(_address(config, peer, remote), name, counters)
-        for peer, remote in config.peers.items()
-    }
+    return {peer: PeerLink(peer_address(config, peer), name, counters) for peer in config.peers}
 
 
-def _address(config: Config, name: str, remote: RemoteConfig) -> PeerAddress:
+def peer_address(config: Config, name: str) -> PeerAddress:
+    """Return where the peer *name* is called; raises `ConfigError`."""
+    remote = config.peers[name]
     where = f"peers.{name}"
     kind, _, place = remote.url.partition("://")
     if not place:

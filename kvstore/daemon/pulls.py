@@ -23,7 +23,6 @@ from kvstore.errors import (
     KVStoreError,
     LimitError,
     NoSpaceError,
-    RequestError,
     ReservationError,
     TierError,
 )
@@ -39,7 +38,6 @@ from kvstore.limits import (
 )
 from kvstore.protocol import peering as p
 from kvstore.store.handoffs import HandoffKey
-from kvstore.store.shards import covers
 from kvstore.types import Digest, HandoffState, HeadRange, ReserveOutcome, Root, SessionId
 
 if TYPE_CHECKING:
@@ -270,19 +268,8 @@ class _Pull:
 
     def _check(self, following: p.Following) -> None:
         """Raise `RequestError` when what is offered cannot be of this namespace."""
-        manifest = self._space.manifest
         for offer in following.offers:
-            reached = 0
-            for shard in offer.shards:
-                if shard.head_start > reached or shard.head_stop <= reached:
-                    raise RequestError("the shards of an offered chunk do not follow one another")
-                reached = shard.head_stop
-                heads = HeadRange(shard.head_start, shard.head_stop)
-                manifest.check_stored_bytes(heads, shard.size_bytes)
-            if offer.shards and not covers([HeadRange(0, reached)], manifest.all_heads):
-                raise RequestError("an offered chunk has not all heads of its manifest")
-            if reached > manifest.kv_heads:
-                raise RequestError("an offered chunk has more heads than its manifest")
+            p.check_shards(offer.shards, self._space.manifest)
 
     async def _take(self, offers: Sequence[p.Offer], group: asyncio.TaskGroup) -> bool:
         """Publish chunks here, and begin to fetch what of them is not here yet.

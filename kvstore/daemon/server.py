@@ -28,8 +28,10 @@ from kvstore.store.tracing import Tracing
 from kvstore.types import SessionId
 
 if TYPE_CHECKING:
+    from kvstore.daemon.peer_sharing import Sharing
     from kvstore.store.mover import Mover
     from kvstore.store.store import Store
+    from kvstore.transfer.nixl import Nixl
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +65,8 @@ class Server:
         self.host_name = ""
         self.pulls = Pulls(self, {})
         self.endpoint: PeerEndpoint | None = None
+        self.sharing: Sharing | None = None
+        self.nixl: Nixl | None = None
         self.address = address
         self.verify_loads = verify_loads
         self.prefaults = prefaults

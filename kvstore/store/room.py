@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kvstore.metrics import Counters
     from kvstore.store.history import History
     from kvstore.store.index import Index
+    from kvstore.store.namespace import Namespace
     from kvstore.store.residence import Residents
     from kvstore.store.shards import ShardRecord
     from kvstore.tiers.host import HostTier
@@ -44,6 +45,8 @@ class HostRoom:
         unpublished: Callable[[], Iterable[Extent]],
     ) -> None:
         self.is_wanted: Callable[[int], bool] | None = None
+        # Told of every shard that has come into the host tier, and every chunk that has left it.
+        self.on_change: Callable[[Namespace, Digest], None] | None = None
         self._index = index
         self._host = host
         self._residents = residents
@@ -85,11 +88,13 @@ class HostRoom:
     def publish(self, slot: int, shard: ShardRecord) -> None:
         """Note that *shard* of *slot* has come into the host tier, as the index says already."""
         assert shard.is_in_host, "the index knows it to be here"
-        self._residents.gained(self._index.space_of(slot), shard)
+        space = self._index.space_of(slot)
+        self._residents.gained(space, shard)
         here = sum(other.is_in_host for other in self._index.shards(slot))
         if here == 1:
-            heads = self._index.space_of(slot).manifest.kv_heads
-            self._residents.admit(slot, whole_bytes(shard, heads))
+            self._residents.admit(slot, whole_bytes(shard, space.manifest.kv_heads))
+        if self.on_change is not None:
+            self.on_change(space, self._index.digest(slot))
 
     def record(self, slot: int, shard: ShardRecord, parent: Digest | None) -> None:
         """Note for a restart what the extent of *shard*, of *slot*, holds from now on.
@@ -119,9 +124,11 @@ class HostRoom:
         """
         tenant = self._index.tenant_of(slot)
         self._residents.forget(slot, evicted=evicted)
-        space = self._index.space_of(slot)
+        space, digest = self._index.space_of(slot), self._index.digest(slot)
         shards = self._index.lose(slot, _HOST)
         self._residents.gave(space, shards)
+        if self.on_change is not None:
+            self.on_change(space, digest)
         for shard in shards:
             self.give_back(tenant, shard.extent)
         return shards

@@ -25,6 +25,9 @@ ACL_COMMANDS: Final = (
 )
 """What a user needs; `+cluster|slots +asking` besides in a cluster."""
 
+SHARING_COMMANDS: Final = "+sadd +srem +smismember +scard"
+"""What it needs besides where hosts share what they hold (peer.share)."""
+
 _VERSION_MIN: Final = (6, 2)
 _PINGS: Final = 10
 _SLOW_SECONDS: Final = 0.005
@@ -39,8 +42,11 @@ class RedisFinding(NamedTuple):
     fix: str = ""
 
 
-async def examine_redis(settings: RedisSettings) -> list[RedisFinding]:
-    """Return the outcome of every check that can be made; each takes a few timeouts at most."""
+async def examine_redis(settings: RedisSettings, *, shares: bool = False) -> list[RedisFinding]:
+    """Return the outcome of every check that can be made; each takes a few timeouts at most.
+
+    With *shares*, the servers are to keep the directory of what hosts hold, too.
+    """
     routes = Routes(settings, RedisCounters())
     try:
         findings = [*_check_secret(settings)]
@@ -54,7 +60,7 @@ async def examine_redis(settings: RedisSettings) -> list[RedisFinding]:
             _check_version(facts),
             _check_mode(settings, facts),
             _check_memory(facts),
-            await _check_rights(routes, settings),
+            await _check_rights(routes, settings, shares=shares),
         ]
         return findings
     finally:
@@ -171,7 +177,7 @@ def _check_memory(facts: Mapping[str, str]) -> RedisFinding:
     return RedisFinding("redis memory", "ok", found)
 
 
-async def _check_rights(routes: Routes, settings: RedisSettings) -> RedisFinding:
+async def _check_rights(routes: Routes, settings: RedisSettings, *, shares: bool) -> RedisFinding:
     """Use every command once on keys of our own that nobody else uses, and remove them."""
     base = f"{settings.prefix}:doctor:{{{time.time_ns():x}}}".encode()
     text, table = base + b":text", base
@@ -188,6 +194,15 @@ async def _check_rights(routes: Routes, settings: RedisSettings) -> RedisFinding
         (b"UNLINK", text),
     ]
     rule = f"~{settings.prefix}:* {ACL_COMMANDS}"
+    if shares:
+        held = base + b":held"
+        commands += [
+            (b"SADD", held, b"x"),
+            (b"SCARD", held),
+            (b"SMISMEMBER", held, b"x"),
+            (b"SREM", held, b"x"),
+        ]
+        rule += f" {SHARING_COMMANDS}"
     try:
         replies = await _run(routes, settings, [(b"MULTI",), *commands, (b"EXEC",)], base)
     except (LaneError, RefusedError) as error:
@@ -201,6 +216,6 @@ async def _check_rights(routes: Routes, settings: RedisSettings) -> RedisFinding
     return RedisFinding("redis rights", "fail", str(errors[0]), fix or "see the server's log")
 
 
-def examine_redis_now(settings: RedisSettings) -> list[RedisFinding]:
+def examine_redis_now(settings: RedisSettings, *, shares: bool = False) -> list[RedisFinding]:
     """Do the same where no event loop runs."""
-    return asyncio.run(examine_redis(settings))
+    return asyncio.run(examine_redis(settings, shares=shares))

@@ -5,8 +5,16 @@ from __future__ import annotations
 import pytest
 
 from kvstore.limits import MIB
-from kvstore.tiers.redis_doctor import ACL_COMMANDS, RedisFinding, examine_redis
+from kvstore.tiers.peer_directory import Directory
+from kvstore.tiers.redis_doctor import (
+    ACL_COMMANDS,
+    SHARING_COMMANDS,
+    RedisFinding,
+    examine_redis,
+)
 from kvstore.tiers.redis_settings import check_settings
+from kvstore.types import NamespaceId
+from tests.support.making import loose_digest
 from tests.support.redis import RedisServer, free_port
 from tests.support.redis_tls import make_certificates
 
@@ -69,6 +77,20 @@ async def test_passwords_and_rights_are_judged(own_server, tmp_path):
     file.chmod(0o600)
     findings = await examine(url, password_file=file)
     assert findings["redis rights"].verdict == findings["redis password"].verdict == "ok"
+    settings = check_settings(url, password_file=file, timeout_seconds=5.0)
+    (rights,) = (await examine_redis(settings, shares=True))[-1:]
+    assert rights.verdict == "fail"
+    assert SHARING_COMMANDS in rights.fix
+    own_server.do("ACL", "SETUSER", "kv", *SHARING_COMMANDS.split())
+    assert (await examine_redis(settings, shares=True))[-1].verdict == "ok"
+    # All that a directory does is among them.
+    directory = Directory(settings)
+    await directory.probe()
+    await directory.change(NamespaceId(bytes(16)), "one", [loose_digest(1)], [loose_digest(2)])
+    assert await directory.renew([NamespaceId(bytes(16))], "one") == [True]
+    assert await directory.holders(NamespaceId(bytes(16)), [loose_digest(1)], ["one"]) == [[True]]
+    await directory.withdraw([NamespaceId(bytes(16))], "one")
+    directory.close()
     own_server.do("ACL", "SETUSER", "kv", "-unlink")
     assert ACL_COMMANDS in (await examine(url, password_file=file))["redis rights"].fix
 

@@ -12,13 +12,13 @@ import pytest
 from kvstore.config import (
     Config,
     default_socket_path,
-    json_schema,
     load,
     load_traced,
     named_settings,
     plain,
     settings,
 )
+from kvstore.config_schema import json_schema
 from kvstore.errors import ConfigError
 from kvstore.limits import GIB, MIB
 
