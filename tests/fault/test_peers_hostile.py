@@ -7,91 +7,25 @@ import signal
 import socket
 import ssl
 import struct
-import threading
 
 import pytest
 
-from kvstore.hashing import block_digests, root_of
+from kvstore.daemon.peer_link import PeerAddress, PeerLink
+from kvstore.errors import TierError
+from kvstore.metrics import Counters
 from kvstore.protocol import peering as p
 from kvstore.types import HandoffState
 from tests.support.daemon import Daemon
 from tests.support.handoffs import is_right, store_one, take_all, wait
 from tests.support.hosts import TOKEN, called, caller, free_port
-from tests.support.making import make_digests, make_manifest, make_payload
+from tests.support.liars import MANIFEST, SIZE, Liar, frame, offer, read, right
+from tests.support.making import make_digests
+from tests.support.redis import SERVER, RedisServer
 from tests.support.redis_tls import make_certificates
 from tests.support.waiting import DEADLINE_SECONDS, wait_until
 
-MANIFEST = make_manifest(model="hostile")
 DIGESTS = make_digests(3)
 LIMITS = {"PULL_TROUBLE_SECONDS": 1.0, "PEER_TIMEOUT_SECONDS": 1.0}
-SIZE = MANIFEST.chunk_bytes
-
-
-def frame(message: p.PeerMessage) -> bytes:
-    body = p.encode(message)
-    return struct.pack("<I", len(body)) + body
-
-
-def read(connection: socket.socket) -> p.AnyPeerMessage:
-    head = connection.recv(4, socket.MSG_WAITALL)
-    if len(head) < 4:
-        raise ConnectionResetError("closed")
-    return p.decode(connection.recv(struct.unpack("<I", head)[0], socket.MSG_WAITALL))
-
-
-def offer(digest, payload=None, size=SIZE, heads=(0, 4)) -> p.Offer:
-    root = root_of(block_digests(payload or make_payload(digest, SIZE)))
-    return p.Offer(digest, [p.OfferedShard(*heads, size, root)])
-
-
-class Liar:
-    """A peer that knows the token: it offers *offers*, and *answer* is what it sends for them."""
-
-    def __init__(self, offers, answer, *, version: int = p.PEER_VERSION, token: str = TOKEN):
-        self.offers, self.answer, self.version = offers, answer, version
-        self.token = token.strip().encode()
-        self.listener = socket.create_server(("127.0.0.1", 0))
-        self.port = self.listener.getsockname()[1]
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def close(self) -> None:
-        self.listener.shutdown(socket.SHUT_RDWR)
-        self.listener.close()
-
-    def _accept(self) -> None:
-        while True:
-            try:
-                connection, _ = self.listener.accept()
-            except OSError:
-                return
-            threading.Thread(target=self._serve, args=[connection], daemon=True).start()
-
-    def _serve(self, connection: socket.socket) -> None:
-        with connection:
-            try:
-                nonce = bytes(32)
-                connection.sendall(frame(p.PeerNonce(self.version, nonce)))
-                hello = read(connection)
-                proof = p.called_proof(self.token, nonce, hello.nonce, "prefill")
-                connection.sendall(frame(p.PeerWelcome("prefill", proof)))
-                while True:
-                    self._reply(connection, read(connection))
-            except OSError:
-                return
-
-    def _reply(self, connection: socket.socket, request: p.AnyPeerMessage) -> None:
-        if isinstance(request, p.Follow):
-            offers = self.offers[request.first :]
-            connection.sendall(frame(p.Following(HandoffState.CLOSED, offers, True)))
-        elif isinstance(request, p.Want):
-            connection.sendall(self.answer(request))
-        else:
-            connection.sendall(frame(p.Left()))
-
-
-def right(want: p.Want) -> bytes:
-    payload = make_payload(want.digest, want.shard.size_bytes)
-    return frame(p.Sending(len(payload))) + payload
 
 
 def other_bytes(want: p.Want) -> bytes:
@@ -177,9 +111,59 @@ def test_offers_that_cannot_be_are_refused(decode):
 
 
 def test_a_peer_of_another_version_is_not_used(decode):
-    daemon = decode(Liar(ONE, right, version=2))
+    daemon = decode(Liar(ONE, right, version=3))
     nothing_comes(daemon)
-    assert "peer protocol 2, this daemon 1" in daemon.log()
+    assert "peer protocol 3 to 3, this daemon 1 to 2" in daemon.log()
+
+
+async def test_a_peer_of_the_first_version_is_followed_and_not_asked_what_it_holds():
+    liar = Liar(ONE, right, version=1)
+    address = PeerAddress("prefill", "127.0.0.1", liar.port, TOKEN.strip().encode())
+    link = PeerLink(address, "decode", Counters())
+    try:
+        for _ in range(2):
+            with pytest.raises(TierError, match="it speaks peer protocol 1, 2 is needed"):
+                await link.have(p.Have(bytes(16), DIGESTS))
+        following = await link.follow(p.Follow(bytes(16), "", "name", 0, 1000, early=False))
+        assert following.offers == ONE
+        assert liar.asked == [p.Follow]
+    finally:
+        link.close()
+        liar.close()
+
+
+@pytest.mark.skipif(SERVER is None, reason="redis-server is not installed")
+def test_a_peer_that_lies_to_the_tier_is_left_alone_and_nothing_of_it_is_served(tmp_path):
+    pauses = {"BREAKER_PAUSE_MIN_SECONDS": 0.05, "BREAKER_PAUSE_MAX_SECONDS": 0.05}
+    liar = Liar(ONE, right)
+    key = f"kvstore:{MANIFEST.namespace_id().hex()}:held:prefill"
+    with RedisServer(tmp_path / "redis") as redis:
+        sharing = {
+            "peer.share": "true",
+            "tiers.redis.url": redis.unix_url,
+            "tiers.redis.write": "never",
+        }
+        redis.do("SADD", key, *(digest[:16] for digest in DIGESTS))
+        limits = LIMITS | pauses
+        with caller(tmp_path, liar.port, sharing, limits) as daemon, daemon.connect() as client:
+            space = client.attach(MANIFEST)
+
+            def lies() -> int:
+                return client.stats().tiers[-1].counters["lies"]
+
+            for number, (name, (_, answer)) in enumerate(LIES.items(), 1):
+                liar.answer = answer
+                wait_until(lambda: space.lookup(DIGESTS).hits == 1, what="it is asked again")
+                assert not is_right(space, DIGESTS[:1]), name
+                assert lies() == number, name
+                assert daemon.used_bytes() == 0
+            liar.answer = right
+            wait_until(lambda: space.lookup(DIGESTS).hits == 1, what="it is asked again")
+            assert is_right(space, DIGESTS[:1])
+            stats = client.stats()
+            assert (stats.reservations, stats.leases) == (0, 0)
+            assert stats.tiers[-1].state == "ready", "others would be asked on"
+    liar.close()
 
 
 def test_a_peer_that_does_not_know_the_token_is_not_used(decode):
@@ -194,7 +178,7 @@ GREETINGS = {
     "noise": b"\xff" * 64,
     "a web browser": b"GET / HTTP/1.1\r\nHost: x\r\n\r\n",
     "a proof of nothing": frame(p.PeerHello(1, "evil", bytes(32), bytes(32))),
-    "another version": frame(p.PeerHello(2, "evil", bytes(32), bytes(32))),
+    "another version": frame(p.PeerHello(3, "evil", bytes(32), bytes(32))),
     "a request without a greeting": frame(
         p.Want(bytes(16), DIGESTS[0], p.OfferedShard(0, 4, 1, 0))
     ),
