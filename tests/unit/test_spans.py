@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 
 import pytest
 from opentelemetry.sdk.trace.export import SpanExportResult
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
+from kvstore import app
 from kvstore.client.tracing import current_traceparent, joined
 from kvstore.daemon import otel
 from kvstore.daemon.otel import OtelRecorder
 from kvstore.daemon.spans import Parent, RequestSpans, Step, parent_in
+from kvstore.errors import ConfigError
 from kvstore.limits import SPANS_WAITING_MAX
 from kvstore.protocol import messages as m
 from kvstore.store.lane import TierRead
@@ -127,3 +130,10 @@ def test_what_was_handed_over_goes_before_what_is_current():
         with joined(None), joined(""):
             assert current_traceparent() == PARENT
     assert current_traceparent() == ""
+
+
+def test_without_the_extra_the_daemon_says_what_to_install(monkeypatch):
+    monkeypatch.delitem(sys.modules, "kvstore.daemon.otel")
+    monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
+    with pytest.raises(ConfigError, match=r"pip install 'kvstore\[otel\]'"):
+        app._open_recorder("http://127.0.0.1:4318/v1/traces")
