@@ -14,12 +14,18 @@ from numpy.typing import NDArray
 THREADS: Final = 256
 """Threads of a block, in every kernel."""
 
-SECTION: Final = np.dtype(
-    [("plane", "<u8"), ("offset", "<u8"), ("layer", "<u4"), ("unused", "<u4")]
-)
+SECTION: Final = np.dtype([("plane", "<u8"), ("offset", "<u8"), ("layer", "<u4"), ("span", "<u4")])
 REPORT: Final = np.dtype(
     [("error", "<f4"), ("energy", "<f4"), ("broken", "<u4"), ("unused", "<u4")]
 )
+SPAN: Final = np.dtype([("offset", "<u8"), ("size", "<u8")])
+CODING: Final = np.dtype(
+    [
+        *(("delta", "<f4"), ("bound", "<u4"), ("kind", "<u4"), ("unused", "<u4")),
+        ("frequencies", "<u2", (256,)),
+    ]
+)
+"""A side of a preset of ecsq; kind is 0 for K, 1 for V."""
 BATCH: Final = np.dtype(
     [
         *((name, "<u8") for name in ("sections", "pages", "containers", "reports")),
@@ -27,7 +33,8 @@ BATCH: Final = np.dtype(
         *((name, "<u8") for name in ("extra", "table")),
         *((name, "<u4") for name in ("chunk_count", "section_count", "heads", "tokens")),
         *((name, "<u4") for name in ("width", "sinks", "page_tokens", "page_count")),
-        *((name, "<u4") for name in ("first_token", "unused")),
+        *((name, "<u4") for name in ("first_token", "span_count")),
+        *((name, "<u8") for name in ("spans", "scratch")),
     ]
 )
 
@@ -53,7 +60,8 @@ class Chunks:
     """What all sections of one launch have in common.
 
     *extra* is the length of the parts sinks and tail of a head block, *table* the id of the
-    codec's table.
+    codec's table (ecsq: the address of a `CODING`). *span_count* is how many sections a container
+    of variable rate has.
     """
 
     chunk_count: int
@@ -64,6 +72,7 @@ class Chunks:
     sinks: int = 0
     extra: int = 0
     table: int = 0
+    span_count: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,12 +81,19 @@ class Places:
 
     *sections* are `SECTION`s; *pages* is int32 `[chunk][page]`; *containers* is uint64 `[chunk]`;
     *reports*, `REPORT`s `[chunk][section]`, are zero before an encode and 0 for a decode.
+
+    Variable rates have more. *spans* are `SPAN`s `[chunk][span]`, where sections lie in their
+    containers: an encode finds them, a decode reads them; a section of a fixed rate beside them
+    has its size there from the start. *scratch* is room for an encode, and for a decode of ecsq:
+    `kernels.scratch_bytes`. A decode says in *reports*, zero before, what is damaged.
     """
 
     sections: int
     pages: int
     containers: int
     reports: int = 0
+    spans: int = 0
+    scratch: int = 0
 
 
 def batch_of(chunks: Chunks, pages: Pages, places: Places) -> NDArray[Any]:

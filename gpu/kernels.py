@@ -6,6 +6,7 @@ load: "no GPU" is a value.
 
 from __future__ import annotations
 
+import importlib
 import os
 from functools import cache
 from pathlib import Path
@@ -25,19 +26,43 @@ CODECS: Final = {
     "nvfp4": "nvfp4",
     "hq4": "hadamard",
     "hq3": "hadamard",
+    "exp3": "exp3",
+    "rans": "rans",
+    "ecsq": "ecsq",
 }
 """Codecs that have kernels, and the source of each."""
 
 DTYPES: Final = ("bf16", "fp16")
+DTYPES_OF: Final = {"exp3": ("bf16",), "rans": ("bf16", "fp16", "fp32")}
+"""Types of values that kernels take; those of the codecs named are others."""
+
 SIDES: Final = ("keys", "values")
 
+VARIABLE: Final = frozenset({"exp3", "rans", "ecsq"})
+"""Codecs whose sections are as long as what they hold. Instead of `encode` there is `measure`, then
+`Kernels.lay`, then `place`; see gpu/cuda/spans.cuh. Their kernels have one name for K and V: exp3
+and rans treat both alike, ecsq is told by its coding which it has."""
+
+STEPS: Final = {
+    ("exp3", "measure"): ("measure", "total"),
+    ("rans", "measure"): ("count", "normalise", "measure", "total"),
+    ("ecsq", "measure"): ("scale", "measure", "total"),
+    ("ecsq", "decode"): ("decode", "escapes"),
+}
+"""What is more than one kernel."""
+
 WIDTH_MAX: Final = 1024
-WIDTHS_MAX: Final = {"nvfp4": 576, "hq4": 256, "hq3": 256}
+WIDTHS_MAX: Final = {"nvfp4": 576, "ecsq": 576, "hq4": 256, "hq3": 256}
 """Widths of heads; those named keep a tile of codes in shared memory."""
 
 WIDTH_STEP: Final = 16
 STRIDE_STEP_BYTES: Final = 16
 BLOCKS_PER_MULTIPROCESSOR: Final = 8
+TILE_TOKENS: Final = 64
+STREAM_SYMBOLS: Final = 8192
+SYMBOLS: Final = 256
+SECTION_MAX_BYTES: Final = 1 << 31
+"""Of raw values: directories of variable rates count in 32 bits."""
 
 SHIPPED: Final = SOURCES / "built"
 """Where a release keeps kernels that were built ahead."""
@@ -56,9 +81,17 @@ class Kernels:
     def launch(
         self, codec: str, side: str, direction: str, dtype: str, batch: NDArray[Any]
     ) -> None:
-        """Run one kernel over a batch made by `checked_batch`; no host synchronisation."""
-        function = self._function(CODECS[codec], f"{codec}_{side}_{direction}_{dtype}")
-        self._run(function, batch)
+        """Run a codec's kernels over a batch made by `checked_batch`; no host synchronisation."""
+        for name in kernel_names(codec, side, direction, dtype):
+            self._run(self._function(CODECS[codec], name), batch)
+
+    def lay(self, batch: NDArray[Any]) -> None:
+        """Lay the measured sections of containers one behind the other.
+
+        The first begins where its span says. All sections of the containers are measured, or have
+        their size in their span.
+        """
+        self._run(self._function("spans", "spans_lay"), batch)
 
     def copy(self, direction: str, batch: NDArray[Any]) -> None:
         """Gather or scatter bytes as they are; see raw.cu for what the batch means."""
@@ -76,11 +109,41 @@ class Kernels:
         return self._cupy.RawModule(path=str(path)).get_function(name)
 
 
+def kernel_names(codec: str, side: str, direction: str, dtype: str) -> list[str]:
+    """Return the kernels that are one direction of a codec, in their order.
+
+    Raises `RequestError` for a type of values that they do not take.
+    """
+    known = DTYPES_OF.get(codec, DTYPES)
+    if dtype not in known:
+        raise RequestError(f"{codec} kernels take {' and '.join(known)}, not {dtype}")
+    steps = STEPS.get((codec, direction), (direction,))
+    sides = "" if codec in VARIABLE else f"_{side}"
+    return [f"{codec}{sides}_{step}_{dtype}" for step in steps]
+
+
+def scratch_bytes(codec: str, chunks: Chunks) -> int:
+    """Return how much scratch memory measuring and placing take; 0 for fixed rates."""
+    return chunks.chunk_count * chunks.section_count * 4 * _scratch_words(codec, chunks)
+
+
+def _scratch_words(codec: str, chunks: Chunks) -> int:
+    """Words a section: what the sources keep between measuring and placing."""
+    if codec == "exp3":
+        return chunks.heads * -(-chunks.tokens // TILE_TOKENS)
+    streams = -(-chunks.tokens * chunks.width // STREAM_SYMBOLS)
+    if codec == "rans":
+        return chunks.heads * (SYMBOLS + chunks.width // 4 + streams) + SYMBOLS // 2
+    if codec == "ecsq":
+        scales = max(chunks.width, -(-chunks.tokens // 8) * 4)
+        return chunks.heads * scales + 2 * (chunks.heads * streams + 1)
+    return 0
+
+
 def load(folder: Path | None = None) -> Kernels | None:
     """Return the kernels of the current device, or None where they cannot be had."""
     try:
-        import cupy  # noqa: PLC0415
-        import torch  # noqa: PLC0415
+        cupy, torch = (importlib.import_module(name) for name in ("cupy", "torch"))
     except ImportError:
         return None
     if not torch.cuda.is_available():
@@ -123,4 +186,18 @@ def checked_batch(codec: str, chunks: Chunks, pages: Pages, places: Places) -> N
             f"{chunks.tokens} tokens from token {pages.first_token} on exceed "
             f"{pages.page_count} pages of {pages.page_tokens}"
         )
+    if codec in VARIABLE:
+        _check_variable(codec, chunks, places)
     return batch_of(chunks, pages, places)
+
+
+def _check_variable(codec: str, chunks: Chunks, places: Places) -> None:
+    if not (places.spans and places.reports):
+        raise RequestError(f"{codec} has a variable rate: its kernels need spans and reports")
+    if codec == "ecsq" and not (places.scratch and chunks.table):
+        raise RequestError("ecsq kernels need scratch and a coding, in either direction")
+    size = chunks.heads * chunks.tokens * chunks.width * 4
+    if size >= SECTION_MAX_BYTES:
+        raise RequestError(
+            f"{codec} kernels take sections below {SECTION_MAX_BYTES} bytes, not {size}"
+        )

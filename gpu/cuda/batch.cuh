@@ -17,13 +17,18 @@
 #define KV_SLAB 64
 #define KV_WARPS (KV_THREADS / 32)
 
-enum { KV_BF16 = 1, KV_FP16 = 2 };
+enum { KV_BF16 = 1, KV_FP16 = 2, KV_FP32 = 3 };
 
 struct Section {
     uint64_t plane;  /* where page 0 of this K or V begins */
     uint64_t offset; /* where the section begins in its container */
     uint32_t layer;  /* as the container counts them */
-    uint32_t unused;
+    uint32_t span;   /* which entry of the container's section table it is */
+};
+
+/* Where a section lies in its container, from the container's start; like the section table's. */
+struct Span {
+    uint64_t offset, size;
 };
 
 struct Report {
@@ -47,7 +52,9 @@ struct Batch {
     uint32_t chunk_count, section_count, heads, tokens;
     uint32_t width, sinks, page_tokens, page_count;
     uint32_t first_token; /* of a chunk within its first page */
-    uint32_t unused;
+    uint32_t span_count;
+    Span *spans;       /* [chunk][span]: sections are there, not at their offset; null for fixed rates */
+    uint32_t *scratch; /* [chunk][section]: what measuring leaves to placing; see spans.cuh */
 };
 
 struct Place {
@@ -79,9 +86,18 @@ KV_INLINE uint8_t *row_of(const Batch &batch, const Place &at, uint32_t token) {
     return (uint8_t *)(address + (uint64_t)((int64_t)at.head * batch.head_stride));
 }
 
+KV_INLINE Span *span_of(const Batch &batch, const Place &at) {
+    return batch.spans + (uint64_t)at.chunk * batch.span_count + batch.sections[at.section].span;
+}
+
+KV_INLINE uint8_t *section_of(const Batch &batch, const Place &at) {
+    uint64_t offset = batch.spans == nullptr ? batch.sections[at.section].offset
+                                             : span_of(batch, at)->offset;
+    return (uint8_t *)(batch.containers[at.chunk] + offset);
+}
+
 KV_INLINE uint8_t *block_of(const Batch &batch, const Place &at, uint64_t block_bytes) {
-    uint64_t section = batch.containers[at.chunk] + batch.sections[at.section].offset;
-    return (uint8_t *)(section + at.head * block_bytes);
+    return section_of(batch, at) + at.head * block_bytes;
 }
 
 KV_INLINE Report *report_of(const Batch &batch, const Place &at) {
@@ -93,51 +109,136 @@ KV_INLINE uint32_t larger(uint32_t a, uint32_t b) { return a > b ? a : b; }
 
 /* --- eight values at a time ---------------------------------------------------------------------- */
 
+template <int DTYPE> KV_INLINE constexpr uint32_t bytes_of() { return DTYPE == KV_FP32 ? 4 : 2; }
+
 template <int DTYPE> KV_INLINE float widen(uint32_t bits) {
-    return DTYPE == KV_BF16 ? kv_float_of_bf16((uint16_t)bits) : kv_float_of_half((uint16_t)bits);
+    return DTYPE == KV_BF16   ? kv_float_of_bf16((uint16_t)bits)
+           : DTYPE == KV_FP16 ? kv_float_of_half((uint16_t)bits)
+                              : kv_float_of_bits(bits);
 }
 
 template <int DTYPE> KV_INLINE uint32_t narrow(float value) {
-    return DTYPE == KV_BF16 ? kv_bf16_of_float(value) : kv_half_of_float(value);
-}
-
-template <int DTYPE> KV_INLINE void widen8(const uint4 &packed, float *values) {
-    const uint32_t words[4] = {packed.x, packed.y, packed.z, packed.w};
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        values[2 * i] = widen<DTYPE>(words[i] & 0xffffu);
-        values[2 * i + 1] = widen<DTYPE>(words[i] >> 16);
-    }
-}
-
-template <int DTYPE> KV_INLINE uint4 narrow8(const float *values) {
-    uint32_t words[4];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        words[i] = narrow<DTYPE>(values[2 * i]) | narrow<DTYPE>(values[2 * i + 1]) << 16;
-    }
-    return uint4{words[0], words[1], words[2], words[3]};
+    return DTYPE == KV_BF16   ? kv_bf16_of_float(value)
+           : DTYPE == KV_FP16 ? kv_half_value_of_float(value)
+                              : kv_bits_of_float(kv_finite(value));
 }
 
 KV_INLINE uint4 load16(const uint8_t *at) { return *(const uint4 *)at; }
 KV_INLINE void store16(uint8_t *at, const uint4 &vector) { *(uint4 *)at = vector; }
 
+/* Eight values as an engine has them: one vector, or two. */
+template <int DTYPE> struct Packed {
+    uint4 vectors[bytes_of<DTYPE>() / 2];
+};
+
+template <int DTYPE> KV_INLINE Packed<DTYPE> no_values() {
+    Packed<DTYPE> made;
+#pragma unroll
+    for (uint32_t i = 0; i < bytes_of<DTYPE>() / 2; i++) {
+        made.vectors[i] = uint4{0, 0, 0, 0};
+    }
+    return made;
+}
+
+template <int DTYPE> KV_INLINE Packed<DTYPE> load_values(const uint8_t *row, uint32_t channel) {
+    Packed<DTYPE> made;
+#pragma unroll
+    for (uint32_t i = 0; i < bytes_of<DTYPE>() / 2; i++) {
+        made.vectors[i] = load16(row + channel * bytes_of<DTYPE>() + i * 16);
+    }
+    return made;
+}
+
+template <int DTYPE>
+KV_INLINE void store_values(uint8_t *row, uint32_t channel, const Packed<DTYPE> &values) {
+#pragma unroll
+    for (uint32_t i = 0; i < bytes_of<DTYPE>() / 2; i++) {
+        store16(row + channel * bytes_of<DTYPE>() + i * 16, values.vectors[i]);
+    }
+}
+
+/* Their bits, a word each, and back. */
+template <int DTYPE> KV_INLINE void unpack8(const Packed<DTYPE> &packed, uint32_t *bits) {
+#pragma unroll
+    for (uint32_t i = 0; i < bytes_of<DTYPE>() / 2; i++) {
+        const uint4 &vector = packed.vectors[i];
+        const uint32_t words[4] = {vector.x, vector.y, vector.z, vector.w};
+#pragma unroll
+        for (int j = 0; j < 4; j++) {
+            if (DTYPE == KV_FP32) {
+                bits[i * 4 + j] = words[j];
+            } else {
+                bits[2 * j] = words[j] & 0xffffu;
+                bits[2 * j + 1] = words[j] >> 16;
+            }
+        }
+    }
+}
+
+template <int DTYPE> KV_INLINE Packed<DTYPE> pack8(const uint32_t *bits) {
+    Packed<DTYPE> made;
+#pragma unroll
+    for (uint32_t i = 0; i < bytes_of<DTYPE>() / 2; i++) {
+        const uint32_t *from = bits + i * 4;
+        made.vectors[i] = DTYPE == KV_FP32
+                              ? uint4{from[0], from[1], from[2], from[3]}
+                              : uint4{bits[0] | bits[1] << 16, bits[2] | bits[3] << 16,
+                                      bits[4] | bits[5] << 16, bits[6] | bits[7] << 16};
+    }
+    return made;
+}
+
+template <int DTYPE> KV_INLINE void widen8(const Packed<DTYPE> &packed, float *values) {
+    uint32_t bits[8];
+    unpack8<DTYPE>(packed, bits);
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        values[i] = widen<DTYPE>(bits[i]);
+    }
+}
+
+template <int DTYPE> KV_INLINE Packed<DTYPE> narrow8(const float *values) {
+    uint32_t bits[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) {
+        bits[i] = narrow<DTYPE>(values[i]);
+    }
+    return pack8<DTYPE>(bits);
+}
+
 /* Eight values of a token, zeros for a sink and outside of the chunk or the head. */
+template <int DTYPE>
+KV_INLINE Packed<DTYPE> load_real(
+    const Batch &batch, const Place &at, uint32_t token, uint32_t channel) {
+    int is_real = token >= batch.sinks && token < batch.tokens && channel < batch.width;
+    return is_real ? load_values<DTYPE>(row_of(batch, at, token), channel) : no_values<DTYPE>();
+}
+
 template <int DTYPE>
 KV_INLINE void read8(
     const Batch &batch, const Place &at, uint32_t token, uint32_t channel, float *values) {
-    uint4 packed = {0, 0, 0, 0};
-    if (token >= batch.sinks && token < batch.tokens && channel < batch.width) {
-        packed = load16(row_of(batch, at, token) + channel * 2);
-    }
-    widen8<DTYPE>(packed, values);
+    widen8<DTYPE>(load_real<DTYPE>(batch, at, token, channel), values);
 }
 
 template <int DTYPE>
 KV_INLINE void write8(
     const Batch &batch, const Place &at, uint32_t token, uint32_t channel, const float *values) {
     if (token < batch.tokens && channel < batch.width) {
-        store16(row_of(batch, at, token) + channel * 2, narrow8<DTYPE>(values));
+        store_values<DTYPE>(row_of(batch, at, token), channel, narrow8<DTYPE>(values));
+    }
+}
+
+/* One value of a row. */
+template <int DTYPE> KV_INLINE float read1(const uint8_t *row, uint32_t channel) {
+    return DTYPE == KV_FP32 ? widen<DTYPE>(((const uint32_t *)row)[channel])
+                            : widen<DTYPE>(((const uint16_t *)row)[channel]);
+}
+
+template <int DTYPE> KV_INLINE void write1(uint8_t *row, uint32_t channel, float value) {
+    if (DTYPE == KV_FP32) {
+        ((uint32_t *)row)[channel] = narrow<DTYPE>(value);
+    } else {
+        ((uint16_t *)row)[channel] = (uint16_t)narrow<DTYPE>(value);
     }
 }
 
@@ -240,6 +341,27 @@ KV_INLINE int32_t largest_of_channel(const SlabKeys &found, uint32_t channel) {
     return key;
 }
 
+/* The sum over the threads before this one; *total* is that over all. */
+KV_INLINE uint32_t sum_before(uint32_t value, uint32_t *total) {
+    __shared__ uint32_t sums[KV_WARPS];
+    uint32_t lane = threadIdx.x % 32, warp = threadIdx.x / 32, upto = value, before = 0;
+    for (uint32_t distance = 1; distance < 32; distance *= 2) {
+        uint32_t other = __shfl_up_sync(KV_EVERY_LANE, upto, distance);
+        upto += lane >= distance ? other : 0u;
+    }
+    if (lane == 31) {
+        sums[warp] = upto;
+    }
+    __syncthreads();
+    *total = 0;
+    for (uint32_t i = 0; i < KV_WARPS; i++) {
+        before += i < warp ? sums[i] : 0u;
+        *total += sums[i];
+    }
+    __syncthreads();
+    return before + upto - value;
+}
+
 /* Add what the threads of a block found to the report of its section, in one go. */
 KV_INLINE void report(const Batch &batch, const Place &at, float error, float energy, int broken) {
     __shared__ float errors[KV_WARPS], energies[KV_WARPS];
@@ -280,6 +402,17 @@ KV_INLINE void report(const Batch &batch, const Place &at, float error, float en
         uint32_t part_count = (uint32_t)(parts);                                                   \
         for (uint32_t i = blockIdx.x; i < places_of(batch, part_count); i += gridDim.x) {          \
             Place at = place_of(batch, i, part_count);                                             \
+            work;                                                                                  \
+        }                                                                                          \
+    }
+
+/* The same for parts of sections: heads are the work's own matter. */
+#define KV_SECTION_KERNEL(name, parts, work)                                                       \
+    extern "C" __global__ void __launch_bounds__(KV_BOUNDS) name(const Batch batch) {              \
+        uint32_t part_count = (uint32_t)(parts), sections = batch.section_count;                   \
+        for (uint32_t i = blockIdx.x; i < batch.chunk_count * sections * part_count;               \
+             i += gridDim.x) {                                                                     \
+            Place at = {i / part_count / sections, i / part_count % sections, 0, i % part_count};  \
             work;                                                                                  \
         }                                                                                          \
     }

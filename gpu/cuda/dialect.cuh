@@ -17,12 +17,16 @@ typedef int int32_t;
 typedef unsigned long long uint64_t;
 typedef long long int64_t;
 #define KV_INLINE static __device__ __forceinline__
+#define KV_CALL static __device__ __noinline__
 #define KV_RESTRICT __restrict__
 #define KV_TABLE static __device__ const
 #else
 #include <stdint.h>
 #include <string.h>
+#if !defined(KV_INLINE) /* the GPU for tests has its own: it is built often, and need not be fast */
 #define KV_INLINE static inline __attribute__((always_inline, unused))
+#endif
+#define KV_CALL static __attribute__((unused))
 #if defined(__cplusplus)
 #define KV_RESTRICT __restrict__
 #else

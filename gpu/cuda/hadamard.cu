@@ -175,9 +175,9 @@ KV_INLINE void encode_tile(const Batch &batch, const Place &at, uint32_t kind, R
     float *row = room.row[warp];
     for (uint32_t t = warp; t < count; t += KV_WARPS) {
         uint32_t token = first + t, is_real = token >= batch.sinks;
-        const uint16_t *source = (const uint16_t *)row_of(batch, at, token);
+        const uint8_t *source = row_of(batch, at, token);
         for (uint32_t c = threadIdx.x % 32; c < batch.width; c += 32) {
-            float value = is_real ? widen<DTYPE>(source[c]) : 0.0f;
+            float value = is_real ? read1<DTYPE>(source, c) : 0.0f;
             *energy = kv_add(*energy, kv_mul(value, value));
             if (kind == KV_KEYS && is_real) {
                 value = kv_mul(kv_sub(value, room.means[c]), kv_inverse(room.sigmas[c]));
@@ -196,7 +196,7 @@ KV_INLINE void encode_tile(const Batch &batch, const Place &at, uint32_t kind, R
             if (kind == KV_KEYS) {
                 value = kv_add(kv_mul(value, room.sigmas[c]), room.means[c]);
             }
-            float missed = kv_sub(widen<DTYPE>(source[c]), value);
+            float missed = kv_sub(read1<DTYPE>(source, c), value);
             *error = kv_add(*error, kv_mul(missed, missed));
         }
         __syncwarp();
@@ -263,14 +263,14 @@ KV_INLINE void decode(const Batch &batch, const Place &at, uint32_t kind) {
         __syncwarp();
         uint16_t alpha = ((const uint16_t *)(block + layout.part[2]))[first + t];
         expand(batch, at, kind, row, kv_float_of_half(alpha));
-        uint16_t *target = (uint16_t *)row_of(batch, at, first + t);
+        uint8_t *target = row_of(batch, at, first + t);
         for (uint32_t c = threadIdx.x % 32; c < batch.width; c += 32) {
             float value = row[c];
             if (kind == KV_KEYS) {
                 value = kv_mul(value, kv_float_of_bf16(sigmas[c]));
                 value = kv_add(value, kv_float_of_half(means[c]));
             }
-            target[c] = (uint16_t)narrow<DTYPE>(value);
+            write1<DTYPE>(target, c, value);
         }
         __syncwarp();
     }

@@ -35,16 +35,12 @@ template <int DTYPE> KV_INLINE void encode_keys(const Batch &batch, const Place 
     uint32_t token = group * KV_INT8_GROUP + threadIdx.x / KV_LANES;
     kv_layout layout = layout_of(batch, KV_KEYS);
     uint8_t *block = block_of(batch, at, layout.bytes);
-    uint4 packed[GROUP_ROWS];
+    Packed<DTYPE> packed[GROUP_ROWS];
     int32_t sizes[8] = {0, 0, 0, 0, 0, 0, 0, 0};
     float values[8], scales[8], inverses[8], energy = 0.0f, error = 0.0f;
 #pragma unroll
     for (uint32_t k = 0; k < GROUP_ROWS; k++) {
-        uint32_t t = token + k * KV_ROWS;
-        packed[k] = uint4{0, 0, 0, 0};
-        if (t >= batch.sinks && t < batch.tokens && channel < batch.width) {
-            packed[k] = load16(row_of(batch, at, t) + channel * 2);
-        }
+        packed[k] = load_real<DTYPE>(batch, at, token + k * KV_ROWS, channel);
     }
 #pragma unroll
     for (uint32_t k = 0; k < GROUP_ROWS; k++) {
@@ -106,7 +102,7 @@ template <int DTYPE> KV_INLINE void decode_keys(const Batch &batch, const Place 
     }
     float scales[8], values[8];
     uint64_t place = layout.part[1] + (uint64_t)(group * batch.width + channel) * 2;
-    widen8<KV_BF16>(load16(block + place), scales);
+    widen8<KV_BF16>(load_values<KV_BF16>(block + place, 0), scales);
 #pragma unroll
     for (uint32_t k = 0; k < GROUP_ROWS; k++) {
         uint32_t t = token + k * KV_ROWS, codes[8];

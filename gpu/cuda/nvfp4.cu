@@ -111,8 +111,8 @@ KV_INLINE float encode_slab(const Batch &batch, const Place &at, const kv_layout
         uint32_t token = first + group * 16 + i;
         values[i] = 0.0f;
         if (token >= batch.sinks && token < batch.tokens && lane < width) {
-            uint16_t bits = ((const uint16_t *)row_of(batch, at, token))[channel];
-            values[i] = kv_sub(widen<DTYPE>(bits), means[channel]);
+            float value = read1<DTYPE>(row_of(batch, at, token), channel);
+            values[i] = kv_sub(value, means[channel]);
         }
     }
     if (lane < width && group * 16 < count) {

@@ -6,7 +6,7 @@ import ctypes
 import shutil
 import subprocess
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -27,9 +27,9 @@ from kvstore.compression.shapes import (
     padded,
 )
 from kvstore.compression.tables import HQ3, HQ4
-from kvstore.gpu.batches import REPORT, SECTION, Chunks, Pages, Places, batch_of
+from kvstore.gpu.batches import CODING, REPORT, SECTION, SPAN, Chunks, Pages, Places, batch_of
 from kvstore.gpu.build import SOURCES, source_names
-from kvstore.gpu.kernels import WIDTH_MAX, WIDTHS_MAX
+from kvstore.gpu.kernels import CODECS as SOURCES_OF, WIDTH_MAX, WIDTHS_MAX, kernel_names
 from kvstore.types import HeadRange
 
 CODECS = {
@@ -41,7 +41,9 @@ CODECS = {
     CodecId.HQ3: "hq3",
 }
 """Kernels' names of codecs."""
-SOURCES_OF = {"hq4": "hadamard", "hq3": "hadamard"}
+DTYPES = {SourceType.BFLOAT16: "bf16", SourceType.FLOAT16: "fp16", SourceType.FLOAT32: "fp32"}
+BLOCKS = 3
+"""Fewer than there are parts, so that blocks take several."""
 TABLES = {CodecId.HQ4: HQ4.table_id, CodecId.HQ3: HQ3.table_id}
 SIZES = ((2, 64, 64), (1, 70, 80), (3, 33, 96), (1, 65, 112), (2, 128, 128), (1, 300, 192))
 WIDE = ((1, 20, 256), (1, 66, 576), (1, 1, 64))
@@ -52,9 +54,13 @@ SUPPORT = Path(__file__).parent
 
 
 class Kernels(Protocol):
-    """Runs a kernel by name over arrays of the host."""
+    """Runs the kernels of a direction of a codec over arrays of the host."""
 
-    def run(self, source: str, name: str, grid: int, scene: Scene, reports: np.ndarray) -> None: ...
+    def launch(
+        self, codec: str, side: str, direction: str, dtype: str, scene: Scene, reports: np.ndarray
+    ) -> None: ...
+
+    def lay(self, scene: Scene, reports: np.ndarray) -> None: ...
 
 
 class HostKernels:
@@ -65,11 +71,20 @@ class HostKernels:
             source: ctypes.CDLL(str(folder / f"{source}.so")) for source in source_names()
         }
 
-    def run(self, source: str, name: str, grid: int, scene: Scene, reports: np.ndarray) -> None:
+    def launch(
+        self, codec: str, side: str, direction: str, dtype: str, scene: Scene, reports: np.ndarray
+    ) -> None:
+        for name in kernel_names(codec, side, direction, dtype):
+            self._run(SOURCES_OF[codec], name, scene, reports)
+
+    def lay(self, scene: Scene, reports: np.ndarray) -> None:
+        self._run("spans", "spans_lay", scene, reports)
+
+    def _run(self, source: str, name: str, scene: Scene, reports: np.ndarray) -> None:
         library = self._libraries[source]
         batch = scene.batch(scene.addresses(reports))
         address = ctypes.cast(getattr(library, name), ctypes.c_void_p)
-        library.host_launch(address, ctypes.c_uint(grid), ctypes.c_void_p(batch.ctypes.data))
+        library.host_launch(address, ctypes.c_uint(BLOCKS), ctypes.c_void_p(batch.ctypes.data))
 
 
 def build_host_kernels(folder: Path, *flags: str) -> HostKernels:
@@ -108,6 +123,10 @@ class Scene:
     heads_first: bool
     first_token: int
     containers: np.ndarray  # [chunk][byte]
+    spans: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=SPAN))
+    scratch: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=np.uint32))
+    coding: np.ndarray = field(default_factory=lambda: np.zeros(1, dtype=CODING))
+    coding_at: int = 0
 
     @classmethod
     def by_chance(
@@ -187,10 +206,21 @@ class Scene:
             reports=reports.ctypes.data,
         )
 
-    def batch(self, places: Places) -> np.ndarray[Any, np.dtype[Any]]:
-        """Return the kernel's argument."""
+    def pages(self) -> Pages:
+        """Return how the pages lie."""
         strides = self.planes[0].strides
         head, token = (strides[1], strides[2]) if self.heads_first else (strides[2], strides[1])
+        return Pages(
+            page_tokens=PAGE_TOKENS,
+            page_count=self.table.shape[1],
+            page_stride=strides[0],
+            token_stride=token,
+            head_stride=head,
+            first_token=self.first_token,
+        )
+
+    def batch(self, places: Places) -> np.ndarray[Any, np.dtype[Any]]:
+        """Return the kernel's argument."""
         layout = head_layout(self.codec, self.shape)
         offset = layout.parts["sinks"][0]
         return batch_of(
@@ -204,31 +234,20 @@ class Scene:
                 extra=layout.size_bytes - offset,
                 table=self.shape.table,
             ),
-            Pages(
-                page_tokens=PAGE_TOKENS,
-                page_count=self.table.shape[1],
-                page_stride=strides[0],
-                token_stride=token,
-                head_stride=head,
-                first_token=self.first_token,
-            ),
+            self.pages(),
             places,
         )
 
     # --- comparisons --------------------------------------------------------------------------
 
-    @property
-    def unit(self) -> str:
-        return SOURCES_OF.get(self.source, self.source)
-
-    def kernel(self, direction: str) -> str:
+    def run(self, kernels: Kernels, direction: str, reports: np.ndarray) -> None:
         side = "keys" if self.shape.kind is Kind.K else "values"
-        dtype = {SourceType.BFLOAT16: "bf16", SourceType.FLOAT16: "fp16"}[self.shape.source]
-        return f"{self.source}_{side}_{direction}_{dtype}"
+        dtype = DTYPES[self.shape.source]
+        kernels.launch(self.source, side, direction, dtype, self, reports)
 
     def encode(self, kernels: Kernels) -> np.ndarray:
         reports = np.zeros((CHUNKS, SECTIONS), dtype=REPORT)
-        kernels.run(self.unit, self.kernel("encode"), 3, self, reports)
+        self.run(kernels, "encode", reports)
         return reports
 
     def sections_by_numpy(self) -> tuple[np.ndarray, list[list[Encoded]]]:
@@ -266,7 +285,7 @@ class Scene:
             self.coder.decode(shape, source, decoded, HeadRange(0, shape.heads))
             expected.append(decoded)
         self.planes[:] = 0x1234
-        kernels.run(self.unit, self.kernel("decode"), 3, self, np.zeros(1, dtype=REPORT))
+        self.run(kernels, "decode", np.zeros(1, dtype=REPORT))
         for (chunk, section), decoded in zip(np.ndindex(CHUNKS, SECTIONS), expected, strict=True):
             ours = self.values(chunk, section)
             assert np.array_equal(ours[:, self.shape.sinks :], decoded[:, self.shape.sinks :])

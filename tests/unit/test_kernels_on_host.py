@@ -20,6 +20,7 @@ from tests.support.kernels import (
     build_host_kernels,
     check_kernels,
 )
+from tests.support.variable_kernels import CASES, check_damage, check_every_bf16, check_variable
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -47,3 +48,24 @@ def test_kernels_say_that_a_section_is_not_finite(
         scene.put(chunk=1, section=0, value=value)
         reports = scene.encode(kernels)
         assert (reports["broken"] != 0).tolist() == [[False, False], [True, False]]
+
+
+@pytest.mark.parametrize(("codec", "source", "kind", "size", "flavour"), CASES, ids=str)
+def test_kernels_of_variable_rate_give_the_bytes_of_numpy(
+    kernels: HostKernels,
+    codec: CodecId,
+    source: SourceType,
+    kind: Kind,
+    size: tuple[int, int, int],
+    flavour: str,
+) -> None:
+    check_variable(kernels, codec, source, kind, size, flavour)
+
+
+def test_exp3_kernels_give_back_every_bfloat16(kernels: HostKernels) -> None:
+    check_every_bf16(kernels)
+
+
+@pytest.mark.parametrize("codec", [CodecId.EXP3, CodecId.RANS, CodecId.ECSQ], ids=str)
+def test_damaged_sections_are_found_out(kernels: HostKernels, codec: CodecId) -> None:
+    check_damage(kernels, codec)
