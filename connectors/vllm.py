@@ -168,7 +168,7 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
     def get_kv_connector_stats(self) -> StoreStats | None:
         """Return what this half has done since the last call."""
         if self._worker is not None:
-            return stats_since(self._worker.counts, self._reported, self._worker.codec_figures)
+            return stats_since(self._worker.counts, self._reported, self._worker.figures)
         half = self._scheduler
         return None if half is None else stats_since(half.counts, self._reported)
 

@@ -1,7 +1,7 @@
 """Pages on a GPU: moved by the device itself, in streams of our own, behind the engine's events.
 
-With a `PrefixCache` the chunks go straight between pages and the daemon's arena; else, as where
-they are encoded on the host, between pages and host memory.
+With a `PrefixCache` the chunks go straight between pages and the daemon's arena, encoded and
+decoded on the way as its codec says; else between pages and host memory.
 """
 
 from __future__ import annotations
@@ -96,6 +96,11 @@ class LaneMover:
     def scatter(self, chunks: torch.Tensor, blocks: Sequence[Sequence[int]], after: After) -> None:
         """Fill *blocks*; see `Mover`."""
         self._move(LoadLane, chunks, blocks, after)
+
+    @property
+    def all_counters(self) -> list[DeviceCounters]:
+        """What was moved through host memory, and by each way around us."""
+        return [self.counters, *(each.counters for each in [*self._direct.values()] if each)]
 
     def close(self) -> None:
         """Free what was taken of the device. Not left to the collector of garbage.

@@ -27,6 +27,7 @@ from kvstore.connectors.vllm_movers import (
 )
 from kvstore.connectors.vllm_transfers import Urgency
 from kvstore.connectors.weights import UnsupportedError
+from kvstore.gpu.counters import DeviceCounters
 from kvstore.limits import MIB
 from kvstore.transfer.copies import Runs, gather, scatter
 from kvstore.types import Digest
@@ -76,6 +77,11 @@ class GroupPages:
     def moves_both_ways(self) -> bool:
         """Whether loads and stores get on beside each other: not where the processor moves."""
         return isinstance(self._mover, LaneMover)
+
+    @property
+    def device_counters(self) -> list[DeviceCounters]:
+        """What a GPU has moved of these pages, and every fallback."""
+        return self._mover.all_counters if isinstance(self._mover, LaneMover) else []
 
     def fence(self) -> Any:
         """Return what transfers begun now have to wait for."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.metrics import (
 )
 
 from kvstore.compression.guard import ERROR_EDGES, CodecCounters
+from kvstore.gpu.counters import MEANINGS, DeviceCounters
 
 COUNTERS: Final = {
     "lookups": "Requests whose prefix was looked up in the daemon.",
@@ -38,6 +39,7 @@ COUNTERS: Final = {
     "codec_chunks_unfit": "Chunks that were not stored because they do not fit their codec.",
     "load_seconds": "Seconds spent loading, in the background.",
     "store_seconds": "Seconds spent storing, in the background.",
+    **{f"gpu_{name}": f"On GPUs: {text}" for name, text in MEANINGS.items()},
 }
 
 LABELLED: Final = {
@@ -125,6 +127,12 @@ def codec_figures(counters: CodecCounters, damaged_chunks: int) -> dict[str, flo
         for edge, sections in zip((*ERROR_EDGES, "inf"), histogram, strict=True):
             figures[f"codec_errors:{codec}:{edge}"] = sections
     return figures
+
+
+def device_figures(counted: Iterable[DeviceCounters]) -> dict[str, float]:
+    """Return what GPUs have moved, and every fallback, by the names of reports."""
+    each = [counters.values() for counters in counted]
+    return {f"gpu_{name}": sum(one[name] for one in each) for name in MEANINGS}
 
 
 def stats_since(

@@ -25,7 +25,7 @@ from kvstore.connectors.vllm_handoff import Arrivals, HandoffCalls
 from kvstore.connectors.vllm_layouts import KVGroup
 from kvstore.connectors.vllm_metadata import LoadJob, Span, StepMetadata, StoreJob, WorkerReport
 from kvstore.connectors.vllm_pages import GroupPages, checked_pages
-from kvstore.connectors.vllm_stats import codec_figures
+from kvstore.connectors.vllm_stats import codec_figures, device_figures
 from kvstore.connectors.vllm_transfers import Transfers, Urgency
 from kvstore.connectors.weights import UnsupportedError
 
@@ -66,7 +66,7 @@ class WorkerHalf:
     ) -> None:
         """Take the namespace of every group and, where there are any, its hand-offs."""
         self.counts = TransferCounts()
-        self.codec_figures: dict[str, float] = {}
+        self.figures: dict[str, float] = {}
         self._groups = groups
         self._caches = caches
         self._pages: list[GroupPages] = []
@@ -183,7 +183,7 @@ class WorkerHalf:
             self.counts.chunks_loaded += loaded
             self.counts.chunks_failed += sum(len(span.digests) for span in job.spans) - loaded
             self.counts.load_seconds += time.perf_counter() - started
-        self._note_codecs()
+        self._note_figures()
 
     def _load_span(self, span: Span, fences: Sequence[Any]) -> int:
         if not self._pages:
@@ -211,12 +211,13 @@ class WorkerHalf:
                         self._incomplete.add(job.job_id)
                 self.counts.chunks_stored += stored
                 self.counts.store_seconds += time.perf_counter() - started
-            self._note_codecs()
+            self._note_figures()
             done.set()
 
-    def _note_codecs(self) -> None:
+    def _note_figures(self) -> None:
         damaged = sum(getattr(cache, "damaged_chunks", 0) for cache in self._caches)
-        self.codec_figures = codec_figures(counted(self._caches), damaged)
+        devices = (counters for pages in self._pages for counters in pages.device_counters)
+        self.figures = codec_figures(counted(self._caches), damaged) | device_figures(devices)
 
     def _store_span(self, span: Span, fences: Sequence[Any]) -> StoreReport:
         number = span.group

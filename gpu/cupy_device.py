@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from kvstore.errors import RequestError
 from kvstore.gpu.batches import THREADS
 from kvstore.gpu.build import cubin_name, ptx_name
+from kvstore.gpu.cuda_pools import CudaPools, find_driver
 from kvstore.gpu.device import (
     Copy,
     Device,
@@ -28,10 +29,10 @@ from kvstore.gpu.device import (
     RegistrationError,
     Urgency,
 )
-from kvstore.gpu.kernels import find_built
+from kvstore.gpu.kernels import CODECS, find_built
 
-SOURCES_OF: Final = {"raw_gather": "raw", "raw_scatter": "raw", "xxh3_blocks": "xxh3"}
-"""The kernels of plain transfers, and the source of each."""
+SOURCES_OF: Final = {"raw": "raw", "xxh3": "xxh3", **CODECS}
+"""What names of kernels begin with, and the source of each."""
 
 _BLOCKS_PER_MULTIPROCESSOR: Final = {Urgency.HIGH: 8, Urgency.LOW: 2}
 """Few for stores, which share the device with the engine's own kernels."""
@@ -125,6 +126,7 @@ class CupyDevice:
     """One GPU, its kernels loaded from *folder* when first launched."""
 
     def __init__(self, cupy: Any, index: int, folder: Path) -> None:  # noqa: ANN401  # the module
+        self.index = index
         self._cupy = cupy
         self._device = cupy.cuda.Device(index)
         self._folder = folder
@@ -176,11 +178,15 @@ class CupyDevice:
         with self.entered() as runtime:
             runtime.hostUnregister(address)
 
+    def pools(self) -> CudaPools:
+        """Return what shares memory with other processes."""
+        return CudaPools(self, find_driver())
+
     def function(self, kernel: str) -> Any:  # noqa: ANN401  # CuPy's
         """Return *kernel*, built ahead for this device or compiled from PTX by the driver."""
         with self._loading:
             if kernel not in self._functions:
-                source = SOURCES_OF[kernel]
+                source = SOURCES_OF[kernel.partition("_")[0]]
                 path = self._folder / cubin_name(source, self._architecture)
                 if not path.exists():
                     path = self._folder / ptx_name(source)

@@ -17,6 +17,7 @@ import pytest
 from kvstore.errors import RequestError
 from kvstore.gpu import cupy_device
 from kvstore.gpu.batches import BATCH, THREADS
+from kvstore.gpu.counters import MEANINGS, DeviceCounters
 from kvstore.gpu.cupy_device import CupyDevice, merged, open_device
 from kvstore.gpu.device import (
     Copy,
@@ -169,15 +170,17 @@ def test_work_is_given_to_the_stream_and_nothing_is_waited_for(device, cupy) -> 
 def test_kernels_are_loaded_once_as_built_or_as_ptx(device, cupy) -> None:
     stream, batch = device.stream(Urgency.HIGH), np.zeros(1, dtype=BATCH)
     cupy.calls.clear()
-    for kernel in ("raw_gather", "raw_gather", "xxh3_blocks"):
+    for kernel in ("raw_gather", "raw_gather", "xxh3_blocks", "hq4_keys_encode_bf16"):
         stream.launch(kernel, batch)
     assert [call[0] for call in cupy.calls] == [
         *("module", "enter", "raw_gather", "exit"),
         *("enter", "raw_gather", "exit"),
         *("module", "enter", "xxh3_blocks", "exit"),
+        *("module", "enter", "hq4_keys_encode_bf16", "exit"),
     ]
     assert cupy.calls[0] == ("module", "raw.sm_90.cubin")
     assert cupy.calls[7] == ("module", "xxh3.compute_80.ptx")
+    assert cupy.calls[11] == ("module", "hadamard.compute_80.ptx")
     assert cupy.calls[2][1:3] == ((80,), (THREADS,))
 
 
@@ -269,3 +272,7 @@ def test_the_daemon_knows_no_gpu() -> None:
         "assert not found, found\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_counter_has_a_meaning() -> None:
+    assert list(MEANINGS) == list(DeviceCounters().values())

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from kvstore.client.cache import PrefixCache
+from kvstore.compression.twins import CODEC_TWINS
 from kvstore.connectors.vllm_lanes import LaneMover, find_lane_mover, page_layout
 from kvstore.connectors.vllm_layouts import KVGroup
 from kvstore.connectors.vllm_metadata import NOWHERE, LoadJob, Span, StepMetadata, StoreJob
@@ -55,7 +56,7 @@ def on(device: Standin) -> MakeMover:
 
 @pytest.fixture(params=range(3))
 def device(request: pytest.FixtureRequest) -> Standin:
-    return Standin(np.random.default_rng(request.param))
+    return Standin(np.random.default_rng(request.param), twins=CODEC_TWINS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -216,12 +217,13 @@ def test_odd_pages_are_left_to_others() -> None:
     assert find_lane_mover(group_of(), pages_in("LBHNC", group_of(), 1)) is None
 
 
+@pytest.mark.parametrize("codec", ["raw", "int8kv"])
 def test_a_worker_moves_straight_between_pages_and_the_daemon(
-    device: Standin, socket, monkeypatch: pytest.MonkeyPatch
+    device: Standin, socket, monkeypatch: pytest.MonkeyPatch, codec: str
 ) -> None:
     monkeypatch.setattr(checked_pages, "__defaults__", (on(device),))
     group = group_of()
-    manifest = group.manifest(model=f"lanes {id(device)}", revision="1", rope="")
+    manifest = group.manifest(model=f"lanes {id(device)}", revision="1", rope="", codec=codec)
     source, target = pages_in("LBNHC", group, 1), pages_in("LBNHC", group, 2)
     old = [layer.clone() for layer in target]
     jobs = (
@@ -242,12 +244,20 @@ def test_a_worker_moves_straight_between_pages_and_the_daemon(
             assert wait_until(half.take_report).finished_stores == {1: 1}
         mover = half._pages[0]._mover
         assert mover.counters.values() == dict.fromkeys(mover.counters.values(), 0)
-        (direct,) = mover._direct.values()
-        counts = direct.counters
-        assert counts.chunks_stored + counts.chunks_loaded == len(DIGESTS)
+        counts = wait_until(lambda half=half: half.figures)
+        assert counts["gpu_chunks_stored"] + counts["gpu_chunks_loaded"] == len(DIGESTS)
+        coded = counts["gpu_encoded_chunks"] + counts["gpu_decoded_chunks"]
+        assert coded == (len(DIGESTS) if codec != "raw" else 0)
         half.close()
     device.drain()
-    check_moved(source, target, old)
+    if codec == "raw":
+        check_moved(source, target, old)
+        return
+    for stored, loaded, before in zip(source, target, old, strict=True):
+        missed = (loaded[TO].float() - stored[FROM].float()).norm()
+        assert missed < 0.02 * stored[FROM].float().norm()
+        others = [number for number in range(len(before)) if number not in TO]
+        assert torch.equal(loaded[others], before[others])
 
 
 def test_stores_wait_for_loads_until_they_have_a_thread_of_their_own() -> None:

@@ -295,7 +295,7 @@ def test_engines_of_different_parallelism_share_what_a_codec_has_left(writers, r
         with running_daemon(["tiers.host.capacity=64MiB"]) as (socket, _):
             ranks = Ranks(socket, source, wrote, rows, "int4kv")
             ranks.store()
-            figures = [half.codec_figures for half in ranks.halves]
+            figures = [half.figures for half in ranks.halves]
             assert Ranks(socket, target, reads, rows, "int4kv").load() == set()
         raw, stored = (sum(one[f"codec_{name}_bytes"] for one in figures) for name in BYTES)
         # A first chunk as short as these keeps a sixteenth of its tokens as they are.
