@@ -43,6 +43,8 @@ def _summary(stats: DaemonStats) -> list[str]:
         ("arena", _arena(stats.arena)),
         ("in use", held),
     ]
+    if stats.peer_transport != "tcp":
+        rows.append(("peers", stats.peer_transport))
     return align(rows)
 
 

@@ -50,6 +50,7 @@ def daemon_stats(server: Server) -> m.DaemonStats:
         counters=_counters(store),
         tenants=list(_tenants(store)) if len(store.tenants) > 1 else [],
         codecs=list(_codecs(store)),
+        peer_transport="tcp" if server.nixl is None else server.nixl.in_words(),
     )
 
 

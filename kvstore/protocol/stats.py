@@ -76,7 +76,8 @@ class DaemonStats(msgspec.Struct, frozen=True, kw_only=True):
     """One look at the whole daemon. Counters only grow; their names are in metrics.py.
 
     *namespaces* lists those with most chunks, *namespaces_count* counts all. *handoffs* are
-    those that are not over, *handoff_chunks* what they hold.
+    those that are not over, *handoff_chunks* what they hold. *peer_transport* says in words how
+    bytes of other hosts' hand-offs come.
     """
 
     version: str
@@ -97,3 +98,4 @@ class DaemonStats(msgspec.Struct, frozen=True, kw_only=True):
     handoffs: int = 0
     handoff_chunks: int = 0
     codecs: list[CodecStats] = []
+    peer_transport: str = "tcp"

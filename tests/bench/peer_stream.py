@@ -1,12 +1,16 @@
 """Hand-offs from one daemon to another over TCP on loopback, beside a raw stream in the same run.
 
-`python -m tests.bench.peer_stream [--rounds N] [--sizes 1,8,32] [--total MIB]`
+`python -m tests.bench.peer_stream [--rounds N] [--sizes 1,8,32] [--total MIB] [--transport nixl]`
 
 The floor is two processes with as many connections as two daemons use, sendmsg on one side and
 recv_into on the other, between memory that is mapped: the same bytes, nothing checked. Rounds
 are interleaved, so that both see the same machine; each shows its median, and the ratio is of
 the medians. The hand-off has been closed before the consumer asks: what is timed is the stream
 alone, from the first request to the last chunk that can be loaded.
+
+With `--transport nixl` two more daemons hand over the same by NIXL, in the same rounds, and it
+fails when a batch of theirs has come by TCP. `UCX_TLS=tcp` keeps it off shared memory, which no
+two hosts have.
 """
 
 from __future__ import annotations
@@ -19,16 +23,19 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from kvstore.client.sync import Space
+from kvstore.client.sync import Client, Space
 from kvstore.limits import MIB, PEER_LANES, PEER_SOCKET_BUFFER_BYTES
 from kvstore.transfer.arena import Arena
 from kvstore.types import Digest
 from tests.support.hosts import called, caller, free_port
 from tests.support.making import make_digests, opaque_manifest, sources_of
+from tests.support.waiting import wait_until
 
 _STORE_AT_ONCE = 8
 _PATIENCE_SECONDS = 60.0
@@ -150,15 +157,21 @@ class Handed:
             left = left if done.busy else []
 
 
-def measure(chunk_bytes: int, chunks: int, rounds: int, directory: Path) -> tuple[float, float]:
-    """Return the medians of hand-off and floor, in bytes per second."""
-    capacity = {"tiers.host.capacity": f"{chunk_bytes * chunks * 5 // 4 // MIB + 64}MiB"}
+@contextmanager
+def handing_over(
+    transport: str, chunk_bytes: int, chunks: int, directory: Path
+) -> Generator[Handed]:
+    """Have two daemons, and chunks at the first of them, that are handed over by *transport*."""
+    capacity = f"{chunk_bytes * chunks * 5 // 4 // MIB + 64}MiB"
+    settings = {"tiers.host.capacity": capacity, "peer.transport": transport}
+    settings["peer.insecure"] = str(transport == "nixl").lower()
     port = free_port()
     manifest = opaque_manifest(chunk_bytes, model=f"stream {chunk_bytes}")
     digests = make_digests(chunks)
+    directory.mkdir()
     with (
-        called(directory / "prefill", port, capacity) as prefill,
-        caller(directory / "decode", port, capacity) as decode,
+        called(directory / "prefill", port, settings) as prefill,
+        caller(directory / "decode", port, settings) as decode,
         prefill.connect() as one,
         decode.connect() as other,
     ):
@@ -167,28 +180,53 @@ def measure(chunk_bytes: int, chunks: int, rounds: int, directory: Path) -> tupl
             some = digests[start : start + _STORE_AT_ONCE]
             parent = digests[start - 1] if start else None
             producer.store(some, sources_of(manifest, some), parent=parent)
-        raw, handed = RawStream(chunk_bytes, chunks), Handed(producer, consumer, digests)
-        handed.run()
-        raw.run()
-        pairs = [(handed.run(), raw.run()) for _ in range(rounds)]
+        for client in (one, other):
+            wait_until(partial(_is_up, client, transport), what=f"{transport} is there")
+        yield Handed(producer, consumer, digests)
+        stats = other.stats()
+        assert not stats.counters["peer_nixl_fallbacks"], f"some came by {stats.peer_transport}"
+        if transport == "nixl":
+            print(f"  {stats.peer_transport}")
+
+
+def _is_up(client: Client, transport: str) -> bool:
+    return client.stats().peer_transport.startswith(transport)
+
+
+def measure(
+    transports: Sequence[str], chunk_bytes: int, chunks: int, rounds: int, directory: Path
+) -> list[float]:
+    """Return the medians of hand-offs by each of *transports*, and of the floor, in bytes/s."""
+    with ExitStack() as stack:
+        runs = [
+            stack.enter_context(handing_over(one, chunk_bytes, chunks, directory / one)).run
+            for one in transports
+        ]
+        raw = RawStream(chunk_bytes, chunks)
+        runs.append(raw.run)
+        for run in runs:
+            run()
+        found = [[run() for run in runs] for _ in range(rounds)]
         raw.close()
-    ours, floor = zip(*pairs, strict=True)
-    return statistics.median(ours), statistics.median(floor)
+    return [statistics.median(one) for one in zip(*found, strict=True)]
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--sizes", default="1,8,32", help="MiB of a chunk, comma-separated")
+    parser.add_argument("--transport", choices=["tcp", "nixl"], default="tcp")
     parser.add_argument("--total", type=int, default=512, help="MiB of one round")
     options = parser.parse_args()
-    print(f"{options.total} MiB a round, {PEER_LANES} connections, TCP on loopback, GB/s")
-    print(f"{'chunk':>8}  {'hand-off':>8}  {'raw':>8}  ratio")
+    transports = ["tcp"] if options.transport == "tcp" else ["tcp", options.transport]
+    print(f"{options.total} MiB a round, {PEER_LANES} connections, on loopback, GB/s (of raw TCP)")
+    print(f"{'chunk':>8}  " + "".join(f"{one:>8}        " for one in transports) + f"{'raw':>8}")
     for size in [int(size) * MIB for size in options.sizes.split(",")]:
         with tempfile.TemporaryDirectory() as directory:
             chunks = options.total * MIB // size
-            ours, floor = measure(size, chunks, options.rounds, Path(directory))
-        print(f"{size // MIB:>4} MiB  {ours / 1e9:8.2f}  {floor / 1e9:8.2f}  {ours / floor:5.2f}")
+            *ours, floor = measure(transports, size, chunks, options.rounds, Path(directory))
+        shown = "".join(f"{one / 1e9:8.2f} ({one / floor:4.2f}) " for one in ours)
+        print(f"{size // MIB:>4} MiB  {shown} {floor / 1e9:8.2f}")
     return 0
 
 

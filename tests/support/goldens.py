@@ -86,6 +86,7 @@ _STATS_3 = _STATS_2 | {
     "handoff_chunks": 12,
     "codecs": [_CODEC],
 }
+_STATS_4 = _STATS_3 | {"peer_transport": "nixl (UCX over rc_mlx5/mlx5_0:1)"}
 
 
 def _stats(plain: dict[str, object]) -> m.DaemonStats:
@@ -204,7 +205,7 @@ REPLIES: Final = {
     ),
     "done": Golden(m.Done(7, 2, 1), [71, 7, 2, 1]),
     "pong": Golden(m.Pong(8, b"\x00payload"), [72, 8, b"\x00payload"]),
-    "stats_reply_3": Golden(m.StatsReply(9, _stats(_STATS_3)), [73, 9, _STATS_3]),
+    "stats_reply_4": Golden(m.StatsReply(9, _stats(_STATS_4)), [73, 9, _STATS_4]),
     "handoff_opened": Golden(m.HandoffOpened(10, "node-7"), [74, 10, "node-7"]),
     "handoff_ready": Golden(
         m.HandoffReady(11, HandoffState.CLOSED, [A, B], True, 7, b"token 7"),
@@ -260,6 +261,7 @@ OLDER: Final = {
     "committed": m.Committed(6, [m.Failure(9, 32, "wrong bytes")]),
     "stats_reply": m.StatsReply(9, _stats(_STATS)),
     "stats_reply_2": m.StatsReply(9, _stats(_STATS_2)),
+    "stats_reply_3": m.StatsReply(9, _stats(_STATS_3)),
 }
 
 

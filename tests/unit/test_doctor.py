@@ -91,6 +91,11 @@ def test_copies_without_the_library_are_a_warning() -> None:
     assert_ok(doctor.check_copies("avx2"))
 
 
+def test_nixl_is_told_with_its_version_or_with_what_is_used_instead() -> None:
+    assert_told(doctor.check_nixl(("no-such-build-of-nixl",)), "warn", "tcp", "kvstore[nixl]")
+    assert_ok(doctor.check_nixl(("no-such-build-of-nixl", "numpy")))
+
+
 # --- memory ------------------------------------------------------------------------------
 
 
@@ -312,9 +317,17 @@ def test_a_daemon_that_does_not_serve_us_is_told_with_its_reason(
     assert_told(doctor.check_daemon(stale), verdict, word)
 
 
-@pytest.mark.parametrize(("version", "verdict"), [(__version__, "ok"), ("0.0.1", "warn")])
-def test_a_daemon_that_answers_is_told_with_its_version(
-    stale: Path, monkeypatch: pytest.MonkeyPatch, version: str, verdict: str
+@pytest.mark.parametrize(
+    ("version", "transport", "verdict"),
+    [
+        (__version__, "tcp", "ok"),
+        ("0.0.1", "tcp", "warn"),
+        (__version__, "nixl (UCX over rc_mlx5/mlx5_0:1)", "ok"),
+        (__version__, "tcp (NIXL is starting)", "warn"),
+    ],
+)
+def test_a_daemon_that_answers_is_told_with_its_version_and_transport(
+    stale: Path, monkeypatch: pytest.MonkeyPatch, version: str, transport: str, verdict: str
 ) -> None:
     class Daemon:
         def __enter__(self) -> Self:
@@ -329,11 +342,12 @@ def test_a_daemon_that_answers_is_told_with_its_version(
         state = "ready"
         pid = 7
 
-    Daemon.version = version
+    Daemon.version, Daemon.peer_transport = version, transport
     monkeypatch.setattr(doctor.Client, "connect", lambda *_, **__: Daemon())
     finding = doctor.check_daemon(stale)
     assert finding.verdict == verdict
     assert f"kvstore {version}, ready, pid 7" in finding.found
+    assert transport == "tcp" or transport in finding.found
 
 
 # --- slower tiers -----------------------------------------------------------------------------

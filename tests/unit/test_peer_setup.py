@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from kvstore.config import load
-from kvstore.daemon.peer_setup import open_endpoint, own_name, peer_links
+from kvstore.daemon.peer_setup import open_endpoint, open_nixl, own_name, peer_links
 from kvstore.errors import ConfigError
 from kvstore.limits import PEERS_MAX
 from kvstore.listening import is_loopback
@@ -28,6 +28,10 @@ REFUSED = {
     "open to all": (
         {"peer.listen": "0.0.0.0:0", "peer.token_file": "TOKEN"},
         "can be reached from elsewhere: set peer.tls_cert_file",
+    ),
+    "NIXL, and nobody guards it": (
+        {"peer.transport": "nixl"},
+        "peer.insecure = true says that something else",
     ),
     "half of TLS": (
         {"peer.listen": "127.0.0.1:0", "peer.token_file": "TOKEN", "peer.tls_key_file": "/x"},
@@ -87,6 +91,7 @@ def configured(tmp_path):
 def set_up(config):
     peer_links(config, SERVER)
     open_endpoint(config.peer, SERVER)
+    open_nixl(config.peer, SERVER)
 
 
 @pytest.mark.parametrize("what", REFUSED)
