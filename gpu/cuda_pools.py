@@ -271,6 +271,8 @@ class CudaPools:
     def open(self, size_bytes: int, exported: Exported) -> Pool:
         """Map a pool of another process."""
         driver = self._driver
+        if exported.fd < 0 and not exported.handle:
+            raise PoolError(f"a pool of {size_bytes} bytes came without memory behind it")
         if exported.fd < 0:
             with self._device.entered() as runtime:
                 address = runtime.ipcOpenMemHandle(exported.handle, _PEERS_TOO)
@@ -310,7 +312,7 @@ class CudaPools:
 
 def identity_of(runtime: Any, ordinal: int) -> str:  # noqa: ANN401
     """Return what processes on this host call a GPU, whichever of them it can see."""
-    return "GPU-" + bytes(runtime.getDeviceProperties(ordinal)["uuid"]).hex()
+    return f"cuda at {runtime.deviceGetPCIBusId(ordinal).lower()}"
 
 
 @contextlib.contextmanager

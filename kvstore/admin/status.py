@@ -183,11 +183,17 @@ def flows(stats: DaemonStats) -> Iterator[schema.Flow]:
             bytes=counters[f"{name}_bytes"],
         )
 
+    def tier_flow(source: str, target: str, of: dict[str, int], name: str) -> schema.Flow:
+        chunks, size = of[f"{name}_chunks"], of[f"{name}_bytes"]
+        return schema.Flow(source=source, target=target, chunks=chunks, bytes=size)
+
     yield flow("engine", "host", "commit")
     yield flow("host", "engine", "load")
     yield flow("host", "none", "evict")
     for tier in stats.tiers[1:]:
-        of = tier.counters
-        down, up = (of["write_chunks"], of["write_bytes"]), (of["read_chunks"], of["read_bytes"])
-        yield schema.Flow(source="host", target=tier.tier, chunks=down[0], bytes=down[1])
-        yield schema.Flow(source=tier.tier, target="host", chunks=up[0], bytes=up[1])
+        # What engines themselves move to and from their device is a part of what they commit.
+        into, name = ("engine", "stored") if tier.tier == "device" else ("host", "write")
+        yield tier_flow(into, tier.tier, tier.counters, name)
+        yield tier_flow(tier.tier, "host", tier.counters, "read")
+        if tier.tier == "device":
+            yield tier_flow(tier.tier, "engine", tier.counters, "loaded")

@@ -14,6 +14,7 @@ import pytest
 from kvstore.errors import ChecksumError, ReservationError
 from kvstore.gpu.device import wait_for
 from kvstore.limits import KIB, MIB
+from kvstore.store.explanation import explain
 from kvstore.store.history import Fate
 from kvstore.types import NO_SLOT, HeadRange, ReserveOutcome, Root
 from tests.support.making import make_digests, make_manifest, make_payload
@@ -37,6 +38,8 @@ async def test_what_is_stored_in_the_pool_is_read_there_and_copied_down_behind_i
         assert tiers.bits(engine, digests) == [DEVICE] * 6
         assert engine.hits(digests) == 6
         assert tiers.store.hit_chunks[DEVICE] == 6
+        told = explain(tiers.store, engine.space, digests).chunks
+        assert {(one.cause, one.tier) for one in told} == {("present", DEVICE)}
         assert tiers.read(engine, digests) == payloads(digests)
         tiers.device.resume()
         await tiers.settle()
@@ -191,6 +194,8 @@ async def test_a_device_that_fails_is_left_alone_until_it_answers_again():
         await until(lambda: not tiers.guard.is_usable)
         # What is only there counts as missing, and is computed into the host tier meanwhile.
         assert engine.hits(digests) == 0
+        told = explain(tiers.store, engine.space, digests).chunks
+        assert {(one.cause, one.tier) for one in told} == {("unavailable", DEVICE)}
         assert tiers.put(engine, make_digests(2, prompt=1)) == [False, False]
         assert tiers.put(engine, digests[:1]) == [False]
         tiers.device.fail("copy", times=0)
