@@ -67,7 +67,7 @@ def test_every_version_that_is_spoken_is_greeted(version):
 
 def test_attaching_again_is_allowed_and_changes_no_state():
     machine = machine_in(SessionState.ATTACHED)
-    machine.receive(REQUESTS["attach"].message)
+    machine.receive(m.Attach(2, 50, b"{}", 1))
     machine.attached()
     assert machine.state is SessionState.ATTACHED
 
