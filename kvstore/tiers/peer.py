@@ -21,8 +21,9 @@ from kvstore.limits import (
     BREAKER_PAUSE_MAX_SECONDS,
     PEER_ASK_SECONDS,
     PEER_HOLDERS_MAX,
+    PEER_LANES,
+    PEER_SPEED_MIN_BYTES_PER_SECOND,
     PEER_TIMEOUT_SECONDS,
-    TIER_BANDWIDTH_FLOOR_BYTES,
 )
 from kvstore.protocol import peering as p
 from kvstore.tiers.base import Recovered, Shard, ShardKey, TierUsage
@@ -40,8 +41,8 @@ _PLACE: Final = Place(0)
 # A chunk that its first holder does not have after all is asked for at another one.
 _ROUNDS: Final = 2
 
-PEER_TIER_SECONDS: Final = 2 * PEER_TIMEOUT_SECONDS
-"""What a call may take besides its bytes: longer than a connection that is silent is waited for."""
+PEER_TIER_SECONDS: Final = 4 * PEER_TIMEOUT_SECONDS
+"""What a call may take besides its bytes: to wait for others, to dial, and to be answered."""
 
 
 class PeerLine(Protocol):
@@ -81,6 +82,7 @@ class _Peer:
         self.line = line
         self.breaker = Breaker()
         self.asked_again_at = 0.0
+        self.reads = asyncio.Semaphore(PEER_LANES)
 
 
 class PeerTier:
@@ -142,36 +144,14 @@ class PeerTier:
 
         One that fails has lost it, as far as this tier goes: it is found again when it answers.
         """
-        name = self._holders.pop(shard.key, "")
-        peer = self._peers.get(name)
-        if peer is None or not self._may_ask(peer):
+        peer = self._peers.get(self._holders.pop(shard.key, ""))
+        if peer is None:
             return False
-        offered = p.OfferedShard(*shard.key.heads, shard.size_bytes, shard.root)
-        want = p.Want(shard.key.namespace, shard.key.digest, offered, spare=True)
-        began_at = self._clock()
-        try:
-            async with asyncio.timeout(
-                PEER_TIMEOUT_SECONDS + shard.size_bytes / TIER_BANDWIDTH_FLOOR_BYTES
-            ):
-                came = await peer.line.take(want, target)
-        except asyncio.CancelledError:
-            # Whoever has lost patience has seen what we have.
-            self._failed(peer, began_at, TierError("no answer in time"))
-            raise
-        except (KVStoreError, TimeoutError) as error:
-            self._failed(peer, began_at, error)
-            return False
-        self._succeeded(peer)
-        if isinstance(came, p.Gone):
-            self.counters.stale += 1
-            return False
-        self._remember(shard.key, name)
-        if isinstance(came, p.Busy):
-            self.counters.busy += 1
-            raise TierError(f"peer {name} has no time now")
-        if table is not None:
-            table[:] = came
-        return True
+        async with peer.reads:
+            # Those before may have shown that it does not answer.
+            if not self._may_ask(peer):
+                return False
+            return await self._read_from(peer, shard, target, table)
 
     async def find(
         self, namespace: NamespaceId, digests: Sequence[Digest]
@@ -204,7 +184,6 @@ class PeerTier:
                 for at, shards in zip(places, answer, strict=True):
                     found[at] = shards
             missing = {at for places in chosen.values() for at in places if not found[at]}
-            self.counters.stale += len(missing)
             left = {
                 name: (places & missing) - set(chosen.get(name, ()))
                 for name, places in left.items()
@@ -212,6 +191,36 @@ class PeerTier:
         return found
 
     # --- how ------------------------------------------------------------------------------
+
+    async def _read_from(
+        self, peer: _Peer, shard: Shard, target: memoryview, table: Digests64 | None
+    ) -> bool:
+        offered = p.OfferedShard(*shard.key.heads, shard.size_bytes, shard.root)
+        want = p.Want(shard.key.namespace, shard.key.digest, offered, spare=True)
+        began_at = self._clock()
+        # Silence on the line ends much sooner, by the line itself.
+        seconds = PEER_TIER_SECONDS + shard.size_bytes / PEER_SPEED_MIN_BYTES_PER_SECOND
+        try:
+            async with asyncio.timeout(seconds):
+                came = await peer.line.take(want, target)
+        except asyncio.CancelledError:
+            # Whoever has lost patience has seen what we have.
+            self._failed(peer, began_at, TierError("no answer in time"))
+            raise
+        except (KVStoreError, TimeoutError) as error:
+            self._failed(peer, began_at, error)
+            return False
+        self._succeeded(peer)
+        if isinstance(came, p.Gone):
+            self.counters.stale += 1
+            return False
+        self._remember(shard.key, peer.name)
+        if isinstance(came, p.Busy):
+            self.counters.busy += 1
+            raise TierError(f"peer {peer.name} has no time now")
+        if table is not None:
+            table[:] = came
+        return True
 
     def _choose(self, left: Mapping[str, set[int]]) -> dict[str, list[int]]:
         """Return whom to ask for which positions: each one peer, and as few of them as may be.
@@ -255,6 +264,7 @@ class PeerTier:
         finally:
             asking.cancel()
         self._succeeded(peer)
+        self.counters.stale += shards.count([])
         for chunk in shards:
             for one in chunk:
                 self._remember(one.shard.key, peer.name)
