@@ -286,7 +286,8 @@ class PeerEndpoint:
         offers = [] if space is None else [self._offer(space, digest) for digest in some]
         is_awaited = request.early and standing.state is HandoffState.ABSENT
         is_last = standing.is_last and len(some) == len(standing.digests) and not is_awaited
-        return p.Following(standing.state, offers, is_last, standing.payload if is_last else b"")
+        payload = standing.payload if is_last else b""
+        return p.Following(standing.state, offers, is_last, payload, standing.consumers)
 
     def _offer(self, space: Namespace, digest: Digest) -> p.Offer:
         """Return what *digest* consists of now; of a chunk in too many parts, nothing."""

@@ -257,6 +257,8 @@ class _Pull:
                 self._handoffs.publish(
                     self._session, self.key, self._first, [], self._server.loop.time()
                 )
+            # All of them may be here: the first that leaves does not end it for the others.
+            self._handoffs.expect(self.key, following.consumers)
             for offers in _batches(following.offers):
                 if not await self._take(offers, group):
                     return None

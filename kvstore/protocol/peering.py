@@ -30,6 +30,7 @@ from kvstore.limits import (
     CHUNK_SIZE_MAX_BYTES,
     DEADLINE_MAX_MS,
     DIGEST_SIZE_BYTES,
+    HANDOFF_CONSUMERS_MAX,
     HANDOFF_PAYLOAD_MAX_BYTES,
     HOST_NAME_MAX_CHARS,
     KV_HEADS_MAX,
@@ -127,12 +128,16 @@ class Offer(msgspec.Struct, array_like=True, frozen=True, gc=False):
 
 
 class Following(PeerMessage, tag=5, frozen=True, gc=False):
-    """How a hand-off stands, as in `messages.HandoffReady`, with what is needed to fetch it."""
+    """How a hand-off stands, as in `messages.HandoffReady`, with what is needed to fetch it.
+
+    *consumers* are expected, at all hosts together. Older daemons do not say how many.
+    """
 
     state: HandoffState
     offers: Annotated[list[Offer], Meta(max_length=PEER_OFFERS_MAX)]
     is_last: bool
     payload: Annotated[bytes, Meta(max_length=HANDOFF_PAYLOAD_MAX_BYTES)] = b""
+    consumers: Annotated[int, Meta(ge=1, le=HANDOFF_CONSUMERS_MAX)] = 1
 
 
 class Want(PeerMessage, tag=6, frozen=True, gc=False):

@@ -43,7 +43,8 @@ class HandoffKey(NamedTuple):
 class Standing(NamedTuple):
     """How a hand-off stands for a consumer: *digests* are ready behind those it has seen.
 
-    With *is_last* nothing comes behind them. *published* counts what was announced so far.
+    With *is_last* nothing comes behind them. *published* counts what was announced so far, and
+    *consumers* those who were announced.
     """
 
     state: HandoffState
@@ -51,6 +52,7 @@ class Standing(NamedTuple):
     is_last: bool
     published: int
     payload: bytes = b""
+    consumers: int = 1
 
 
 UNKNOWN: Final = Standing(HandoffState.ABSENT, (), is_last=True, published=0)
@@ -165,6 +167,11 @@ class Handoffs:
         self._step(key, handoff, HandoffEvent.PUBLISHED, now)
         return len(handoff.digests)
 
+    def expect(self, key: HandoffKey, consumers: int) -> None:
+        """Change how many consumers are waited for, if there is such a hand-off."""
+        if key in self._all:
+            self._all[key].consumers = consumers
+
     def close(self, owner: SessionId, key: HandoffKey, payload: bytes, now: float) -> int:
         """Note that nothing more comes; return how many chunks were published."""
         handoff = self._owned(owner, key)
@@ -236,14 +243,15 @@ class Handoffs:
             return UNKNOWN
         state = handoff.state
         if state in FINAL:
-            return Standing(state, (), is_last=True, published=0)
+            return Standing(state, (), True, 0, consumers=handoff.consumers)
         if state is not HandoffState.OPEN:
             handoff.quiet_at = now + handoff.ttl_seconds
         stop = min(handoff.ready, first + KEYS_PER_REQUEST_MAX)
         is_last = stop == handoff.ready and self._has_ended(handoff)
         payload = handoff.payload if is_last else b""
         digests = handoff.digests[first:stop]
-        return Standing(state, digests, is_last, len(handoff.digests), payload)
+        published = len(handoff.digests)
+        return Standing(state, digests, is_last, published, payload, handoff.consumers)
 
     def wait(self, key: HandoffKey, changed: Callable[[], None]) -> None:
         """Call *changed* at every change of the hand-off, also of one that is yet to be opened."""

@@ -105,6 +105,21 @@ def test_each_chunk_comes_while_the_next_is_not_yet_published(ends):
     assert Taking(consumer, "streamed").result() == (digests, HandoffState.CLOSED)
 
 
+def test_the_first_of_two_consumers_that_leaves_ends_nothing_for_the_other(ends, hosts):
+    producer, early = ends
+    digests = make_digests(COUNT, next(PROMPTS))
+    producer.handoffs.open("for two", consumers=2)
+    publish(producer, "for two", digests, range(2))
+    with hosts.decode.connect("another consumer") as client:
+        late = client.attach(MANIFEST)
+        for consumer in (early, late):
+            assert wait(consumer, "for two", 0, "prefill").digests
+        early.handoffs.leave("for two", peer="prefill")
+        publish(producer, "for two", digests, range(2, COUNT))
+        producer.handoffs.close("for two")
+        assert Taking(late, "for two").result() == (digests, HandoffState.CLOSED)
+
+
 def test_a_chunk_of_two_ranks_comes_whole(ends):
     producer, consumer = ends
     (digest,) = make_digests(1, next(PROMPTS))

@@ -33,8 +33,8 @@ GOLDEN = {
         [4, S, "blue", "r-1", 7, 1000, True],
     ),
     "following": (
-        p.Following(HandoffState.CLOSED, [p.Offer(D, [SHARD])], True, b"7"),
-        [5, 2, [[D, [PLAIN]]], True, b"7"],
+        p.Following(HandoffState.CLOSED, [p.Offer(D, [SHARD])], True, b"7", 2),
+        [5, 2, [[D, [PLAIN]]], True, b"7", 2],
     ),
     "want": (p.Want(S, D, SHARD), [6, S, D, PLAIN, False]),
     "sending": (p.Sending(32_768), [7, 32_768]),
