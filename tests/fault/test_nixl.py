@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import signal
+import socket
 import threading
 from contextlib import contextmanager
 from itertools import count
@@ -16,8 +17,8 @@ from kvstore.limits import NIXL_METADATA_MAX_BYTES
 from kvstore.protocol import peering as p
 from kvstore.types import HandoffState
 from tests.support.handoffs import store_one, take_all, wait
-from tests.support.hosts import called, caller, free_port
-from tests.support.liars import MANIFEST, SIZE, Liar, frame, offer, right
+from tests.support.hosts import TOKEN, called, caller, free_port
+from tests.support.liars import MANIFEST, SIZE, Liar, frame, offer, read, right
 from tests.support.making import make_digests
 from tests.support.waiting import DEADLINE_SECONDS, wait_until
 
@@ -28,11 +29,14 @@ with_library = pytest.mark.skipif(
 
 BY_NIXL = {"peer.transport": "nixl", "peer.insecure": "true"}
 LIMITS = {
-    "PEER_TIMEOUT_SECONDS": 1.0,
-    "PULL_TROUBLE_SECONDS": 1.5,
+    "PEER_TIMEOUT_SECONDS": 10.0,
+    "PULL_TROUBLE_SECONDS": 1.0,
+    "NIXL_GRACE_SECONDS": 0.1,
     "NIXL_PAUSE_SECONDS": 0.0,
     "NIXL_RESTART_SECONDS": 0.0,
 }
+# Who grants does not meet anybody, and is to be seen giving up.
+GRANTING_LIMITS = LIMITS | {"PEER_TIMEOUT_SECONDS": 1.0, "NIXL_MEET_SECONDS": 0.1}
 COUNT = 6
 PROMPTS = count(7000)
 
@@ -56,11 +60,12 @@ def hosts(tmp_path_factory):
     directory, port = tmp_path_factory.mktemp("nixl"), free_port()
     with (
         only_tcp(),
-        called(directory / "prefill", port, BY_NIXL, LIMITS) as prefill,
+        called(directory / "prefill", port, BY_NIXL, GRANTING_LIMITS) as prefill,
         caller(directory / "decode", port, BY_NIXL, LIMITS) as decode,
     ):
         for daemon in (prefill, decode):
             wait_until(lambda one=daemon: has_agent(one), what="its agent is there")
+        prefill.port = port
         yield prefill, decode
 
 
@@ -193,6 +198,47 @@ def test_a_producers_host_that_dies_in_the_middle_of_a_read_ends_the_handoff(hos
         wait_until(lambda one=daemon: has_agent(one), what="there is another agent")
 
 
+def call(port: int) -> socket.socket:
+    """Return a connection of a caller that knows the token."""
+    connection = socket.create_connection(("127.0.0.1", port), DEADLINE_SECONDS)
+    challenge, nonce = read(connection), bytes(32)
+    proof = p.caller_proof(TOKEN.strip().encode(), challenge.nonce, nonce, "caller")
+    connection.sendall(frame(p.PeerHello(p.PEER_VERSION, "caller", nonce, proof)))
+    assert isinstance(read(connection), p.PeerWelcome)
+    return connection
+
+
+@with_library
+def test_what_is_granted_is_held_until_given_back_or_until_link_or_time_end(hosts):
+    prefill, _ = hosts
+    here, elsewhere = make_digests(2, next(PROMPTS))
+    with prefill.connect() as client:
+        space = client.attach(MANIFEST)
+        store_one(space, [here], 0)
+        (shard,) = offer(here).shards
+        wants = [p.Want(MANIFEST.namespace_id(), digest, shard) for digest in (here, elsewhere)]
+
+        def granted(connection, agent: str = "") -> p.Granted:
+            connection.sendall(frame(p.Grant(agent, wants)))
+            answer = read(connection)
+            assert isinstance(answer, p.Granted)
+            assert [run.size_bytes for run in answer.runs] == [SIZE, 0]
+            assert client.stats().leases == 1
+            return answer
+
+        with call(prefill.port) as connection:
+            first = granted(connection)
+            assert 0 < len(first.metadata) < NIXL_METADATA_MAX_BYTES
+            connection.sendall(frame(p.Returned(is_read=True)))
+            wait_until(lambda: not client.stats().leases, what="it is given back")
+            assert granted(connection, first.agent).metadata == b""
+        wait_until(lambda: not client.stats().leases, what="it ends with the link")
+        with call(prefill.port) as connection:
+            granted(connection)
+            wait_until(lambda: not client.stats().leases, what="its time ends")
+            assert connection.recv(1) == b""
+
+
 # --- peers that lie -----------------------------------------------------------------------
 
 
@@ -256,6 +302,9 @@ def test_a_peer_that_lies_about_its_agent_is_found_out(tmp_path):
                 space.handoffs.leave(name, peer="prefill")
             assert counter(daemon, "peer_nixl_bytes") == 0
             wait_until(lambda: left_behind(daemon) == [0] * 4, what="all has ended")
+        agent = agent_of(daemon)
+        assert daemon.stop() == 0
+        assert b"nixl_process" not in command_of(agent), "it has ended with its daemon"
     liar.close()
 
 
