@@ -59,10 +59,14 @@ from kvstore.limits import (
 
 
 class Moved(NamedTuple):
-    """One chunk to move: its pages, and where in host memory it lies in one piece."""
+    """One chunk to move: its pages, and where in host memory it lies in one piece.
+
+    If that is memory *on_device*, kernels work there, and no staging is needed.
+    """
 
     pages: Sequence[int]
     address: int
+    on_device: bool = False
 
 
 class LaneSettings(NamedTuple):
@@ -285,8 +289,13 @@ class Lane:
 
     def _tell(self, transfer: Transfer) -> Told:
         """Bring what the kernels read to the device; return what they are told."""
+        slot, size = transfer.slot, transfer.form.size_bytes
         pages = [chunk.pages for chunk in transfer.chunks]
-        told = transfer.slot.tell(transfer.form, pages, reports=self.encodes)
+        places = [
+            chunk.address if chunk.on_device else slot.chunk(number, size)
+            for number, chunk in enumerate(transfer.chunks)
+        ]
+        told = slot.tell(transfer.form, pages, places, reports=self.encodes)
         self._kernels.copy([told.upload])
         return told
 
@@ -312,6 +321,8 @@ class Lane:
         Only what lies behind the first *start* bytes of the chunk is copied.
         """
         slot, whole = transfer.slot, transfer.form.size_bytes
+        if transfer.chunks[number].on_device:
+            return []
         address = transfer.chunks[number].address + start
         at, size = slot.chunk(number, whole) + start, whole - start
         runs = self.host.pinned_runs(address, size)

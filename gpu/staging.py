@@ -100,13 +100,19 @@ class Slot:
             self._bounce = self._own(self._device.pin(self.room_bytes))
         return self._bounce.address + number * _stride(size_bytes)
 
-    def tell(self, form: Form, pages: Sequence[Sequence[int]], *, reports: bool) -> Told:
-        """Lay down what kernels read to move chunks of *form* between *pages* and this slot.
+    def tell(
+        self,
+        form: Form,
+        pages: Sequence[Sequence[int]],
+        places: Sequence[int],
+        *,
+        reports: bool,
+    ) -> Told:
+        """Lay down what kernels read to move chunks of *form* between *pages* and *places*.
 
         These are the page table, the places of the chunks, and the sections of every launch.
         """
         count = len(pages)
-        places = [self.chunk(number, form.size_bytes) for number in range(count)]
         parts = {
             "pages": np.array(pages, dtype="<i4"),
             "nowhere": np.full(count, NOWHERE, dtype="<i4"),

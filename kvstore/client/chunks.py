@@ -97,6 +97,11 @@ class Vacancy:
         return self.outcome is ReserveOutcome.RESERVED
 
     @property
+    def is_pooled(self) -> bool:
+        """Whether that room is device memory."""
+        return self._space.is_pooled(self.offset)
+
+    @property
     def view(self) -> memoryview:
         """The room itself, writable. After writing to it directly, call `seal`."""
         self._check_reserved()
@@ -115,7 +120,7 @@ class Vacancy:
         if blocks is None:
             self.root = _ROOT_OFF
             return
-        if not self._space.is_pooled(self.offset):
+        if not self.is_pooled:
             table = blocks.astype("<u8", copy=False).tobytes()
             start = self.offset + table_offset(self.size_bytes)
             self._space.arena.view[start : start + len(table)] = table

@@ -122,7 +122,12 @@ class Storing(_Call):
         def begin(group: list[Wanted]) -> Transfer:
             nonlocal begun
             moved = [
-                Moved(self._pages[one.number], self._arena.at(one.vacancy.offset)) for one in group
+                Moved(
+                    self._pages[one.number],
+                    self._arena.at(one.vacancy.offset),
+                    on_device=one.vacancy.is_pooled,
+                )
+                for one in group
             ]
             checksums = self._space.attached.checksums
             form = group[0].form
@@ -226,6 +231,11 @@ class _Source(NamedTuple):
     shard: StoredShard | None
     room: object = None
 
+    @property
+    def is_pooled(self) -> bool:
+        """Whether that is device memory."""
+        return self.shard is not None and self.shard.is_pooled
+
 
 class Loading(_Call):
     """Brings what was *loaded* to its pages; the first *whole* chunks are right."""
@@ -245,10 +255,13 @@ class Loading(_Call):
         """Fill the pages."""
 
         def begin(group: list[_Source]) -> Transfer:
-            moved = [Moved(self._pages[source.number], source.address) for source in group]
+            moved = [
+                Moved(self._pages[one.number], one.address, on_device=one.is_pooled)
+                for one in group
+            ]
             form = group[0].form
             # Nothing else keeps bytes there as they were: not even a lease, when the tier fails.
-            verify = self._verify or any(one.shard and one.shard.is_pooled for one in group)
+            verify = self._verify or any(one.is_pooled for one in group)
             return self._lane.begin(moved, self._after, checksums=verify, form=form)
 
         groups = alike(self._sources(), lambda source: source.form, self._lane.capacity)
