@@ -24,26 +24,34 @@ CODECS: Final = {
     "int8": "int8",
     "int4": "int4",
     "nvfp4": "nvfp4",
+    "compat": "compat",
     "hq4": "hadamard",
     "hq3": "hadamard",
     "exp3": "exp3",
     "rans": "rans",
     "ecsq": "ecsq",
 }
-"""Codecs that have kernels, and the source of each."""
+"""Codecs that have kernels, and the source of each; compat is nvfp4-compat."""
 
 DTYPES: Final = ("bf16", "fp16")
-DTYPES_OF: Final = {"exp3": ("bf16",), "rans": ("bf16", "fp16", "fp32")}
+DTYPES_OF: Final = {
+    "exp3": ("bf16",),
+    **dict.fromkeys(("fp8", "int8", "int4", "compat", "rans"), ("bf16", "fp16", "fp32")),
+}
 """Types of values that kernels take; those of the codecs named are others."""
 
 SIDES: Final = ("keys", "values")
 
 VARIABLE: Final = frozenset({"exp3", "rans", "ecsq"})
 """Codecs whose sections are as long as what they hold. Instead of `encode` there is `measure`, then
-`Kernels.lay`, then `place`; see gpu/cuda/spans.cuh. Their kernels have one name for K and V: exp3
-and rans treat both alike, ecsq is told by its coding which it has."""
+`Kernels.lay`, then `place`; see gpu/cuda/spans.cuh. Exp3 and rans treat K and V alike; ecsq is told
+by its coding which it has."""
+
+ONE_SIDED: Final = VARIABLE | {"compat"}
+"""Codecs whose kernels have one name for K and V."""
 
 STEPS: Final = {
+    ("compat", "encode"): ("scale", "encode"),
     ("exp3", "measure"): ("measure", "total"),
     ("rans", "measure"): ("count", "normalise", "measure", "total"),
     ("ecsq", "measure"): ("scale", "measure", "total"),
@@ -118,7 +126,7 @@ def kernel_names(codec: str, side: str, direction: str, dtype: str) -> list[str]
     if dtype not in known:
         raise RequestError(f"{codec} kernels take {' and '.join(known)}, not {dtype}")
     steps = STEPS.get((codec, direction), (direction,))
-    sides = "" if codec in VARIABLE else f"_{side}"
+    sides = "" if codec in ONE_SIDED else f"_{side}"
     return [f"{codec}{sides}_{step}_{dtype}" for step in steps]
 
 

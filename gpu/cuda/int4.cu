@@ -254,9 +254,13 @@ template <int DTYPE> KV_INLINE void decode_values(const Batch &batch, const Plac
 
 KV_KERNEL(int4_keys_encode_bf16, KV_TILES, encode_keys<KV_BF16>(batch, at))
 KV_KERNEL(int4_keys_encode_fp16, KV_TILES, encode_keys<KV_FP16>(batch, at))
+KV_KERNEL(int4_keys_encode_fp32, KV_TILES, encode_keys<KV_FP32>(batch, at))
 KV_KERNEL(int4_keys_decode_bf16, KV_TILES, decode_keys<KV_BF16>(batch, at))
 KV_KERNEL(int4_keys_decode_fp16, KV_TILES, decode_keys<KV_FP16>(batch, at))
+KV_KERNEL(int4_keys_decode_fp32, KV_TILES, decode_keys<KV_FP32>(batch, at))
 KV_KERNEL(int4_values_encode_bf16, KV_TILES, encode_values<KV_BF16>(batch, at))
 KV_KERNEL(int4_values_encode_fp16, KV_TILES, encode_values<KV_FP16>(batch, at))
+KV_KERNEL(int4_values_encode_fp32, KV_TILES, encode_values<KV_FP32>(batch, at))
 KV_KERNEL(int4_values_decode_bf16, KV_TILES, decode_values<KV_BF16>(batch, at))
 KV_KERNEL(int4_values_decode_fp16, KV_TILES, decode_values<KV_FP16>(batch, at))
+KV_KERNEL(int4_values_decode_fp32, KV_TILES, decode_values<KV_FP32>(batch, at))

@@ -10,7 +10,7 @@
 
 enum { KV_KEYS = 0, KV_VALUES = 1 };
 enum { KV_RAW = 0, KV_FP8 = 1, KV_INT8 = 2, KV_INT4 = 3, KV_NVFP4 = 5, KV_HQ4 = 6, KV_HQ3 = 7 };
-enum { KV_EXP3 = 8, KV_RANS = 9, KV_ECSQ = 10 };
+enum { KV_EXP3 = 8, KV_RANS = 9, KV_ECSQ = 10, KV_COMPAT = 13 };
 enum { KV_PARTS = 5 };
 
 KV_INLINE uint64_t kv_pad16(uint64_t size) { return (size + 15u) & ~(uint64_t)15u; }
@@ -71,6 +71,11 @@ KV_INLINE void kv_layout_sizes(
         size[1] = kv_planes(tokens, 8) * width;
         size[2] = 2 * tokens;
         size[3] = size[4] = is_keys ? 2 * width : 0;
+        break;
+    case KV_COMPAT:
+        size[0] = tokens * width / 2;
+        size[1] = tokens * width / 16;
+        size[2] = 16;
         break;
     default: break;
     }

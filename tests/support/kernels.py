@@ -29,7 +29,14 @@ from kvstore.compression.shapes import (
 from kvstore.compression.tables import HQ3, HQ4
 from kvstore.gpu.batches import CODING, REPORT, SECTION, SPAN, Chunks, Pages, Places, batch_of
 from kvstore.gpu.build import SOURCES, source_names
-from kvstore.gpu.kernels import CODECS as SOURCES_OF, WIDTH_MAX, WIDTHS_MAX, kernel_names
+from kvstore.gpu.kernels import (
+    CODECS as SOURCES_OF,
+    DTYPES as MOST_DTYPES,
+    DTYPES_OF,
+    WIDTH_MAX,
+    WIDTHS_MAX,
+    kernel_names,
+)
 from kvstore.types import HeadRange
 
 CODECS = {
@@ -37,6 +44,7 @@ CODECS = {
     CodecId.INT8KV: "int8",
     CodecId.INT4KV: "int4",
     CodecId.NVFP4: "nvfp4",
+    CodecId.NVFP4_COMPAT: "compat",
     CodecId.HQ4: "hq4",
     CodecId.HQ3: "hq3",
 }
@@ -298,8 +306,10 @@ def check_kernels(kernels: Kernels, codec: CodecId, size: tuple[int, int, int]) 
     if size[2] > WIDTHS_MAX.get(CODECS[codec], WIDTH_MAX):
         pytest.skip("refused by gpu/kernels.py")
     for kind in Kind:
-        for source in (SourceType.BFLOAT16, SourceType.FLOAT16):
-            for sinks in (0, 4):
+        for source, dtype in DTYPES.items():
+            if dtype not in DTYPES_OF.get(CODECS[codec], MOST_DTYPES):
+                continue
+            for sinks in (4,) if source is SourceType.FLOAT32 else (0, 4):
                 scene = Scene.by_chance(codec, kind, source, size, sinks)
                 scene.check_encode(kernels)
                 scene.check_decode(kernels)

@@ -50,6 +50,14 @@ def test_kernels_say_that_a_section_is_not_finite(
         assert (reports["broken"] != 0).tolist() == [[False, False], [True, False]]
 
 
+def test_halves_that_are_rounded_up_stay_finite(kernels: HostKernels) -> None:
+    scene = Scene.by_chance(CodecId.INT8KV, Kind.K, SourceType.FLOAT16, (1, 70, 64), 0)
+    scene.planes[:] = 0x7BFF  # 127 times the scale that is stored is more than any half
+    scene.check_encode(kernels)
+    scene.check_decode(kernels)
+    assert (scene.values(0, 0) == 0x7BFF).all()
+
+
 @pytest.mark.parametrize(("codec", "source", "kind", "size", "flavour"), CASES, ids=str)
 def test_kernels_of_variable_rate_give_the_bytes_of_numpy(
     kernels: HostKernels,
