@@ -287,8 +287,8 @@ DIRECTORY_BATCH_CHUNKS: Final = 512
 DIRECTORY_NEWS_MAX: Final = 16_384
 # The part of a digest that stands in the directory: what it says is looked into, never believed.
 DIRECTORY_MEMBER_BYTES: Final = 16
-# Bytes that are digested together, while they are in a cache.
-PEER_PART_BYTES: Final = MIB
+# Bytes that are digested together. Fewer calls are worth more than what is still in a cache.
+PEER_PART_BYTES: Final = 8 * MIB
 PEER_SOCKET_BUFFER_BYTES: Final = 4 * MIB
 # Shards of one hand-off are asked for in batches, so many of them at once.
 PULL_BATCHES_AHEAD: Final = 6

@@ -28,6 +28,8 @@ from kvstore.limits import (
     PEER_SHARDS_PER_CHUNK_MAX,
     PEER_SPEED_MIN_BYTES_PER_SECOND,
     PEER_TIMEOUT_SECONDS,
+    PULL_BATCH_BYTES,
+    PULL_BATCH_CHUNKS_MAX,
 )
 from kvstore.protocol import peering as p
 from kvstore.store.handoffs import HandoffKey
@@ -46,7 +48,7 @@ from kvstore.types import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Coroutine
+    from collections.abc import Coroutine, Sequence
 
     from kvstore.daemon.server import Server
     from kvstore.settings import ListenAddress
@@ -187,8 +189,9 @@ class PeerEndpoint:
                 wire.abort()
             try:
                 self._greet(wire)
+                ahead: p.AnyPeerMessage | None = None
                 while True:
-                    self._answer_one(wire, session)
+                    ahead = self._answer_one(wire, session, ahead)
             finally:
                 self._wires.discard(wire)
                 wire.close()
@@ -209,19 +212,24 @@ class PeerEndpoint:
         wire.send_frame(p.encode(p.PeerWelcome(self._name, proof)))
         self._server.loop.call_soon_threadsafe(self._count_session)
 
-    def _answer_one(self, wire: Wire, session: SessionId) -> None:
+    def _answer_one(
+        self, wire: Wire, session: SessionId, ahead: p.AnyPeerMessage | None
+    ) -> p.AnyPeerMessage | None:
+        """Answer *ahead*, or what comes next; return what has been read behind it, if anything."""
         wire.begin(PEER_IDLE_SECONDS, patient=True)
-        request = _decode(wire)
+        request = ahead or _decode(wire)
+        ahead = None
         try:
             match request:
                 case p.Follow():
                     answer: p.PeerMessage = self._ask(self._follow(request))
                 case p.Want():
-                    self._send(wire, request, session)
-                    return
+                    wants, ahead = _read_ahead(wire, request)
+                    self._send(wire, wants, session)
+                    return ahead
                 case p.Grant():
                     self._grants.serve(wire, request, session)
-                    return
+                    return None
                 case p.PeerLeave():
                     answer = self._ask(self._leave(request))
                 case p.Have():
@@ -233,19 +241,21 @@ class PeerEndpoint:
             raise
         wire.begin(PEER_TIMEOUT_SECONDS)
         wire.send_frame(p.encode(answer))
+        return None
 
-    def _send(self, wire: Wire, want: p.Want, session: SessionId) -> None:
-        ready = self._ask(self._begin(want, session))
-        wire.begin(PEER_TIMEOUT_SECONDS + want.shard.size_bytes / PEER_SPEED_MIN_BYTES_PER_SECOND)
-        if isinstance(ready, p.Gone | p.Busy):
-            wire.send_frame(p.encode(ready))
-            return
-        before = wire.sent_bytes
-        try:
-            wire.send_bytes(p.encode(p.Sending(len(ready.view))), ready.view)
-        finally:
-            sent = wire.sent_bytes - before
-            self._server.loop.call_soon_threadsafe(self._end, session, ready, sent)
+    def _send(self, wire: Wire, wants: Sequence[p.Want], session: SessionId) -> None:
+        """Send what is wanted, one by one. The event loop is asked as seldom as can be."""
+        left = list(wants)
+        while left:
+            begun = self._ask(self._begin_some(left, session))
+            before = wire.sent_bytes
+            try:
+                for want, ready in zip(left, begun, strict=False):
+                    _send_one(wire, want, ready)
+            finally:
+                sent = wire.sent_bytes - before
+                self._server.loop.call_soon_threadsafe(self._end_some, session, begun, sent)
+            left = left[len(begun) :]
 
     def _ask(self, question: Coroutine[object, object, Answer]) -> Answer:
         """Return what the event loop answers."""
@@ -316,6 +326,21 @@ class PeerEndpoint:
         offered = [p.OfferedShard(*shard.heads, shard.size_bytes, shard.root) for shard in shards]
         return p.HeldChunk(parent, offered)
 
+    async def _begin_some(
+        self, wants: Sequence[p.Want], session: SessionId
+    ) -> list[_Ready | p.Gone | p.Busy]:
+        """Begin with the first of *wants*, and with as many more as are at hand at once."""
+        begun = [await self._begin(wants[0], session)]
+        for want in wants[1:]:
+            if want.spare or not self._is_in_host(want):
+                break
+            try:
+                begun.append(await self._begin(want, session))
+            except KVStoreError:
+                # Met again as the first of what is left, and then said.
+                break
+        return begun
+
     async def _begin(self, want: p.Want, session: SessionId) -> _Ready | p.Gone | p.Busy:
         """Lease the shard that is wanted, or say why not."""
         if not want.spare:
@@ -365,6 +390,14 @@ class PeerEndpoint:
             return p.Gone()
         return _Ready(lease, self._store.host.view(shard.extent), want.spare)
 
+    def _end_some(
+        self, session: SessionId, begun: Sequence[_Ready | p.Gone | p.Busy], sent_bytes: int
+    ) -> None:
+        self._store.counters.peer_sent_bytes += sent_bytes
+        for ready in begun:
+            if isinstance(ready, _Ready):
+                self._end(session, ready, 0)
+
     def _end(self, session: SessionId, ready: _Ready, sent: int) -> None:
         self._store.counters.peer_sent_bytes += sent
         self._release(session, ready.lease)
@@ -381,6 +414,30 @@ class PeerEndpoint:
             consumer = self._server.new_session_id()
             self._server.handoffs.leave(consumer, key, self._server.loop.time())
         return p.Left()
+
+
+def _send_one(wire: Wire, want: p.Want, ready: _Ready | p.Gone | p.Busy) -> None:
+    """Send one shard, or that it cannot be had."""
+    wire.begin(PEER_TIMEOUT_SECONDS + want.shard.size_bytes / PEER_SPEED_MIN_BYTES_PER_SECOND)
+    if isinstance(ready, _Ready):
+        wire.send_bytes(p.encode(p.Sending(len(ready.view))), ready.view)
+    else:
+        wire.send_frame(p.encode(ready))
+
+
+def _read_ahead(wire: Wire, first: p.Want) -> tuple[list[p.Want], p.AnyPeerMessage | None]:
+    """Return *first* and what is wanted behind it; also what came in place of one more, if any."""
+    wants, size_bytes = [first], first.shard.size_bytes
+    wire.begin(PEER_TIMEOUT_SECONDS)
+    while len(wants) < PULL_BATCH_CHUNKS_MAX and size_bytes < PULL_BATCH_BYTES:
+        if wire.is_quiet():
+            break
+        request = _decode(wire)
+        if not isinstance(request, p.Want):
+            return wants, request
+        wants.append(request)
+        size_bytes += request.shard.size_bytes
+    return wants, None
 
 
 def _decode(wire: Wire) -> p.AnyPeerMessage:

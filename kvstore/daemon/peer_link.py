@@ -11,6 +11,7 @@ import contextlib
 import logging
 import secrets
 import ssl
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Final, NamedTuple, TypeVar
@@ -141,18 +142,24 @@ class PeerLink:
         """
         loop = asyncio.get_running_loop()
 
-        def tell(number: int, blocks: Digests64 | None) -> None:
-            self._counters.peer_received_bytes += (
-                len(wanted[number][1]) if blocks is not None else 0
-            )
-            arrived(number, blocks)
+        came: deque[tuple[int, Digests64 | None]] = deque()
+
+        def tell() -> None:
+            while came:
+                number, blocks = came.popleft()
+                if blocks is not None:
+                    self._counters.peer_received_bytes += len(wanted[number][1])
+                arrived(number, blocks)
 
         def work(wire: Wire) -> None:
             arriving = None
             if self.nixl is not None and self._version >= p.PEER_VERSION_NIXL:
                 arriving = self.nixl.fetch(wire, wanted, loop)
-            for number, blocks in enumerate(arriving or _fetch(wire, wanted)):
-                loop.call_soon_threadsafe(tell, number, blocks)
+            for one in enumerate(arriving or _fetch(wire, wanted)):
+                came.append(one)
+                # What is told while the event loop is busy is told at once.
+                if len(came) == 1:
+                    loop.call_soon_threadsafe(tell)
 
         async with self._lanes:
             await self._run(work)

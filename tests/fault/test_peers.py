@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from itertools import count
 
@@ -9,10 +10,14 @@ import numpy as np
 import pytest
 
 from kvstore.client.handoff import Awaited
+from kvstore.daemon.peer_link import PeerAddress, _greet
+from kvstore.hashing import root_of
+from kvstore.protocol import peering as p
+from kvstore.transfer.wire import Wire, dial
 from kvstore.types import HandoffState, HeadRange
 from tests.support.handoffs import is_right, store_one, take_all, wait
-from tests.support.hosts import ProxiedHosts
-from tests.support.making import make_digests, make_manifest, make_payload, runs_of
+from tests.support.hosts import TOKEN, ProxiedHosts
+from tests.support.making import make_digests, make_manifest, make_payload, make_root, runs_of
 from tests.support.redis_proxy import cut, dripping, late, lost
 from tests.support.waiting import DEADLINE_SECONDS, wait_until
 
@@ -262,6 +267,35 @@ def test_what_was_evicted_there_ends_it_here_and_nothing_hangs(ends):
     assert producer.delete(digests[1:]).count == 2
     assert Taking(consumer, "evicted").result() == (digests[:1], HandoffState.BROKEN)
     producer.handoffs.abort("evicted")
+
+
+def test_what_is_wanted_at_once_is_answered_in_its_order_whatever_is_missing(hosts, ends):
+    producer, _ = ends
+    digests = make_digests(3, next(PROMPTS))
+    size, space = MANIFEST.chunk_bytes, MANIFEST.namespace_id()
+    payloads = [make_payload(digest, size) for digest in digests]
+    for number in range(2):
+        store_one(producer, digests, number)
+    wants = [
+        p.Want(space, digest, p.OfferedShard(0, MANIFEST.kv_heads, size, make_root(payload)))
+        for digest, payload in zip(digests, payloads, strict=True)
+    ]
+    leave = p.PeerLeave(space, "", "nobody's")
+    address = PeerAddress("prefill", "127.0.0.1", hosts.proxy.port, TOKEN.strip().encode())
+    connection = dial(address.host, address.port, None, timeout_seconds=DEADLINE_SECONDS)
+    with contextlib.closing(Wire(connection, DEADLINE_SECONDS)) as wire:
+        _greet(wire, address, "decode")
+        wire.begin(DEADLINE_SECONDS)
+        wire.send_frames([p.encode(one) for one in (wants[0], wants[2], wants[1], leave)])
+        for payload in (payloads[0], None, payloads[1]):
+            answer = p.decode(wire.receive_frame())
+            assert answer == (p.Gone() if payload is None else p.Sending(size))
+            if payload is not None:
+                target = bytearray(size)
+                assert root_of(wire.receive_bytes(memoryview(target))) == make_root(payload)
+                assert target == payload
+        assert p.decode(wire.receive_frame()) == p.Left()
+        assert wire.is_quiet()
 
 
 def test_a_name_that_nobody_has_opened_is_absent_at_once(ends):
