@@ -76,9 +76,10 @@ class Turns:
 
 
 class _Told:
-    """What one namespace's set in the directory lacks."""
+    """How large one namespace's set in the directory has to be, and what it lacks."""
 
     def __init__(self) -> None:
+        self.size = 0
         self.is_stale = True
         self.changed: dict[Digest, None] = {}
 
@@ -158,44 +159,45 @@ class Sharing:
                 if told.changed:
                     digests = list(told.changed)
                     told.changed.clear()
-                    await self._tell_of(namespace, space, digests)
+                    await self._tell_of(namespace, told, space, digests)
             except BaseException:
                 told.spoil()
                 raise
 
     async def _tell_all(self, namespace: NamespaceId, told: _Told, space: Namespace | None) -> None:
         """Replace what the directory knows of *namespace*; what changes meanwhile comes after."""
-        told.is_stale = False
+        told.is_stale, told.size = False, 0
         await self._directory.withdraw([namespace], self._name)
-        digests = [] if space is None else list(space.ready)
-        count = await self._tell_of(namespace, space, digests)
-        if not count and not told.changed:
-            del self._told[namespace]
+        if space is not None:
+            await self._tell_of(namespace, told, space, list(space.ready))
 
     async def _tell_of(
-        self, namespace: NamespaceId, space: Namespace | None, digests: Sequence[Digest]
-    ) -> int:
-        """Say of each of *digests* whether it is held now; return how many are."""
-        count = 0
+        self,
+        namespace: NamespaceId,
+        told: _Told,
+        space: Namespace | None,
+        digests: Sequence[Digest],
+    ) -> None:
+        """Say of each of *digests* whether it is held now."""
         for batch in _batches(digests):
             came: list[Digest] = []
             went: list[Digest] = []
             for digest in batch:
                 is_here = space is not None and held_shards(self._store, space, digest)
                 (came if is_here else went).append(digest)
-            await self._directory.change(namespace, self._name, came, went)
-            count += len(came)
+            told.size += await self._directory.change(namespace, self._name, came, went)
             self._store.counters.directory_chunks_told += len(batch)
-        return count
 
     async def _renew(self) -> None:
-        """Let all sets stand for longer; those that are gone are told anew."""
-        namespaces = list(self._told)
-        for namespace, stands in zip(
-            namespaces, await self._directory.renew(namespaces, self._name), strict=True
-        ):
-            if not stands:
-                self._told[namespace].spoil()
+        """Let all sets stand for longer; tell anew what is not as large as it has to be."""
+        before = {namespace: told.size for namespace, told in self._told.items()}
+        sizes = await self._directory.renew(list(before), self._name)
+        for (namespace, expected), size in zip(before.items(), sizes, strict=True):
+            told = self._told[namespace]
+            if size != expected:
+                told.spoil()
+            elif not (size or told.is_stale or told.changed):
+                del self._told[namespace]
 
     def _note(self, error: TierError | None) -> None:
         """Log when telling begins to fail, and when it ends."""

@@ -76,38 +76,45 @@ class Directory:
         name: str,
         came: Sequence[Digest],
         went: Sequence[Digest],
-    ) -> None:
-        """Say that *name* holds *came*, and does not hold *went* any more."""
+    ) -> int:
+        """Say that *name* holds *came*, and does not hold *went* any more.
+
+        Returns by how much its set has grown: what stood there already does not count.
+        """
         key = self._key(namespace, name)
         commands: list[tuple[bytes, Command]] = []
         if came:
             commands.append((key, (b"SADD", key, *map(_member, came))))
         if went:
             commands.append((key, (b"SREM", key, *map(_member, went))))
-        await self._call(commands)
+        counts = [reply for reply in await self._call(commands) if isinstance(reply, int)]
         if came:
             # Not at once with it: what another program has put there is not ours to prolong.
             await self._call([(key, (b"PEXPIRE", key, self._ttl))])
+        added = counts.pop(0) if came and counts else 0
+        return added - sum(counts)
 
-    async def renew(self, namespaces: Sequence[NamespaceId], name: str) -> list[bool]:
-        """Let what *name* holds stand for longer; return for each namespace whether it stands."""
+    async def renew(self, namespaces: Sequence[NamespaceId], name: str) -> list[int]:
+        """Let what *name* holds stand for longer; return for each namespace how much stands."""
         keys = [self._key(namespace, name) for namespace in namespaces]
-        ours = await self._ours(keys)
-        replies = await self._call([(key, (b"PEXPIRE", key, self._ttl)) for key in ours])
-        standing = {key for key, reply in zip(ours, replies, strict=True) if reply == 1}
-        return [key in standing for key in keys]
+        sizes = await self._sizes(keys)
+        replies = await self._call([(key, (b"PEXPIRE", key, self._ttl)) for key in sizes])
+        standing = {key for key, reply in zip(sizes, replies, strict=True) if reply == 1}
+        return [sizes[key] if key in standing else 0 for key in keys]
 
     async def withdraw(self, namespaces: Sequence[NamespaceId], name: str) -> None:
         """Say that *name* holds nothing."""
-        ours = await self._ours([self._key(namespace, name) for namespace in namespaces])
-        await self._call([(key, (b"UNLINK", key)) for key in ours])
+        sizes = await self._sizes([self._key(namespace, name) for namespace in namespaces])
+        await self._call([(key, (b"UNLINK", key)) for key in sizes])
 
-    async def _ours(self, keys: Sequence[bytes]) -> list[bytes]:
-        """Return those of *keys* that are sets: what other programs put there is left alone."""
-        sizes = await self._call([(key, (b"SCARD", key)) for key in keys], tolerated=_FOREIGN)
-        return [
-            key for key, size in zip(keys, sizes, strict=True) if isinstance(size, int) and size > 0
-        ]
+    async def _sizes(self, keys: Sequence[bytes]) -> dict[bytes, int]:
+        """Return how large those of *keys* are that are sets: no others are ours to touch."""
+        replies = await self._call([(key, (b"SCARD", key)) for key in keys], tolerated=_FOREIGN)
+        return {
+            key: reply
+            for key, reply in zip(keys, replies, strict=True)
+            if isinstance(reply, int) and reply > 0
+        }
 
     def _key(self, namespace: NamespaceId, name: str) -> bytes:
         return f"{self._settings.prefix}:{namespace.hex()}:held:{name}".encode()

@@ -36,9 +36,10 @@ async def held(directory: Directory, name: str = "one", namespace: NamespaceId =
 
 async def test_what_one_host_says_another_hears_by_name_and_namespace(server, open_directory):
     one, other = open_directory(server.url), open_directory(server.unix_url)
-    await one.change(SPACE, "one", DIGESTS[:3], [])
+    assert await one.change(SPACE, "one", DIGESTS[:3], []) == 3
     await other.change(SPACE, "other", DIGESTS[2:], [])
-    await one.change(SPACE, "one", DIGESTS[3:4], DIGESTS[:1])
+    # Two that are there come, one leaves that is, and one that is not.
+    assert await one.change(SPACE, "one", DIGESTS[1:4], [DIGESTS[0], DIGESTS[4]]) == 0
     rows = await other.holders(SPACE, DIGESTS, ["other", "nobody", "one"])
     assert rows == [
         [False, False, True, True, True],
@@ -54,11 +55,11 @@ async def test_what_is_not_renewed_ends_and_that_is_noticed(server, open_directo
     await one.change(SPACE, "one", DIGESTS, [])
     assert 0 < server.do("PTTL", KEY) <= DIRECTORY_TTL_SECONDS * 1000
     server.do("PEXPIRE", KEY, 1000)
-    assert await one.renew([SPACE, OTHER], "one") == [True, False]
+    assert await one.renew([SPACE, OTHER], "one") == [5, 0]
     assert server.do("PTTL", KEY) > 1000
     server.do("PEXPIRE", KEY, 0)
     assert await held(one) == []
-    assert await one.renew([SPACE], "one") == [False]
+    assert await one.renew([SPACE], "one") == [0]
     await one.change(SPACE, "one", DIGESTS, [])
     await one.withdraw([SPACE, OTHER], "one")
     assert server.do("EXISTS", KEY) == 0
@@ -88,7 +89,7 @@ async def test_what_stands_there_and_is_no_set_is_nothing_and_not_overwritten(
     assert await held(one) == []
     with pytest.raises(TierError, match="WRONGTYPE"):
         await one.change(SPACE, "one", DIGESTS, [])
-    assert await one.renew([SPACE], "one") == [False]
+    assert await one.renew([SPACE], "one") == [0]
     await one.withdraw([SPACE], "one")
     assert server.do("GET", KEY) == b"of another program"
     assert server.do("PTTL", KEY) == -1

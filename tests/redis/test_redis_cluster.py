@@ -78,7 +78,7 @@ async def test_a_directory_spans_all_masters_and_follows_a_slot_that_has_moved(c
         rows = await directory.holders(NAMESPACE, [digest], names)
         assert rows[1:] == [[True]] * (len(names) - 1)
         assert await directory.holders(NAMESPACE, [digest], names) == [[True]] * len(names)
-        assert await directory.renew([NAMESPACE], names[0]) == [True]
+        assert await directory.renew([NAMESPACE], names[0]) == [1]
     finally:
         directory.close()
 

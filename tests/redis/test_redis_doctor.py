@@ -87,7 +87,7 @@ async def test_passwords_and_rights_are_judged(own_server, tmp_path):
     directory = Directory(settings)
     await directory.probe()
     await directory.change(NamespaceId(bytes(16)), "one", [loose_digest(1)], [loose_digest(2)])
-    assert await directory.renew([NamespaceId(bytes(16))], "one") == [True]
+    assert await directory.renew([NamespaceId(bytes(16))], "one") == [1]
     assert await directory.holders(NamespaceId(bytes(16)), [loose_digest(1)], ["one"]) == [[True]]
     await directory.withdraw([NamespaceId(bytes(16))], "one")
     directory.close()

@@ -45,17 +45,19 @@ class Told:
         if self.is_away:
             raise TierError("directory: no answer in time")
 
-    async def change(self, namespace, name, came, went) -> None:
+    async def change(self, namespace, name, came, went) -> int:
         await asyncio.sleep(0)
         self._called("change")
         assert len(came) + len(went) <= DIRECTORY_BATCH_CHUNKS
         here = self.held.setdefault(namespace, set())
+        before = len(here)
         here.update(came)
         here.difference_update(went)
+        return len(here) - before
 
-    async def renew(self, namespaces, name) -> list[bool]:
+    async def renew(self, namespaces, name) -> list[int]:
         self._called("renew")
-        return [bool(self.held.get(namespace)) for namespace in namespaces]
+        return [len(self.held.get(namespace, ())) for namespace in namespaces]
 
     async def withdraw(self, namespaces, name) -> None:
         self._called("withdraw")
@@ -133,10 +135,15 @@ def test_a_directory_that_has_lost_or_missed_something_is_told_all_anew():
             engine.put(digests[:2])
             await asyncio.sleep(1)
             directory.held.clear()
+            engine.put(digests[2:4], parent=digests[1])
             await beats(1)
-            assert directory.held == {engine.space.id: set(digests[:2])}
+            assert directory.held == {engine.space.id: set(digests[:4])}
+            # What others have put there goes, too.
+            directory.held[engine.space.id].update(make_digests(3, 9))
+            await beats(1)
+            assert directory.held == {engine.space.id: set(digests[:4])}
             directory.is_away = True
-            engine.put(digests[2:], parent=digests[1])
+            engine.put(digests[4:], parent=digests[3])
             store.delete(engine.space, digests[:1])
             await beats(2)
             assert store.counters.directory_failures >= 2
@@ -172,10 +179,12 @@ def test_a_namespace_that_has_emptied_is_told_of_no_more():
             engine.put(make_digests(2))
             await asyncio.sleep(1)
             store.delete(engine.space, make_digests(2))
-            await beats(3)
+            await beats(2)
             directory.calls.clear()
-            await beats(3)
-            assert set(directory.calls) == {"renew"}
+            engine.put(make_digests(3))
+            await asyncio.sleep(1)
+            assert directory.held[engine.space.id] == set(make_digests(3))
+            assert "withdraw" in directory.calls, "it had been left out, and is told as a whole"
 
     run(main())
 
