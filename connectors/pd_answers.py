@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
 
 import aiohttp
 from aiohttp import web
@@ -57,8 +60,9 @@ class Begun:
 
 @dataclass(frozen=True, slots=True)
 class Ahead:
-    """An answer whose first token has come from prefill. Decode is about to give the rest."""
+    """An answer to *body* whose first token has come from prefill. Decode gives the *rest*."""
 
+    body: Mapping[str, Any]
     token: FirstToken
     rest: asyncio.Future[Begun]
 
@@ -71,8 +75,13 @@ class Ahead:
         try:
             begun = await self.rest
         except RefusedRequest as error:
-            # Half of the answer is with the client: nothing else can be said any more.
-            raise EngineError(f"the rest of an answer: {error}") from error
+            if error.status != HTTPStatus.BAD_REQUEST:
+                # Half of the answer is with the client: nothing else can be said any more.
+                raise EngineError(f"the rest of an answer: {error}") from error
+            # The prompt alone it has accepted: with this token, the model's context is full.
+            await answer.write(self.token.end(self.body))
+            await answer.write_eof()
+            return answer
         events = Events()
         await answer.write(self._rewritten(events, begun.first))
         async for piece in begun.response.content.iter_any():

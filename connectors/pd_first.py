@@ -93,15 +93,26 @@ class FirstToken:
 
     def event(self) -> bytes:
         """Return what the client reads of it."""
+        return self._event(self.text, None)
+
+    def end(self, body: Mapping[str, Any]) -> bytes:
+        """Return the end of an answer to *body* that has room for this token alone."""
+        ended = self._event("", "length")
+        if (body.get("stream_options") or {}).get("include_usage"):
+            count = len(self.prompt)
+            usage = {"prompt_tokens": count, "total_tokens": count + 1, "completion_tokens": 1}
+            ended += _event(dict(self.answer) | {"choices": [], "usage": usage})
+        return ended + b"data: [DONE]\n\n"
+
+    def _event(self, text: str, finish_reason: str | None) -> bytes:
         choice = {
             "index": 0,
-            "text": self.text,
+            "text": text,
             "logprobs": None,
-            "finish_reason": None,
+            "finish_reason": finish_reason,
             "stop_reason": None,
         }
-        named = {name: self.answer[name] for name in ("id", "object", "created", "model")}
-        return _event(named | {"choices": [choice]})
+        return _event(dict(self.answer) | {"choices": [choice]})
 
     def rest_of(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Return what decode is asked instead of *body*: all that comes behind this token."""

@@ -219,10 +219,13 @@ class Proxy:
             await asyncio.wait((rest, accepted), return_when=asyncio.FIRST_COMPLETED)
             if rest.done():
                 rest.result()  # raises what no decode engine accepts
+        except RefusedRequest:
+            # With this token the context may be full: what it says of the prompt alone, counts.
+            return await self._ask_decode(asked, decode_body(asked.body, done.params))
         except BaseException:
             await give_up(rest)
             raise
-        return Ahead(done.token, rest)
+        return Ahead(asked.body, done.token, rest)
 
     async def _begin_both(
         self, engine: EngineURL, asked: Asked
@@ -256,7 +259,8 @@ class Proxy:
                 await asyncio.wait((accepted, decoding), return_when=asyncio.FIRST_COMPLETED)
                 if not decoding.done():
                     rest = self._go_on(asked, done.token, decoding)
-                    return Ahead(done.token, asyncio.ensure_future(rest)), prefilling
+                    ahead = Ahead(asked.body, done.token, asyncio.ensure_future(rest))
+                    return ahead, prefilling
             return await decoding, prefilling
         except BaseException:
             prefilling.cancel()

@@ -119,6 +119,7 @@ async def test_what_decode_refuses_the_client_hears_before_any_token(in_turn):
         _, decode = split_site(made)
         decode.status = 400
         assert await made.complete() == (400, [{"error": {"message": "its own words"}}])
+        assert decode.asked[-1]["prompt"] == PROMPT["prompt"]
 
 
 async def test_a_decode_engine_that_fails_behind_the_first_token_is_replaced():
@@ -144,7 +145,29 @@ def test_an_event_that_never_ends_is_no_event():
         list(events.of(bytes(PROXY_EVENT_MAX_BYTES)))
 
 
-@pytest.mark.parametrize("status", [400, 500])
+@pytest.mark.parametrize("usage", [False, True])
+async def test_an_answer_that_has_room_for_one_token_ends_with_it(usage):
+    async with site() as made:
+        _, decode = split_site(made)
+
+        async def load_and_refuse(request: web.Request) -> web.StreamResponse:
+            if len(decode.asked) == 1:
+                return await decode.load(request)
+            return web.Response(status=400)
+
+        decode.answer = load_and_refuse
+        status, events = await made.complete(stream_options={"include_usage": usage})
+    assert status == 200
+    choices = [choice for event in events for choice in event["choices"]]
+    assert [(choice["text"], choice["finish_reason"]) for choice in choices] == [
+        ("one", None),
+        ("", "length"),
+    ]
+    counted = {"prompt_tokens": 2, "completion_tokens": 1, "total_tokens": 3}
+    assert [event.get("usage") for event in events[2:]] == ([counted] if usage else [])
+
+
+@pytest.mark.parametrize("status", [401, 500])
 async def test_without_a_rest_half_an_answer_is_none(status):
     async with site() as made:
         _, decode = split_site(made)
