@@ -259,9 +259,9 @@ class Shelves:
 
     def demoted(self, slot: int, heads: HeadRange) -> None:
         """Note bytes in the host tier that engines have stored in the device tier."""
+        assert self._movement is not None, "somebody has moved them"
         self.counters.demote_chunks += 1
-        if self._movement is not None:
-            self._movement.published(slot, heads)
+        self._movement.published(slot, heads)
 
     def offer(self, slot: int) -> None:
         """Let slower tiers that lack *slot* take it, as after a use of it."""
@@ -426,8 +426,9 @@ class Shelves:
         """Free the room of *record*, which is reserved no more, and in which nothing is kept."""
         if not record.is_pooled:
             self.room.give_back(record.tenant, record.extent)
-        elif self.device is not None:
-            self.device.free(record.extent)
+            return
+        assert self.device is not None, "what is pooled has a pool"
+        self.device.free(record.extent)
 
     def _unpublished(self) -> Iterator[Extent]:
         """Yield every extent of the arena in use that is no chunk's."""

@@ -16,7 +16,8 @@ from kvstore.gpu.device import wait_for
 from kvstore.limits import KIB, MIB
 from kvstore.store.explanation import explain
 from kvstore.store.history import Fate
-from kvstore.types import NO_SLOT, HeadRange, ReserveOutcome, Root
+from kvstore.store.route import shard_of
+from kvstore.types import NO_SLOT, HeadRange, Place, ReserveOutcome, Root
 from tests.support.making import make_digests, make_manifest, make_payload
 from tests.support.pools import BOTH, DEVICE, HOST, PooledTiers, impatient, until
 from tests.support.tiers import DISK, Slower, fake, running
@@ -183,6 +184,40 @@ async def test_of_two_that_store_one_chunk_cut_otherwise_the_second_gives_its_ro
         assert tiers.store.counters.reserve_chunks_present == 1
 
 
+async def test_a_chunk_learns_what_is_before_it_from_a_later_shard():
+    async with running(PooledTiers()) as tiers:
+        engine, (first, second) = tiers.engine(MANIFEST), make_digests(2)
+        tiers.put(engine, [second], heads=HeadRange(0, 2))
+        tiers.put(engine, [first])
+        slot = engine.space.find(second)
+        assert tiers.store.index.tree.parent(slot) == NO_SLOT
+        tiers.put(engine, [second], parent=first, heads=HeadRange(2, 4))
+        assert tiers.store.index.tree.parent(slot) == engine.space.find(first)
+
+
+async def test_the_daemon_itself_writes_nothing_there_and_gives_the_pool_back():
+    tiers = PooledTiers()
+    async with running(tiers):
+        engine, digests = tiers.engine(MANIFEST), make_digests(1)
+        tiers.put(engine, digests)
+        await tiers.settle()
+        shard = shard_of(
+            tiers.store,
+            engine.space.find(digests[0]),
+            tiers.store.index.shards(engine.space.find(digests[0]))[0],
+        )
+        assert await tiers.tier.write(shard, memoryview(bytes(CHUNK))) is None
+        assert not await tiers.tier.remove(shard, Place(0))
+        await tiers.tier.introduce(shard.key.namespace, b"{}")
+        room = bytearray(CHUNK)
+        assert await tiers.tier.read(shard, Place(0), memoryview(room))
+        assert bytes(room) == make_payload(digests[0], CHUNK)
+        gone = shard._replace(key=shard.key._replace(heads=HeadRange(1, 2)))
+        assert not await tiers.tier.read(gone, Place(0), memoryview(room))
+    tiers.tier.close()
+    assert tiers.device.used_bytes == 0
+
+
 # --- a device that fails ----------------------------------------------------------------------
 
 
@@ -245,12 +280,15 @@ async def test_slower_tiers_get_what_was_copied_down_and_the_end_waits_for_both(
     async with running(tiers):
         engine, digests = tiers.engine(MANIFEST), make_digests(5)
         tiers.put(engine, digests)
+        engine.put(make_digests(2, prompt=1))
         tiers.room.demote_all()
-        assert await tiers.mover.drain(20.0) == 0
+        assert await tiers.mover.drain(DEADLINE_SECONDS) == 0
         assert tiers.bits(engine, digests) == [BOTH | DISK] * 5
         assert tiers.store.delete(engine.space, digests) == (5, 0)
         await tiers.settle()
         assert tiers.tier.usage().used_bytes == 0
+        assert tiers.store.delete(engine.space, make_digests(2, prompt=1)) == (2, 0)
+        await tiers.settle()
         assert tiers.guards[DISK].usage().used_bytes == 0
 
 
