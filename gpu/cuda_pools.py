@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kvstore.gpu.device import DeviceError, DeviceMemoryError
 from kvstore.gpu.pools import Exported, OwnPool, Pool, PoolError
+from kvstore.limits import MIB
 
 if TYPE_CHECKING:
     from kvstore.gpu.cupy_device import CupyDevice
@@ -33,6 +34,7 @@ _READ_WRITE: Final = 3
 _RECOMMENDED: Final = 1
 # cudaIpcMemLazyEnablePeerAccess
 _PEERS_TOO: Final = 1
+_ALLOCATION_BYTES: Final = 2 * MIB
 
 
 class Location(ctypes.Structure):
@@ -241,6 +243,8 @@ class CudaPools:
         self._device = device
         self._driver: Driver | None = None
         with device.entered() as runtime:
+            # Nothing may have made the device's context yet, which the driver's calls take as given.
+            runtime.free(0)
             self.identity = identity_of(runtime, device.index)
             try:
                 self._driver = None if library is None else Driver(library, device.index)
@@ -299,6 +303,8 @@ class CudaPools:
             return any(runtime.deviceCanAccessPeer(self._device.index, n) for n in found)
 
     def _make_by_handle(self, runtime: Any, size_bytes: int) -> HandlePool:  # noqa: ANN401
+        # What is smaller shares its allocation, and a handle stands for the whole of one.
+        size_bytes += -size_bytes % _ALLOCATION_BYTES
         address = runtime.malloc(size_bytes)
         try:
             handle = bytes(runtime.ipcGetMemHandle(address))

@@ -155,7 +155,6 @@ REGISTER_STEP_BYTES: Final = 256 * MIB
 DIRECT_PAGE_MIN_BYTES: Final = 256 * KIB
 DEVICE_FAILURES_MAX: Final = 8
 # The device tier: its pool, and the pieces in which the daemon copies chunks out of it.
-POOL_SIZE_MIN_BYTES: Final = MIB
 POOL_SIZE_MAX_BYTES: Final = 16 * TIB
 DEMOTE_PIECE_BYTES: Final = 4 * MIB
 DEVICE_CLOSE_TIMEOUT_SECONDS: Final = 5.0

@@ -132,6 +132,7 @@ class Scripted:
     # --- the runtime -----------------------------------------------------------------------
 
     def _malloc(self, size: int) -> int:
+        assert size % PAGE == 0
         self.allocated.add(4096)
         return 4096
 
@@ -207,7 +208,8 @@ def test_without_descriptors_a_pool_goes_by_handle(cuda, why) -> None:
     if why == "no descriptors":
         cuda.attributes[103] = 0
     library = {"no driver": None, "old driver": SimpleNamespace()}.get(why, cuda)
-    pool = CudaPools(cuda, library).make(PAGE)
+    pool = CudaPools(cuda, library).make(PAGE - 4096)
+    assert pool.size_bytes == PAGE
     assert pool.exported == Exported(-1, b"handle of 4096")
     mapped = CudaPools(cuda, library).open(PAGE, pool.exported)
     assert cuda.opened == [(b"handle of 4096", 1)]
