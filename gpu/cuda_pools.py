@@ -243,7 +243,7 @@ class CudaPools:
         self._device = device
         self._driver: Driver | None = None
         with device.entered() as runtime:
-            # Nothing may have made the device's context yet, which the driver's calls take as given.
+            # The calls of the driver take a context as given, and nothing may have made one yet.
             runtime.free(0)
             self.identity = identity_of(runtime, device.index)
             try:
