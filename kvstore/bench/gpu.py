@@ -20,6 +20,7 @@ from kvstore.bench.gpu_rig import (
     ENGINE_STREAM,
     GpuShape,
     Rig,
+    check_stored,
     host_microseconds,
     median_seconds,
     run_copies,
@@ -29,7 +30,8 @@ from kvstore.bench.gpu_rig import (
 from kvstore.bench.report import Figures, Verdict
 from kvstore.client.cache import PrefixCache
 from kvstore.client.gpu import DeviceCache
-from kvstore.errors import UnavailableError
+from kvstore.compression.policy import CodecPolicy
+from kvstore.errors import InternalError, UnavailableError
 from kvstore.gpu.cupy_device import open_device
 from kvstore.gpu.device import Copy, Urgency
 from kvstore.gpu.devices import find_devices
@@ -49,6 +51,9 @@ SHAPES: Final = (
 )
 QUICK: Final = GpuShape("smoke", 2, 2, 64, 16, 2, chunks=4)
 _ROUNDS: Final = 9
+CODECS: Final = ("raw", "int8kv", "int4kv")
+_CODED_MIN: Final = {"int4kv": 3.2}
+"""Raw bytes a second, by those of the raw path."""
 _ONE_WAY_MIN: Final = 0.90
 _DUPLEX_MIN: Final = 0.85
 _FENCE_MICROSECONDS_MAX: Final = 100.0
@@ -204,8 +209,33 @@ def _row(
 
 
 def _through_a_daemon(device: Device, shape: GpuShape, rounds: int) -> Iterator[Figures]:
-    """Yield stores and loads through a daemon of the bench's own, beside plain copies."""
+    """Yield stores and loads through a daemon of the bench's own, beside plain copies.
+
+    Codecs stand beside the raw path of the same run, in raw bytes a second.
+    """
     total = shape.chunks * shape.layout(0).chunk_bytes
+    with Rig(device, shape) as rig, _daemon(2 * total) as daemon:
+        stream, raw = device.stream(Urgency.HIGH), dict[str, float]()
+        for codec in CODECS:
+            for what, call in _calls(device, rig, daemon, codec):
+                speed = _speed(rig, rounds, call)
+                name = f"{what} through the daemon, {codec}"
+                if codec == "raw":
+                    raw[what] = speed
+                    flat = rig.flat(rig.second, to_device=what == "load")
+                    floor = f"pinned copy to the {'device' if what == 'load' else 'host'}"
+                    floor_speed = _speed(rig, rounds, partial(run_copies, stream, flat))
+                    yield _row(shape, name, speed, floor, floor_speed, _ONE_WAY_MIN)
+                else:
+                    target = _CODED_MIN.get(codec)
+                    yield _row(shape, name, speed, f"{what}, raw", raw[what], target)
+
+
+def _calls(
+    device: Device, rig: Rig, daemon: BenchDaemon, codec: str
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """Yield what stores all chunks with *codec*, and what loads them, once they were checked."""
+    shape = rig.shape
     manifest = Manifest(
         model="bench",
         revision="1",
@@ -214,38 +244,44 @@ def _through_a_daemon(device: Device, shape: GpuShape, rounds: int) -> Iterator[
         kv_heads=shape.heads,
         head_dim=shape.head_dim,
         chunk_tokens=shape.page_tokens * shape.pages_per_chunk,
+        codec=codec,
     )
+    # All layers alike: it is the kernels that are measured, not a policy.
+    policy = CodecPolicy(codec=codec, edge_layers=0)
     tokens = list(range(shape.chunks * manifest.chunk_tokens))
     digests = chunk_digests(tokens, manifest.chunk_tokens)
-    with Rig(device, shape) as rig, _daemon(total) as daemon:
-        cache = PrefixCache(manifest, socket=daemon.socket, timeout_seconds=_TIMEOUT_SECONDS)
-        _wait(lambda: cache.is_connected)
-        with cache, DeviceCache(cache, device, shape.layout(rig.first.address)) as on_gpu:
-            space = daemon.client.attach(manifest)
-            on_gpu.store(digests[:1], rig.pages[:1])  # has the arena registered
-            _wait(
-                lambda: (
-                    on_gpu.registered_bytes == space.attached.arena.size_bytes
-                    or on_gpu.counters.registrations_failed > 0
-                )
+    cache = PrefixCache(
+        manifest, socket=daemon.socket, timeout_seconds=_TIMEOUT_SECONDS, policy=policy
+    )
+    _wait(lambda: cache.is_connected)
+    first, second = (shape.layout(memory.address) for memory in (rig.first, rig.second))
+    with cache, DeviceCache(cache, device, first) as on_gpu:
+        space = daemon.client.attach(manifest)
+        on_gpu.store(digests[:1], rig.pages[:1])  # has the arena registered
+        _wait(
+            lambda: (
+                on_gpu.registered_bytes == space.attached.arena.size_bytes
+                or on_gpu.counters.registrations_failed > 0
             )
-            fence = partial(on_gpu.fence, ENGINE_STREAM)
+        )
+        fence = partial(on_gpu.fence, ENGINE_STREAM)
 
-            def store() -> None:
-                space.delete(digests)
-                report_of = on_gpu.store(digests, rig.pages, after=fence())
-                assert report_of.stored == len(digests), report_of
+        def store() -> None:
+            space.delete(digests)
+            report_of = on_gpu.store(digests, rig.pages, after=fence())
+            assert report_of.stored == len(digests), report_of
 
-            def load() -> None:
-                assert on_gpu.load(digests, rig.pages, after=fence()) == len(digests)
+        def load() -> None:
+            found = on_gpu.load(digests, rig.pages, after=fence(), layout=second)
+            assert found == len(digests), found
 
-            stream = device.stream(Urgency.HIGH)
-            for what, call, to_device in (("store", store, False), ("load", load, True)):
-                flat = rig.flat(rig.second, to_device=to_device)
-                floor = _speed(rig, rounds, partial(run_copies, stream, flat))
-                name = f"pinned copy to the {'device' if to_device else 'host'}"
-                speed = _speed(rig, rounds, call)
-                yield _row(shape, f"{what} through the daemon", speed, name, floor, _ONE_WAY_MIN)
+        store()
+        check_stored(rig, space, policy, digests)
+        if codec != "raw" and on_gpu.counters.host_encoded_chunks:
+            raise InternalError(f"the host has encoded chunks of {codec}")
+        yield "store", store
+        yield "load", load
+        space.delete(digests)
 
 
 def _daemon(total_bytes: int) -> BenchDaemon:

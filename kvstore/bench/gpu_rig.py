@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Final, Self
 import numpy as np
 
 from kvstore.client.gpu_steps import groups_of, pipeline
+from kvstore.compression.chunks import ChunkCodec
+from kvstore.compression.container import POSITION_MAX
 from kvstore.errors import InternalError, UnavailableError
 from kvstore.gpu.counters import DeviceCounters
 from kvstore.gpu.device import Copy, Fence, Urgency, host_bytes, wait_for
@@ -24,8 +26,11 @@ from kvstore.transfer.native import address_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from kvstore.client.sync import Space
+    from kvstore.compression.policy import CodecPolicy
     from kvstore.gpu.device import Device, Memory, Stream
     from kvstore.gpu.lanes import Lane, Transfer
+    from kvstore.types import Digest
 
 ENGINE_STREAM: Final = 0
 """CUDA's default stream: the bench has no engine."""
@@ -132,8 +137,14 @@ class Rig:
         self.arena.close()
 
     def _fill(self) -> None:
-        """Put noise into the first pages, by way of the arena."""
+        """Put noise into the first pages, by way of the arena: numbers from one to two.
+
+        What codecs make of numbers is of one length, whatever they are; infinities have none.
+        """
         self.noise = np.random.default_rng(_SEED).integers(0, 256, self.total_bytes, np.uint8)
+        bits = self.noise.view("<u2")
+        bits &= 0x807F
+        bits |= 0x3F80
         host_bytes(self.base, self.total_bytes)[:] = self.noise
         stream = self.device.stream(Urgency.HIGH)
         stream.copy(self.flat(self.first, to_device=True))
@@ -180,7 +191,7 @@ class Rig:
         halves[0][:] = 0
         store = self.lane(StoreLane, self.first)
         digests = run_lane(store, self.moved())
-        _require(np.array_equal(halves[0], self._expected()), "chunks are not what the pages hold")
+        _require(np.array_equal(halves[0], self.expected()), "chunks are not what the pages hold")
         size = self.total_bytes // self.shape.chunks
         for number, found in enumerate(digests):
             chunk = halves[0][number * size : (number + 1) * size]
@@ -192,12 +203,35 @@ class Rig:
         for lane in (store, load, again):
             lane.close()
 
-    def _expected(self) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    def expected(self) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+        """Return the plain chunks that the first pages hold."""
         shape = self.shape
         form = (shape.layers, -1, shape.page_tokens, shape.heads, 2, shape.row_bytes)
         pages = self.noise.reshape(form)
         chunks = [pages[:, chosen].transpose(0, 4, 3, 1, 2, 5).reshape(-1) for chosen in self.pages]
         return np.concatenate(chunks)
+
+
+def check_stored(rig: Rig, space: Space, policy: CodecPolicy, digests: Sequence[Digest]) -> None:
+    """Raise `InternalError` unless the daemon holds what the host would have stored.
+
+    Of the first chunks and the last; errors in section tables may differ in their last bits.
+    """
+    size = rig.total_bytes // rig.shape.chunks
+    chosen = sorted({0, 1, len(digests) - 1})
+    plain, heads = rig.expected(), space.manifest.all_heads
+    with space.load(digests) as loaded:
+        for number in chosen:
+            found = np.frombuffer(loaded.chunks[number].shards[0].view, dtype=np.uint8)
+            chunk = plain[number * size : (number + 1) * size]
+            start, expected = 0, chunk
+            if policy.codec != "raw":
+                codec, position = ChunkCodec(space.manifest, policy), POSITION_MAX * (number > 0)
+                expected = np.empty(codec.encoded_size(heads, first_position=position), np.uint8)
+                report = codec.encode(chunk.data, expected.data, heads, first_position=position)
+                expected = expected[: report.size_bytes]
+                start = codec.plan(heads, first_position=position).header.payload_offset
+            _require(np.array_equal(found[start:], expected[start:]), "chunks are encoded wrong")
 
 
 def _require(is_right: bool, what: str) -> None:

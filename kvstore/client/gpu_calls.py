@@ -18,10 +18,8 @@ from kvstore.transfer.copies import Runs, digest_blocks
 from kvstore.transfer.native import address_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Iterator, Sequence
     from typing import Any
-
-    from numpy.typing import NDArray
 
     from kvstore.client.chunks import LoadedChunks, StoredChunk, StoredShard, Vacancy
     from kvstore.client.coding import Coding
@@ -149,8 +147,11 @@ class Storing(_Call):
         for position, one in enumerate(group):
             found = None if transfer.digests is None else transfer.digests[position]
             try:
-                if transfer.reports is not None:
-                    found = self._put_head(one, transfer, transfer.reports[position], found)
+                if not transfer.form.is_plain:
+                    # Where every section is raw, nothing is reported.
+                    every = transfer.reports
+                    reports = () if every is None else every[position]
+                    found = self._put_head(one, transfer.form, reports, found)
                 one.vacancy.seal_with(found)
             except UnfitError:
                 misfits.append(one)
@@ -161,11 +162,10 @@ class Storing(_Call):
         return True
 
     def _put_head(
-        self, one: Wanted, transfer: Transfer, reports: NDArray[Any], found: Digests64 | None
+        self, one: Wanted, form: Form, reports: Iterable[Any], found: Digests64 | None
     ) -> Digests64 | None:
         """Write the head of a chunk; return the digests with it. Raises `UnfitError`."""
-        assert self._coding is not None, "what reports was encoded"
-        form = transfer.form
+        assert self._coding is not None, "what is not plain was encoded"
         sections = [Encoded(0)] * len(self._coding.plan(is_first=one.is_first).codecs)
         for index, report in zip(form.reported, reports, strict=True):
             error, energy = float(report["error"]), float(report["energy"])

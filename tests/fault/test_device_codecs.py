@@ -242,6 +242,17 @@ def test_a_call_that_fails_costs_its_transfer_and_no_more(
         assert engine.on_gpu.off == ""
 
 
+def test_a_chunk_whose_sections_all_stay_as_they_are_has_its_head(daemon, space) -> None:
+    attached, policy = space
+    raw = replace(policy, layers={0: "raw", 1: "raw"})
+    with engine_of(daemon, (attached, raw)) as engine:
+        chunks = put(engine)
+        assert store(engine).stored == COUNT
+        assert stored(space) == by_host((attached, raw), chunks)
+        assert load(engine) == chunks
+        assert engine.on_gpu.counters.decoded_chunks == COUNT
+
+
 def test_chunks_without_room_in_staging_go_through_the_host(daemon, space) -> None:
     """Where all sections fell back to what they were, a container is larger than a chunk."""
     attached, policy = space

@@ -7,6 +7,7 @@ import pytest
 
 from kvstore.bench import gpu
 from kvstore.bench.gpu_rig import GpuShape, Rig
+from kvstore.compression.twins import CODEC_TWINS
 from kvstore.errors import InternalError, UnavailableError
 from kvstore.gpu.standin import Standin
 
@@ -15,7 +16,7 @@ TINY = GpuShape("tiny", layers=1, heads=2, head_dim=16, page_tokens=4, pages_per
 
 @pytest.fixture
 def device() -> Standin:
-    return Standin(np.random.default_rng(1), eager=True)
+    return Standin(np.random.default_rng(1), twins=CODEC_TWINS, eager=True)
 
 
 def test_it_measures_every_row_beside_its_floor(device, capsys) -> None:
@@ -29,11 +30,14 @@ def test_it_measures_every_row_beside_its_floor(device, capsys) -> None:
     ]
     for what in ("store, gathered", "load, gathered", "both, gathered"):
         assert what in names
-    assert names[-2:] == ["store through the daemon", "load through the daemon"]
+    assert names[-2 * len(gpu.CODECS) :] == [
+        f"{what} through the daemon, {codec}" for codec in gpu.CODECS for what in ("store", "load")
+    ]
     assert any("by the copy engine" in name for name in names)
     assert all(row["gb_per_s"] > 0 and row["floor_gb_per_s"] > 0 for row in found["rows"])
     targets = [verdict["target"] for verdict in found["targets"]]
-    assert "store through the daemon (tiny)" in targets
+    assert "store through the daemon, raw (tiny)" in targets
+    assert "load through the daemon, int4kv (tiny)" in targets
     assert "matmul beside stores, slower by" in targets
     gpu._print(found)
     assert "| tiny " in capsys.readouterr().out
