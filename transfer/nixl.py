@@ -19,6 +19,8 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
+import msgspec
+
 from kvstore.limits import (
     NIXL_GRACE_SECONDS,
     NIXL_LOG_LINE_MAX_BYTES,
@@ -225,6 +227,8 @@ class Nixl:
         except OSError as error:
             # It has not waited for all that it was told.
             return end if end.reason else _End(f"it does not answer: {error.strerror}")
+        except msgspec.DecodeError as error:
+            return _End(f"it answers what is no answer: {error}")
         return end
 
     def _settle(self, number: int, error: NixlError | None) -> None:

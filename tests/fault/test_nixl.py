@@ -7,7 +7,7 @@ import os
 import signal
 import socket
 import threading
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
 
@@ -15,6 +15,8 @@ import pytest
 
 from kvstore.limits import NIXL_METADATA_MAX_BYTES
 from kvstore.protocol import peering as p
+from kvstore.transfer.arena import Arena
+from kvstore.transfer.nixl import Nixl
 from kvstore.types import HandoffState
 from tests.support.handoffs import store_one, take_all, wait
 from tests.support.hosts import TOKEN, called, caller, free_port
@@ -306,6 +308,16 @@ def test_a_peer_that_lies_about_its_agent_is_found_out(tmp_path):
         assert daemon.stop() == 0
         assert b"nixl_process" not in command_of(agent), "it has ended with its daemon"
     liar.close()
+
+
+async def test_a_process_that_answers_nonsense_is_ended_and_nothing_else():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    with ours, theirs, closing(Arena.create(1 << 20)) as arena:
+        theirs.send(b"\xc1 is nothing in MessagePack")
+        end = await Nixl(arena, "decode")._listen(ours, "decode-1")
+    assert "it answers what is no answer" in end.reason
+    assert not end.is_final
 
 
 # --- without the library ------------------------------------------------------------------
