@@ -82,7 +82,7 @@ clean:
 # --- what the targets need ---------------------------------------------------------
 
 # An environment that works is kept as it is, whoever made it. Debian splits venv off python3.
-$(VENV)/venv.stamp:
+$(VENV)/uv.stamp:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 	    || { echo "kvstore needs Python 3.11 or newer; name one with PYTHON=..." >&2; exit 1; }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 \
@@ -95,7 +95,7 @@ $(VENV)/venv.stamp:
 	@touch $@
 
 # kvstore itself, editable, with its C library, and the pinned tools.
-$(VENV)/dev.stamp: $(VENV)/venv.stamp pyproject.toml $(NATIVE)
+$(VENV)/dev.stamp: $(VENV)/uv.stamp pyproject.toml $(NATIVE)
 	$(call install,$(VENV),--group dev --editable .)
 	@touch $@
 
