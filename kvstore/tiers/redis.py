@@ -121,6 +121,7 @@ class RedisTier:
     async def write(self, shard: Shard, source: memoryview) -> Place | None:
         """Keep a copy of *source*, unless the same is there already; None without room."""
         plan, budget = self._plan(shard), self._budget(shard.size_bytes)
+        plan = plan._replace(window=self._pace.store_window)
         with self._reported("write"):
             await self._keep_manifest(shard.key.namespace, budget)
             try:

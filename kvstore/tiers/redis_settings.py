@@ -30,12 +30,19 @@ class Pace(NamedTuple):
     """How one shard is moved: over how many lanes, and how many bytes unanswered on each.
 
     A server on this host is fastest with one lane that loads and one that stores, and one full
-    stripe at a time on each (a short last one goes along): more only fight for its one thread.
-    Over a network, more of both hide its latency.
+    stripe at a time on each: more only fight for its one thread. A short last stripe goes along
+    where it is loaded, not where it is stored: behind a full one it costs the server more than
+    the next round trip. Over a network, more of both hide its latency.
     """
 
     lanes: int
     window: int
+    stores_singly: bool = False
+
+    @property
+    def store_window(self) -> int:
+        """The window of a lane that stores; of 0 bytes, it is one stripe."""
+        return 0 if self.stores_singly else self.window
 
 
 _SHORT_STRIPE_BYTES: Final = 512 * KIB
@@ -70,7 +77,7 @@ class RedisSettings(NamedTuple):
         """What suits the way to the servers."""
         is_one_host = all(seed.is_local for seed in self.url.seeds)
         if is_one_host:
-            return Pace(1, LOCAL_WINDOW_BYTES)
+            return Pace(1, LOCAL_WINDOW_BYTES, stores_singly=True)
         return Pace(self.connections, REMOTE_WINDOW_BYTES)
 
 

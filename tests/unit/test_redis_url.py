@@ -136,6 +136,7 @@ def test_the_secret_is_the_first_line_and_read_anew_each_time(tmp_path) -> None:
 
 
 def test_servers_on_this_host_are_used_one_stripe_at_a_time() -> None:
-    assert check_settings("unix:///run/s").pace == Pace(1, LOCAL_WINDOW_BYTES)
-    assert check_settings("redis://redis.example", connections=7).pace.lanes == 7
+    assert check_settings("unix:///run/s").pace == Pace(1, LOCAL_WINDOW_BYTES, stores_singly=True)
+    far = check_settings("redis://redis.example", connections=7).pace
+    assert (far.lanes, far.store_window) == (7, far.window)
     assert check_settings("redis+cluster://127.0.0.1,b", connections=7).pace.lanes == 7
