@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kvstore.bench import gpu as bench
+from kvstore.compression.registry import BUILT_IN
 from kvstore.gpu.cupy_device import open_device
 from kvstore.gpu.device import (
     Copy,
@@ -60,7 +61,7 @@ class Bounce:
 
 
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("way", ["staged", "direct", "bounced"])
+@pytest.mark.parametrize("way", ["staged", "direct", "bounced", "int4kv", "int8kv", "hq4"])
 def test_what_arrives_is_what_was_there(device: Device, way: str, seed: int) -> None:
     bounce = Bounce(device)
     for kind, scene in ((StoreLane, store_scene), (LoadLane, load_scene)):
@@ -71,6 +72,7 @@ def test_what_arrives_is_what_was_there(device: Device, way: str, seed: int) -> 
             window_bytes=4096,
             put=bounce.put,
             get=bounce.get,
+            codec=way if way in BUILT_IN else "raw",
         )
         lane = world.lane(kind, settings(direct=way == "direct"))
         assert scene(world, lane)
