@@ -116,7 +116,7 @@ KV_INLINE void scales8(const Batch &batch, const uint8_t *scales, const Eighth &
         float step = kv_float_of_bf16(((const uint16_t *)scales)[eighth.token]);
 #pragma unroll
         for (int i = 0; i < 8; i++) {
-            means[i] = 0.0f;
+            means[i] = -0.0f; /* what changes nothing when added, not even a sign */
             steps[i] = step;
         }
     }

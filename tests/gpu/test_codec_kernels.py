@@ -13,7 +13,13 @@ from kvstore.compression.shapes import CodecId, Kind, SourceType
 from kvstore.gpu.batches import Places
 from kvstore.gpu.kernels import Kernels, load
 from tests.support.kernels import CODECS, SIZES, WIDE, Scene, check_kernels
-from tests.support.variable_kernels import CASES, check_damage, check_every_bf16, check_variable
+from tests.support.variable_kernels import (
+    CASES,
+    DAMAGED,
+    check_damage,
+    check_every_bf16,
+    check_variable,
+)
 
 pytestmark = pytest.mark.gpu
 
@@ -107,6 +113,6 @@ def test_exp3_kernels_give_back_every_bfloat16(kernels: GpuKernels) -> None:
     check_every_bf16(kernels)
 
 
-@pytest.mark.parametrize("codec", [CodecId.EXP3, CodecId.RANS, CodecId.ECSQ], ids=str)
-def test_damaged_sections_are_found_out(kernels: GpuKernels, codec: CodecId) -> None:
-    check_damage(kernels, codec)
+@pytest.mark.parametrize(("codec", "kind"), DAMAGED, ids=str)
+def test_damaged_sections_are_found_out(kernels: GpuKernels, codec: CodecId, kind: Kind) -> None:
+    check_damage(kernels, codec, kind)

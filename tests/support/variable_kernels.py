@@ -59,6 +59,7 @@ CASES = [
     (CodecId.ECSQ, FP16, Kind.V, (2, 71, 112), "zeros among"),
 ]
 """Streams that end within a step, heads of several streams, sections that are not fit."""
+DAMAGED = [*((codec, Kind.K) for codec in NAMES), (CodecId.ECSQ, Kind.V)]
 ECSQ = PRESETS[2]
 
 
@@ -273,9 +274,9 @@ def check_every_bf16(kernels: Kernels) -> None:
     scene.check_decode(kernels)
 
 
-def check_damage(kernels: Kernels, codec: CodecId) -> None:
+def check_damage(kernels: Kernels, codec: CodecId, kind: Kind) -> None:
     """A damaged section is reported where NumPy refuses it, and decodes as NumPy decodes it."""
-    scene = VariableScene.of(codec, BF16, (1, 71, 80), "far")
+    scene = VariableScene.of(codec, BF16, (1, 71, 80), "far", kind)
     containers, spans, _ = scene.by_numpy()
     rng = np.random.default_rng(codec)
     refused = []
@@ -295,7 +296,10 @@ def check_damage(kernels: Kernels, codec: CodecId) -> None:
         scene.run(kernels, "decode", reports)
         for place, values in expected.items():
             assert (reports["broken"][place] != 0) == (values is None)
-            assert values is None or np.array_equal(scene.values(*place), values)
+            if values is not None:
+                # What an infinite scale makes of zero is nobody's matter.
+                known = (values & 0x7FFF <= 0x7F80) | (codec in LOSSLESS)
+                assert np.array_equal(scene.values(*place)[known], values[known])
         refused += [values is None for values in expected.values()]
     assert all(refused[:4])
     assert any(refused[4:])

@@ -20,7 +20,13 @@ from tests.support.kernels import (
     build_host_kernels,
     check_kernels,
 )
-from tests.support.variable_kernels import CASES, check_damage, check_every_bf16, check_variable
+from tests.support.variable_kernels import (
+    CASES,
+    DAMAGED,
+    check_damage,
+    check_every_bf16,
+    check_variable,
+)
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
@@ -74,6 +80,6 @@ def test_exp3_kernels_give_back_every_bfloat16(kernels: HostKernels) -> None:
     check_every_bf16(kernels)
 
 
-@pytest.mark.parametrize("codec", [CodecId.EXP3, CodecId.RANS, CodecId.ECSQ], ids=str)
-def test_damaged_sections_are_found_out(kernels: HostKernels, codec: CodecId) -> None:
-    check_damage(kernels, codec)
+@pytest.mark.parametrize(("codec", "kind"), DAMAGED, ids=str)
+def test_damaged_sections_are_found_out(kernels: HostKernels, codec: CodecId, kind: Kind) -> None:
+    check_damage(kernels, codec, kind)
