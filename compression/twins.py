@@ -42,7 +42,7 @@ KERNEL_NAMES: Final[Mapping[CodecId, str]] = MappingProxyType(
 
 SIDES: Final[Mapping[Kind, str]] = MappingProxyType({Kind.K: "keys", Kind.V: "values"})
 TYPES: Final[Mapping[SourceType, str]] = MappingProxyType(
-    {SourceType.BFLOAT16: "bf16", SourceType.FLOAT16: "fp16"}
+    {SourceType.BFLOAT16: "bf16", SourceType.FLOAT16: "fp16", SourceType.FLOAT32: "fp32"}
 )
 
 

@@ -33,7 +33,7 @@ from kvstore.compression.twins import KERNEL_NAMES, TYPES, kernel_name
 from kvstore.errors import ContainerError, RequestError
 from kvstore.gpu.batches import SECTION, Chunks, Pages, Places
 from kvstore.gpu.forms import GATHER, SCATTER, Form, Launch, plain_form
-from kvstore.gpu.kernels import CODECS, DTYPES, checked_batch
+from kvstore.gpu.kernels import CODECS, DTYPES, DTYPES_OF, checked_batch
 from kvstore.gpu.pages import VECTOR_BYTES
 
 if TYPE_CHECKING:
@@ -155,7 +155,8 @@ class Forms:
             yield self._copied(placed, layout.size_bytes, 0, shape.tokens, shape.dim * element)
             return
         name, dtype = KERNEL_NAMES.get(codec, ""), TYPES[shape.source]
-        if codec not in FIXED_RATE or name not in CODECS or dtype not in DTYPES:
+        types = DTYPES_OF.get(name, DTYPES)
+        if codec not in FIXED_RATE or name not in CODECS or dtype not in types:
             raise RequestError(f"there is no kernel for sections of {codec.name}")
         layout = head_layout(codec, shape)
         sinks_at, sinks_bytes = layout.parts["sinks"]

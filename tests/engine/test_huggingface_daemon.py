@@ -152,7 +152,8 @@ def opened(device: Standin) -> Opened:
     ids=["llama", "gemma3", "llama, int8kv"],
 )
 def test_a_model_on_a_gpu_shares_with_one_in_host_memory(make, codec, writer_is_there, shared):
-    model, ids = make().to(torch.bfloat16), prompt(150, seed=10 + writer_is_there)
+    dtype = torch.bfloat16 if codec == "raw" else torch.float32
+    model, ids = make().to(dtype), prompt(150, seed=10 + writer_is_there)
     device = standin(1)
     here, there = {"codec": codec}, {"codec": codec, "open_device": lambda _: opened(device)}
     with shared.open(model, **(there if writer_is_there else here)) as writer:
