@@ -92,17 +92,26 @@ class Grants(Generic[Ready]):
         if nixl.agent is None:
             return p.NotGranted(nixl.reason)
         agent = nixl.agent
-        begun = await asyncio.gather(*(self._begin(want, session) for want in request.wants))
-        await nixl.watch()
+        begun = await asyncio.gather(
+            *(self._begin(want, session) for want in request.wants), return_exceptions=True
+        )
         base = address_of(self._server.store.host.arena.view)
         ready: list[Ready] = []
         runs: list[p.GrantedRun] = []
+        failures: list[BaseException] = []
         for one in begun:
-            if isinstance(one, p.Gone | p.Busy):
+            if isinstance(one, BaseException):
+                failures.append(one)
+            elif isinstance(one, p.Gone | p.Busy):
                 runs.append(_NOWHERE)
             else:
                 ready.append(one)
                 runs.append(p.GrantedRun(address_of(one.view) - base, len(one.view)))
+        if failures:
+            for held in ready:
+                self._end(session, held, 0)
+            raise failures[0]
+        await nixl.watch()
         return _Held(agent, ready, runs)
 
     async def _let_go(self, held: _Held[Ready], session: SessionId, *, is_read: bool) -> None:

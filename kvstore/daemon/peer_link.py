@@ -279,18 +279,28 @@ def _ask(wire: Wire, request: p.PeerMessage, kind: type[Kind], seconds: float) -
     return _receive(wire, kind)
 
 
-def _receive(wire: Wire, kind: type[Kind]) -> Kind:
-    """Return the next message, which is of *kind*; anything else breaks the connection."""
+def receive(wire: Wire) -> p.AnyPeerMessage:
+    """Return the next message.
+
+    What is none breaks the connection; so does a fault, which is raised as what the peer says.
+    """
     try:
         message = p.decode(wire.receive_frame())
     except FrameError as error:
         wire.is_broken = True
         raise WireProtocolError(str(error)) from error
+    if isinstance(message, p.PeerFault):
+        wire.is_broken = True
+        raise from_code(message.code, message.message)
+    return message
+
+
+def _receive(wire: Wire, kind: type[Kind]) -> Kind:
+    """Return the next message, which is of *kind*; anything else breaks the connection."""
+    message = receive(wire)
     if isinstance(message, kind):
         return message
     wire.is_broken = True
-    if isinstance(message, p.PeerFault):
-        raise from_code(message.code, message.message)
     raise WireProtocolError(f"{type(message).__name__} in place of {kind.__name__}")
 
 
@@ -312,11 +322,7 @@ def _fetch_one(
 ) -> Digests64 | p.Gone | p.Busy:
     """Fill *target* with the next answer; return its digests, compared with the root announced."""
     assert len(target) == shard.size_bytes, "room for exactly what was offered"
-    try:
-        answer = p.decode(wire.receive_frame())
-    except FrameError as error:
-        wire.is_broken = True
-        raise WireProtocolError(str(error)) from error
+    answer = receive(wire)
     if isinstance(answer, p.Gone | p.Busy):
         return answer
     if not isinstance(answer, p.Sending) or answer.size_bytes != shard.size_bytes:

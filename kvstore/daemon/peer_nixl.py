@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from kvstore.errors import FrameError
+from kvstore.daemon.peer_link import receive
 from kvstore.hashing import Digests64, root_of
 from kvstore.limits import (
     NIXL_PAUSE_SECONDS,
@@ -100,11 +100,7 @@ class NixlReads:
         wire.begin(2 * PEER_TIMEOUT_SECONDS, patient=True)
         asked = p.Grant(self._nixl.known(self._peer), [want for want, _ in wanted])
         wire.send_frame(p.encode(asked))
-        try:
-            answer = p.decode(wire.receive_frame())
-        except FrameError as error:
-            wire.is_broken = True
-            raise WireProtocolError(str(error)) from error
+        answer = receive(wire)
         if isinstance(answer, p.NotGranted):
             reason = f"it grants nothing: {answer.reason}"
             self._pause = _Pause(time.monotonic() + NIXL_RESTART_SECONDS, reason)

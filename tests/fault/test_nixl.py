@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import os
 import signal
@@ -10,14 +11,17 @@ import threading
 from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from kvstore.daemon.peer_grants import Grants
+from kvstore.errors import LimitError
 from kvstore.limits import NIXL_METADATA_MAX_BYTES
 from kvstore.protocol import peering as p
 from kvstore.transfer.arena import Arena
-from kvstore.transfer.nixl import Nixl
-from kvstore.types import HandoffState
+from kvstore.transfer.nixl import LocalAgent, Nixl
+from kvstore.types import HandoffState, SessionId
 from tests.support.handoffs import store_one, take_all, wait
 from tests.support.hosts import TOKEN, called, caller, free_port
 from tests.support.liars import MANIFEST, SIZE, Liar, frame, offer, read, right
@@ -38,7 +42,7 @@ LIMITS = {
     "NIXL_RESTART_SECONDS": 0.0,
 }
 # Who grants does not meet anybody, and is to be seen giving up.
-GRANTING_LIMITS = LIMITS | {"PEER_TIMEOUT_SECONDS": 1.0, "NIXL_MEET_SECONDS": 0.1}
+GRANTING_LIMITS = LIMITS | {"PEER_TIMEOUT_SECONDS": 2.0, "NIXL_MEET_SECONDS": 0.1}
 COUNT = 6
 PROMPTS = count(7000)
 
@@ -239,6 +243,31 @@ def test_what_is_granted_is_held_until_given_back_or_until_link_or_time_end(host
             granted(connection)
             wait_until(lambda: not client.stats().leases, what="its time ends")
             assert connection.recv(1) == b""
+
+
+async def test_a_grant_that_cannot_be_had_whole_keeps_nothing():
+    arena = memoryview(bytearray(SIZE))
+    kept = []
+
+    async def begin(want: p.Want, _: SessionId) -> SimpleNamespace:
+        if want.digest == digests[1]:
+            raise LimitError("too many leases")
+        await asyncio.sleep(0)
+        kept.append(SimpleNamespace(view=arena))
+        return kept[-1]
+
+    server = SimpleNamespace(
+        nixl=SimpleNamespace(agent=LocalAgent("prefill-1", b"", 0)),
+        store=SimpleNamespace(host=SimpleNamespace(arena=SimpleNamespace(view=arena))),
+    )
+    grants = Grants(server, begin, lambda session, one, sent: kept.remove(one))
+    digests = make_digests(3)
+    wants = [p.Want(bytes(16), digest, offer(digest).shards[0]) for digest in digests]
+    with pytest.raises(LimitError, match="too many leases"):
+        await grants._hold(p.Grant("", wants), SessionId(1))
+    # Nor does any of them come later.
+    await asyncio.sleep(0)
+    assert kept == []
 
 
 # --- peers that lie -----------------------------------------------------------------------

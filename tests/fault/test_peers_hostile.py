@@ -11,7 +11,7 @@ import struct
 import pytest
 
 from kvstore.daemon.peer_link import PeerAddress, PeerLink
-from kvstore.errors import TierError
+from kvstore.errors import LimitError, TierError
 from kvstore.metrics import Counters
 from kvstore.protocol import peering as p
 from kvstore.types import HandoffState
@@ -116,20 +116,34 @@ def test_a_peer_of_another_version_is_not_used(decode):
     assert "peer protocol 3 to 3, this daemon 1 to 2" in daemon.log()
 
 
+@contextlib.contextmanager
+def link_to(liar: Liar, counters: Counters):
+    address = PeerAddress("prefill", "127.0.0.1", liar.port, TOKEN.strip().encode())
+    link = PeerLink(address, "decode", counters)
+    with contextlib.closing(liar), contextlib.closing(link):
+        yield link
+
+
 async def test_a_peer_of_the_first_version_is_followed_and_not_asked_what_it_holds():
     liar = Liar(ONE, right, version=1)
-    address = PeerAddress("prefill", "127.0.0.1", liar.port, TOKEN.strip().encode())
-    link = PeerLink(address, "decode", Counters())
-    try:
+    with link_to(liar, Counters()) as link:
         for _ in range(2):
             with pytest.raises(TierError, match="it speaks peer protocol 1, 2 is needed"):
                 await link.have(p.Have(bytes(16), DIGESTS))
         following = await link.follow(p.Follow(bytes(16), "", "name", 0, 1000, early=False))
         assert following.offers == ONE
         assert liar.asked == [p.Follow]
-    finally:
-        link.close()
-        liar.close()
+
+
+async def test_a_peer_that_says_why_it_sends_nothing_has_not_lied():
+    counters = Counters()
+    liar = Liar(ONE, lambda _: frame(p.PeerFault(LimitError.code, "too many leases")))
+    want = p.Want(MANIFEST.namespace_id(), DIGESTS[0], ONE[0].shards[0], spare=True)
+    with link_to(liar, counters) as link:
+        for _ in range(2):
+            with pytest.raises(LimitError, match="too many leases"):
+                await link.take(want, memoryview(bytearray(SIZE)))
+    assert counters.peer_faults == 0
 
 
 @pytest.mark.skipif(SERVER is None, reason="redis-server is not installed")
