@@ -243,7 +243,7 @@ class Handoffs:
             return UNKNOWN
         state = handoff.state
         if state in FINAL:
-            return Standing(state, (), True, 0, consumers=handoff.consumers)
+            return Standing(state, (), is_last=True, published=0, consumers=handoff.consumers)
         if state is not HandoffState.OPEN:
             handoff.quiet_at = now + handoff.ttl_seconds
         stop = min(handoff.ready, first + KEYS_PER_REQUEST_MAX)
