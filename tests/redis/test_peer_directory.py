@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 
 from kvstore.errors import TierError
@@ -10,6 +12,7 @@ from kvstore.tiers.peer_directory import Directory
 from kvstore.tiers.redis_settings import check_settings
 from kvstore.types import NamespaceId
 from tests.support.making import loose_digest
+from tests.support.waiting import DEADLINE_SECONDS
 
 SPACE, OTHER = NamespaceId(b"s" * 16), NamespaceId(b"o" * 16)
 DIGESTS = [loose_digest(number) for number in range(5)]
@@ -34,6 +37,18 @@ async def held(directory: Directory, name: str = "one", namespace: NamespaceId =
     return [number for number, is_held in enumerate(row) if is_held]
 
 
+async def held_again(directory: Directory) -> list[int]:
+    """Return the same as soon as it is said in time, however busy this machine is."""
+    loop = asyncio.get_running_loop()
+    ends_at = loop.time() + DEADLINE_SECONDS
+    while True:
+        try:
+            return await held(directory)
+        except TierError:
+            if loop.time() > ends_at:
+                raise
+
+
 async def test_what_one_host_says_another_hears_by_name_and_namespace(server, open_directory):
     one, other = open_directory(server.url), open_directory(server.unix_url)
     assert await one.change(SPACE, "one", DIGESTS[:3], []) == 3
@@ -54,9 +69,9 @@ async def test_what_is_not_renewed_ends_and_that_is_noticed(server, open_directo
     one = open_directory(server.url)
     await one.change(SPACE, "one", DIGESTS, [])
     assert 0 < server.do("PTTL", KEY) <= DIRECTORY_TTL_SECONDS * 1000
-    server.do("PEXPIRE", KEY, 1000)
+    server.do("PEXPIRE", KEY, 10_000)
     assert await one.renew([SPACE, OTHER], "one") == [5, 0]
-    assert server.do("PTTL", KEY) > 1000
+    assert server.do("PTTL", KEY) > 10_000
     server.do("PEXPIRE", KEY, 0)
     assert await held(one) == []
     assert await one.renew([SPACE], "one") == [0]
@@ -98,19 +113,20 @@ async def test_what_stands_there_and_is_no_set_is_nothing_and_not_overwritten(
 async def test_a_silent_server_fails_the_call_in_its_time_and_is_found_again(
     own_server, open_directory
 ):
+    await open_directory(own_server.url).change(SPACE, "one", DIGESTS, [])
     one = open_directory(own_server.url, timeout_seconds=0.2)
-    await one.change(SPACE, "one", DIGESTS, [])
+    assert await held_again(one) == [0, 1, 2, 3, 4]
     own_server.pause()
     for call in (one.probe, lambda: held(one), lambda: one.renew([SPACE], "one")):
         with pytest.raises(TierError, match="directory: "):
             await call()
     own_server.pause(paused=False)
-    assert await held(one) == [0, 1, 2, 3, 4]
+    assert await held_again(one) == [0, 1, 2, 3, 4]
     own_server.kill()
     with pytest.raises(TierError, match="directory: "):
         await held(one)
     own_server.start()
-    assert await held(one) == []
+    assert await held_again(one) == []
 
 
 async def test_a_server_without_memory_for_more_says_so(own_server, open_directory):
