@@ -116,9 +116,11 @@ class FirstToken:
 
     def rest_of(self, body: Mapping[str, Any]) -> dict[str, Any]:
         """Return what decode is asked instead of *body*: all that comes behind this token."""
-        tokens = body.get("max_tokens") or _TOKENS
+        # Named, but null, is as many as the context holds.
+        tokens = body.get("max_tokens", _TOKENS)
+        left = None if tokens is None else tokens - 1
         asked = {name: value for name, value in body.items() if name != "seed"}
-        return asked | {"prompt": [*self.prompt, self.token], "max_tokens": tokens - 1}
+        return asked | {"prompt": [*self.prompt, self.token], "max_tokens": left}
 
     def rewritten(self, event: bytes) -> bytes:
         """Return an event of the rest as one of the whole answer."""

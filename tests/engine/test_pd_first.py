@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from kvstore.connectors.pd_first import Events, may_split
+from kvstore.connectors.pd_first import Events, FirstToken, may_split
 from kvstore.connectors.pd_pools import EngineError
 from kvstore.limits import PROXY_EVENT_MAX_BYTES
 from tests.engine.pd_site import COMPLETIONS, EVENTS, PROMPT, SEEN, FakeEngine, Site, site
@@ -99,6 +99,14 @@ def test_what_asks_for_nothing_stands_in_nobodys_way():
     for changes in ({"n": 1, "echo": False, "seed": None, "stop": []}, {"prompt": [1, 2]}):
         assert may_split(COMPLETIONS, PROMPT | changes)
     assert not may_split("/v1/chat/completions", PROMPT)
+
+
+@pytest.mark.parametrize(
+    ("asked", "left"), [({"max_tokens": 3}, 2), ({}, 15), ({"max_tokens": None}, None)]
+)
+def test_decode_is_asked_for_one_token_less_of_however_many(asked, left):
+    token = FirstToken({}, "one", [7, 8], 9)
+    assert token.rest_of(asked)["max_tokens"] == left
 
 
 @pytest.mark.parametrize("in_turn", [False, True])
