@@ -70,7 +70,7 @@ async def test_where_prefill_hands_nothing_over_decode_does_not_wait_for_it():
 
 
 async def test_a_prefill_engine_that_says_nothing_is_left_out():
-    async with site(prefill_seconds=0.05) as made:
+    async with site(prefill_seconds=1.0) as made:
         prefill, decode = made.prefill[0], made.decode[0]
         prefill.answer = prefill.hang
 
