@@ -22,6 +22,8 @@ MANIFEST = make_manifest(model="traced")
 # Twice what the host tier holds.
 CHUNKS = 64
 TRACE = "4bf92f3577b34da6a3ce929d0e0e4736"
+# The receiver is as slow as the machine: nothing is to be lost for that.
+PATIENT = {"SPANS_TIMEOUT_SECONDS": DEADLINE_SECONDS}
 
 
 @pytest.fixture
@@ -52,7 +54,7 @@ def test_requests_join_the_trace_of_whoever_calls_with_what_was_read_inside(tmp_
         "tiers.disk.write": "through",
         "tracing.endpoint": receiver.endpoint,
     }
-    with Daemon(tmp_path, settings) as daemon, daemon.connect() as client:
+    with Daemon(tmp_path, settings, PATIENT) as daemon, daemon.connect() as client:
         space = client.attach(MANIFEST)
         store_all(space, digests)
         with in_span(ALWAYS_OFF):
@@ -93,7 +95,7 @@ def test_hand_offs_between_hosts_are_part_of_the_trace(tmp_path, receiver):
     traced = {"tracing.endpoint": receiver.endpoint}
     with (
         called(tmp_path / "prefill", port) as prefill,
-        caller(tmp_path / "decode", port, traced) as decode,
+        caller(tmp_path / "decode", port, traced, PATIENT) as decode,
         prefill.connect() as producer,
         decode.connect() as consumer,
     ):
