@@ -15,7 +15,7 @@ from kvstore.errors import UnavailableError
 from kvstore.limits import EXTENT_ALIGNMENT_BYTES, MIB
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from kvstore.client.sync import Space
     from kvstore.protocol.manifest import Manifest
@@ -74,15 +74,22 @@ class ChildProcess:
 
 
 class BenchDaemon(ChildProcess):
-    """`kvstore serve` with an arena of *capacity_bytes*, on a temporary socket."""
+    """`kvstore serve` with an arena of *capacity_bytes*, and *more* settings."""
 
-    def __init__(self, capacity_bytes: int, *, checksums: bool, prefault: bool) -> None:
+    def __init__(
+        self,
+        capacity_bytes: int,
+        *,
+        checksums: bool,
+        prefault: bool,
+        more: Mapping[str, str] | None = None,
+    ) -> None:
         started_at = time.perf_counter()
         settings = {
             "tiers.host.capacity": f"{-(-capacity_bytes // MIB)}MiB",
             "tiers.host.checksum": "xxh3" if checksums else "off",
             "tiers.host.prefault": str(prefault).lower(),
-        }
+        } | dict(more or {})
         super().__init__(lambda socket: _serve(settings | {"server.socket": str(socket)}))
         self.checksums = checksums
         self._client: Client | None = None

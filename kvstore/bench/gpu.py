@@ -8,6 +8,7 @@ once, and on the device. Where there is no GPU it says so and ends with 1.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import threading
 import time
@@ -16,16 +17,20 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kvstore.bench import report
 from kvstore.bench.daemon import BenchDaemon
+from kvstore.bench.gpu_pool import measure_pool
 from kvstore.bench.gpu_rig import (
     ENGINE_STREAM,
     GpuShape,
     Rig,
     check_stored,
     host_microseconds,
+    last_words,
     median_seconds,
     run_copies,
     run_lane,
     together,
+    wait_until,
+    wait_until_registered,
 )
 from kvstore.bench.report import Figures, Verdict
 from kvstore.client.cache import PrefixCache
@@ -36,9 +41,7 @@ from kvstore.gpu.cupy_device import open_device
 from kvstore.gpu.device import Copy, Urgency
 from kvstore.gpu.devices import find_devices
 from kvstore.gpu.lanes import LoadLane, StoreLane
-from kvstore.hashing import chunk_digests
 from kvstore.limits import MIB
-from kvstore.protocol.manifest import Manifest
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
@@ -51,16 +54,18 @@ SHAPES: Final = (
 )
 QUICK: Final = GpuShape("smoke", 2, 2, 64, 16, 2, chunks=4)
 _ROUNDS: Final = 9
+_MODEL_ROUNDS_MAX: Final = 3
+_BUDGET_SECONDS: Final = 540.0
 CODECS: Final = ("raw", "int8kv", "int4kv")
 _CODED_MIN: Final = {"int4kv": 3.2}
 """Raw bytes a second, by those of the raw path."""
 _ONE_WAY_MIN: Final = 0.90
 _DUPLEX_MIN: Final = 0.85
+_POOL_MIN: Final = 0.80
 _FENCE_MICROSECONDS_MAX: Final = 100.0
 _MATMUL_SLOWER_MAX: Final = 0.03
 _MATMUL_SIZE: Final = 8192
 _MATMULS: Final = 40
-_CONNECT_SECONDS: Final = 20.0
 _TIMEOUT_SECONDS: Final = 10.0
 
 _COLUMNS: Final = {
@@ -73,11 +78,20 @@ _COLUMNS: Final = {
     "target": "target",
     "verdict": "verdict",
 }
+_MODEL_COLUMNS: Final = {
+    "tokens": "prefix, tokens",
+    "what": "what",
+    "first_token_ms": "ms",
+    "faster": "times cold",
+    "moved_by": "moved by",
+    "logits_off": "logits off by",
+    "outcome": "outcome",
+}
 
 
 def main(argv: list[str]) -> int:
     """Measure and print; return 0 whatever the verdicts, and 1 where there is no GPU."""
-    options = _parse(argv)
+    options, started_at = _parse(argv), time.monotonic()
     device = open_device(options.device)
     if device is None:
         found = find_devices()
@@ -89,7 +103,14 @@ def main(argv: list[str]) -> int:
         return 1
     shapes = (QUICK,) if options.quick else SHAPES
     rounds = options.rounds or (1 if options.quick else _ROUNDS)
-    found_report = measure(device, shapes, rounds, matmul=_find_matmul())
+    found_report = measure(device, shapes, rounds, gpu=str(options.device), matmul=_find_matmul())
+    left = options.budget - (time.monotonic() - started_at)
+    found_report["models"] = _measure_model(
+        options.device, min(rounds, _MODEL_ROUNDS_MAX), left, quick=options.quick
+    )
+    found_report["targets"] += [
+        verdict.figures() for verdict in _model_verdicts(found_report["models"])
+    ]
     if options.output == "json":
         report.print_json(found_report)
     else:
@@ -105,6 +126,13 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--output", choices=("table", "json"), default="table")
     parser.add_argument("--device", type=int, default=0, help="number of the GPU (default 0)")
     parser.add_argument("--rounds", type=int, help=f"counted rounds (default {_ROUNDS})")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        metavar="SECONDS",
+        default=_BUDGET_SECONDS,
+        help=f"what of the model would take longer is left out (default {_BUDGET_SECONDS:.0f})",
+    )
     parser.add_argument("--quick", action="store_true", help="one small shape: a smoke test")
     return parser.parse_args(argv)
 
@@ -114,9 +142,13 @@ def measure(
     shapes: Sequence[GpuShape],
     rounds: int,
     *,
+    gpu: str = "0",
     matmul: Callable[[int], float] | None = None,
 ) -> Figures:
-    """Check and measure; *matmul* returns the seconds of so many products on the device."""
+    """Check and measure; *matmul* returns the seconds of so many products on the device.
+
+    *gpu* is *device* as the setting `tiers.device.gpu` has it.
+    """
     rows: list[Figures] = []
     checks: Figures = {}
     for shape in shapes:
@@ -132,6 +164,8 @@ def measure(
             if matmul is not None and shape is shapes[0]:
                 checks["matmul beside stores, slower by"] = _matmul_slowdown(rig, matmul)
         rows += _through_a_daemon(device, shape, rounds)
+        if shape is shapes[0]:
+            rows += _through_a_pool(device, shape, rounds, gpu)
     return {
         "machine": report.machine() | {"device": device.name},
         "rows": rows,
@@ -236,34 +270,18 @@ def _calls(
 ) -> Iterator[tuple[str, Callable[[], None]]]:
     """Yield what stores all chunks with *codec*, and what loads them, once they were checked."""
     shape = rig.shape
-    manifest = Manifest(
-        model="bench",
-        revision="1",
-        dtype="bfloat16",
-        layers=shape.layers,
-        kv_heads=shape.heads,
-        head_dim=shape.head_dim,
-        chunk_tokens=shape.page_tokens * shape.pages_per_chunk,
-        codec=codec,
-    )
+    manifest, digests = shape.manifest(codec), shape.digests()
     # All layers alike: it is the kernels that are measured, not a policy.
     policy = CodecPolicy(codec=codec, edge_layers=0)
-    tokens = list(range(shape.chunks * manifest.chunk_tokens))
-    digests = chunk_digests(tokens, manifest.chunk_tokens)
     cache = PrefixCache(
         manifest, socket=daemon.socket, timeout_seconds=_TIMEOUT_SECONDS, policy=policy
     )
-    _wait(lambda: cache.is_connected)
+    wait_until(lambda: cache.is_connected, "a connection to the daemon")
     first, second = (shape.layout(memory.address) for memory in (rig.first, rig.second))
     with cache, DeviceCache(cache, device, first) as on_gpu:
         space = daemon.client.attach(manifest)
         on_gpu.store(digests[:1], rig.pages[:1])  # has the arena registered
-        _wait(
-            lambda: (
-                on_gpu.registered_bytes == space.attached.arena.size_bytes
-                or on_gpu.counters.registrations_failed > 0
-            )
-        )
+        wait_until_registered(on_gpu, space)
         fence = partial(on_gpu.fence, ENGINE_STREAM)
 
         def store() -> None:
@@ -288,12 +306,30 @@ def _daemon(total_bytes: int) -> BenchDaemon:
     return BenchDaemon(2 * total_bytes + 16 * MIB, checksums=True, prefault=True)
 
 
-def _wait(condition: Callable[[], bool]) -> None:
-    ends_at = time.monotonic() + _CONNECT_SECONDS
-    while not condition():
-        if time.monotonic() > ends_at:
-            raise UnavailableError("the bench's own daemon was not reached in time")
-        time.sleep(0.005)
+def _through_a_pool(device: Device, shape: GpuShape, rounds: int, gpu: str) -> Iterator[Figures]:
+    """Yield a store and a load through the device tier of a daemon; where there is none, why."""
+    try:
+        found = measure_pool(device, shape, rounds, gpu)
+    except UnavailableError as error:
+        reason = last_words(error)
+        for what in ("store", "load"):
+            yield {"shape": shape.name, "what": f"{what}, device tier", "verdict": reason}
+        return
+    for what, speed in (("store", found.store), ("load", found.load)):
+        floor = "copy on the device"
+        yield _row(shape, f"{what}, device tier", speed, floor, found.floor, _POOL_MIN)
+
+
+def _measure_model(index: int, rounds: int, seconds: float, *, quick: bool) -> list[Figures]:
+    """Return the rows of a model on GPU number *index*, or what is missing for them."""
+    lacking = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
+    if lacking:
+        reason = f"needs {' and '.join(lacking)}: pip install 'kvstore[hf]'"
+        return [{"what": "not measured", "outcome": reason}]
+    from kvstore.bench import gpu_model
+
+    shape = gpu_model.TINY if quick else gpu_model.ABOUT_1B
+    return gpu_model.measure_cuda(index, shape, rounds=rounds, seconds=seconds)
 
 
 def _matmul_slowdown(rig: Rig, matmul: Callable[[int], float]) -> float:
@@ -342,7 +378,7 @@ def _verdicts(rows: Sequence[Figures], checks: Figures) -> list[Verdict]:
     verdicts = [
         Verdict(f"{row['what']} ({row['shape']})", row["target"], row["ratio"], "more")
         for row in rows
-        if row["target"] is not None
+        if row.get("target") is not None
     ]
     for name, value in checks.items():
         if name.endswith("a fence, us"):
@@ -352,11 +388,22 @@ def _verdicts(rows: Sequence[Figures], checks: Figures) -> list[Verdict]:
     return verdicts
 
 
+def _model_verdicts(rows: Sequence[Figures]) -> list[Verdict]:
+    """Judge what is stored raw: the answers are those of the model alone."""
+    return [
+        Verdict(f"logits off by, {row['what']} ({row['tokens']})", 0.0, row["logits_off"], "less")
+        for row in rows
+        if "logits_off" in row and row["what"].endswith("raw")
+    ]
+
+
 def _print(found: Figures) -> None:
     for key, value in found["machine"].items():
         print(f"{key}: {value}")
     report.print_heading("Chunks between pages and host memory, medians")
     report.print_table(_COLUMNS, found["rows"])
+    report.print_heading("Time to first token, medians")
+    report.print_table(_MODEL_COLUMNS, found.get("models", []))
     report.print_heading("Checks and host time")
     rows = [{"what": name, "value": value} for name, value in found["checks"].items()]
     report.print_table({"what": "what", "value": "value"}, rows)

@@ -19,13 +19,15 @@ from kvstore.gpu.device import Copy, Fence, Urgency, host_bytes, wait_for
 from kvstore.gpu.lanes import LaneSettings, LoadLane, Moved, StoreLane
 from kvstore.gpu.pages import PageLayout
 from kvstore.gpu.windows import Windows
-from kvstore.hashing import block_digests
+from kvstore.hashing import block_digests, chunk_digests
+from kvstore.protocol.manifest import Manifest
 from kvstore.transfer.arena import Arena
 from kvstore.transfer.native import address_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from kvstore.client.gpu import DeviceCache
     from kvstore.client.sync import Space
     from kvstore.compression.policy import CodecPolicy
     from kvstore.gpu.device import Device, Memory, Stream
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 ENGINE_STREAM: Final = 0
 """CUDA's default stream: the bench has no engine."""
 _SEED: Final = 7
+_PATIENCE_SECONDS: Final = 20.0
+_REASON_CHARACTERS_MAX: Final = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +80,24 @@ class GpuShape:
             token_stride=self.heads * 2 * self.row_bytes,
             head_stride=2 * self.row_bytes,
         )
+
+    def manifest(self, codec: str) -> Manifest:
+        """Return what a namespace of such chunks is called."""
+        return Manifest(
+            model="bench",
+            revision="1",
+            dtype="bfloat16",
+            layers=self.layers,
+            kv_heads=self.heads,
+            head_dim=self.head_dim,
+            chunk_tokens=self.page_tokens * self.pages_per_chunk,
+            codec=codec,
+        )
+
+    def digests(self) -> list[Digest]:
+        """Return the digests of one prompt of so many chunks."""
+        chunk_tokens = self.page_tokens * self.pages_per_chunk
+        return chunk_digests(list(range(self.chunks * chunk_tokens)), chunk_tokens)
 
     def opaque_layout(self, base: int) -> PageLayout:
         """Return the layout of the same pages as they lie, each in one piece."""
@@ -239,6 +261,24 @@ def _require(is_right: bool, what: str) -> None:
         raise InternalError(what)
 
 
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Return once *condition* holds; raises `UnavailableError` when *what* takes too long."""
+    ends_at = time.monotonic() + _PATIENCE_SECONDS
+    while not condition():
+        if time.monotonic() > ends_at:
+            raise UnavailableError(f"{what}: not after {_PATIENCE_SECONDS:.0f} s")
+        time.sleep(0.005)
+
+
+def wait_until_registered(on_gpu: DeviceCache, space: Space) -> None:
+    """Return once the device reaches the whole arena, or cannot; a transfer must have begun it."""
+    size, counters = space.attached.arena.size_bytes, on_gpu.counters
+    wait_until(
+        lambda: on_gpu.registered_bytes == size or counters.registrations_failed > 0,
+        "the registration of the arena",
+    )
+
+
 def run_lane(lane: Lane, chunks: Sequence[Moved], *, checksums: bool = True) -> list[Any]:
     """Move *chunks* as the client does; return their digests."""
     fence = None
@@ -312,3 +352,9 @@ def host_microseconds(rig: Rig, rounds: int) -> tuple[float, float]:
     median_seconds(rounds, once)
     lane.close()
     return fence * 1e6, statistics.median(begun[1:]) * 1e6
+
+
+def last_words(error: Exception) -> str:
+    """Return why there is no figure, as a cell of a table."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1].replace("|", "/")[-_REASON_CHARACTERS_MAX:]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kvstore.bench import gpu
+from kvstore.bench import gpu, gpu_pool
 from kvstore.bench.gpu_rig import GpuShape, Rig
 from kvstore.compression.twins import CODEC_TWINS
 from kvstore.errors import InternalError, UnavailableError
 from kvstore.gpu.standin import Standin
+from kvstore.gpu.standin_pools import StandinPools
 
 TINY = GpuShape("tiny", layers=1, heads=2, head_dim=16, page_tokens=4, pages_per_chunk=2, chunks=3)
 
@@ -20,7 +21,7 @@ def device() -> Standin:
 
 
 def test_it_measures_every_row_beside_its_floor(device, capsys) -> None:
-    found = gpu.measure(device, [TINY], 1, matmul=float)
+    found = gpu.measure(device, [TINY], 1, gpu="standin", matmul=float)
     names = [row["what"] for row in found["rows"]]
     assert [name for name in names if name.startswith("floor")] == [
         "floor: pinned copy to the host",
@@ -30,8 +31,10 @@ def test_it_measures_every_row_beside_its_floor(device, capsys) -> None:
     ]
     for what in ("store, gathered", "load, gathered", "both, gathered"):
         assert what in names
-    assert names[-2 * len(gpu.CODECS) :] == [
-        f"{what} through the daemon, {codec}" for codec in gpu.CODECS for what in ("store", "load")
+    assert names[-2 * len(gpu.CODECS) - 2 :] == [
+        *(f"{w} through the daemon, {codec}" for codec in gpu.CODECS for w in ("store", "load")),
+        "store, device tier",
+        "load, device tier",
     ]
     assert any("by the copy engine" in name for name in names)
     assert all(row["gb_per_s"] > 0 and row["floor_gb_per_s"] > 0 for row in found["rows"])
@@ -39,8 +42,31 @@ def test_it_measures_every_row_beside_its_floor(device, capsys) -> None:
     assert "store through the daemon, raw (tiny)" in targets
     assert "load through the daemon, int4kv (tiny)" in targets
     assert "matmul beside stores, slower by" in targets
+    assert "store, device tier (tiny)" in targets
     gpu._print(found)
     assert "| tiny " in capsys.readouterr().out
+
+
+def test_without_a_pool_it_says_why(device, monkeypatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise UnavailableError("did not start:\nthere is no such GPU")
+
+    monkeypatch.setattr(gpu_pool, "BenchDaemon", refuse)
+    rows = list(gpu._through_a_pool(device, TINY, 1, "7"))
+    assert [row["verdict"] for row in rows] == ["there is no such GPU"] * 2
+    assert gpu._verdicts(rows, {}) == []
+
+
+def test_a_pool_that_nobody_uses_is_not_measured(device, monkeypatch) -> None:
+    monkeypatch.setattr(StandinPools, "reaches", lambda *_: False)
+    with pytest.raises(UnavailableError, match="the pool was not used: 0 of 9 chunks were stored"):
+        gpu_pool.measure_pool(device, TINY, 1, "standin")
+
+
+def test_without_transformers_it_says_so(monkeypatch) -> None:
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda _: None)
+    (row,) = gpu._measure_model(0, 1, 1.0, quick=True)
+    assert row["outcome"] == "needs torch and transformers: pip install 'kvstore[hf]'"
 
 
 def test_wrong_kernels_end_it(device) -> None:
