@@ -93,13 +93,12 @@ class DeviceRoom:
         return place
 
     def loaded(self, slots: Sequence[int], chunks: Sequence[Sequence[ShardRecord]]) -> None:
-        """Note that an engine reads *chunks* of *slots* here, as far as they are here."""
+        """Note that an engine reads *chunks* of *slots* here: of each, these shards."""
         for slot, chunk in zip(reversed(slots), reversed(chunks), strict=True):
-            here = [shard.size_bytes for shard in chunk if shard.tiers & _DEVICE]
-            if here:
+            if chunk:
                 self._residents.touch(slot)
                 self.tier.counters.loaded_chunks += 1
-                self.tier.counters.loaded_bytes += sum(here)
+                self.tier.counters.loaded_bytes += sum(shard.size_bytes for shard in chunk)
 
     def demote_all(self) -> None:
         """Have all that is here alone copied down, as far as the queue is long enough."""

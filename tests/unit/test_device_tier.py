@@ -126,6 +126,8 @@ async def test_a_leased_chunk_stays_and_shards_cut_otherwise_are_put_together_on
         )
         pooled = [[loading.is_pooled(shard) for shard in chunk] for chunk in loading.chunks]
         assert pooled == [[False, False], [True]]
+        tiers.store.end_load(loading, len(loading.slots))
+        assert tiers.tier.counters.loaded_chunks == 1
         # A rank has its own shard at hand.
         of_rank = tiers.store.begin_load(
             engine.session, engine.space, digests[:1], halves[1], 0.0, direct=BOTH
