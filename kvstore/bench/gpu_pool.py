@@ -26,6 +26,8 @@ from kvstore.gpu.device import Copy, Urgency, host_bytes
 from kvstore.limits import MIB
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from kvstore.client.sync import Space
     from kvstore.gpu.device import Device
     from kvstore.protocol.stats import TierStats
@@ -80,8 +82,27 @@ def measure_pool(device: Device, shape: GpuShape, rounds: int, gpu: str) -> Pool
             median_seconds(rounds, bench.load),
             median_seconds(rounds, partial(run_copies, stream, across)),
         )
-        bench.check_pooled(stores=rounds + 2, loads=rounds + 2)
+        # One call to check, one that does not count, and the rounds.
+        require_pooled(
+            tier_of(daemon, "device").counters,
+            (rounds + 2) * shape.chunks,
+            refused=on_gpu.counters.pools_refused,
+        )
         return PoolSpeeds(*(total / each / 1e9 for each in seconds))
+
+
+def require_pooled(counters: Mapping[str, int], chunks: int, *, refused: int) -> None:
+    """Raise `UnavailableError` unless *chunks* were stored in the pool, and as many loaded.
+
+    *refused* is how often the device could not map it.
+    """
+    for what in ("stored", "loaded"):
+        found = counters[f"{what}_chunks"]
+        if found != chunks:
+            raise UnavailableError(
+                f"the pool was not used: {found} of {chunks} chunks were {what} there"
+                f" ({refused} times it could not be mapped)"
+            )
 
 
 class _PoolBench:
@@ -132,18 +153,6 @@ class _PoolBench:
         first, second = (host_bytes(rig.base + half * total, total) for half in (0, 1))
         if not np.array_equal(first, second):
             raise InternalError("pages loaded from the device tier are not what was stored")
-
-    def check_pooled(self, *, stores: int, loads: int) -> None:
-        """Raise `UnavailableError` unless it was the pool that all calls have used."""
-        counters, count = tier_of(self._daemon, "device").counters, len(self._digests)
-        refused = self._on_gpu.counters.pools_refused
-        for what, calls in (("stored", stores), ("loaded", loads)):
-            found, asked = counters[f"{what}_chunks"], calls * count
-            if found != asked:
-                raise UnavailableError(
-                    f"the pool was not used: {found} of {asked} chunks were {what} there"
-                    f" ({refused} times it could not be mapped)"
-                )
 
     def _clear(self) -> None:
         wait_until(

@@ -10,7 +10,6 @@ from kvstore.bench.gpu_rig import GpuShape, Rig
 from kvstore.compression.twins import CODEC_TWINS
 from kvstore.errors import InternalError, UnavailableError
 from kvstore.gpu.standin import Standin
-from kvstore.gpu.standin_pools import StandinPools
 
 TINY = GpuShape("tiny", layers=1, heads=2, head_dim=16, page_tokens=4, pages_per_chunk=2, chunks=3)
 
@@ -57,10 +56,30 @@ def test_without_a_pool_it_says_why(device, monkeypatch) -> None:
     assert gpu._verdicts(rows, {}) == []
 
 
-def test_a_pool_that_nobody_uses_is_not_measured(device, monkeypatch) -> None:
-    monkeypatch.setattr(StandinPools, "reaches", lambda *_: False)
-    with pytest.raises(UnavailableError, match="the pool was not used: 0 of 9 chunks were stored"):
-        gpu_pool.measure_pool(device, TINY, 1, "standin")
+def test_a_pool_that_nobody_uses_is_not_measured() -> None:
+    found = {"stored_chunks": 9, "loaded_chunks": 9}
+    gpu_pool.require_pooled(found, 9, refused=0)
+    for what in ("stored", "loaded"):
+        with pytest.raises(UnavailableError, match=rf"8 of 9 chunks were {what} there \(1 times"):
+            gpu_pool.require_pooled(found | {f"{what}_chunks": 8}, 9, refused=1)
+
+
+def test_the_model_has_what_is_left_of_the_budget(device, monkeypatch, capsys) -> None:
+    def model(_: int, rounds: int, seconds: float, *, quick: bool) -> list[dict[str, object]]:
+        asked.append((rounds, quick, 0 < seconds < 500))
+        return [{"tokens": 32, "what": "host tier, raw", "logits_off": 0.5, "outcome": "KV equal"}]
+
+    asked: list[tuple[int, bool, bool]] = []
+    measured = {"machine": {}, "rows": [], "checks": {}, "targets": []}
+    monkeypatch.setattr(gpu, "open_device", lambda _: device)
+    monkeypatch.setattr(gpu, "_find_matmul", lambda: float)
+    monkeypatch.setattr(gpu, "measure", lambda *_, **__: measured)
+    monkeypatch.setattr(gpu, "_measure_model", model)
+    assert gpu.main(["--quick", "--budget", "500"]) == 0
+    assert asked == [(1, True, True)]
+    printed = capsys.readouterr().out
+    assert "| 32             | host tier, raw | -  | -          | -        | 0.500" in printed
+    assert "| logits off by, host tier, raw (32) | 0.000 | 0.500    | MISS    |" in printed
 
 
 def test_without_transformers_it_says_so(monkeypatch) -> None:
