@@ -38,7 +38,7 @@ struct Report {
     uint32_t unused;
 };
 
-/* Arguments of every kernel, by value; KERNEL_ARGUMENTS in gpu/kernels.py says the same. */
+/* Arguments of every kernel, by value; BATCH in gpu/batches.py says the same. */
 struct Batch {
     const Section *sections;
     const int32_t *pages;       /* [chunk][page of the chunk] */

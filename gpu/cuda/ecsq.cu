@@ -369,7 +369,8 @@ KV_INLINE void write_escapes(const Batch &batch, const Stream &stream, const Eig
 template <int DTYPE> KV_INLINE void escapes(const Batch &batch, const Place &at) {
     __shared__ uint32_t slots[KV_RANS_TOTAL];
     __shared__ Groups groups;
-    if (report_of(batch, at)->broken) { /* for every thread alike: nobody changes it to 0 */
+    /* Other blocks may just be finding out: no two threads of this one may go different ways. */
+    if (largest_of_block((int32_t)report_of(batch, at)->broken) != 0) {
         return;
     }
     const Coding &coding = coding_of(batch);
