@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
+import os
 import shutil
 import subprocess
 import zlib
@@ -74,10 +76,8 @@ class Kernels(Protocol):
 class HostKernels:
     """Kernels built with g++ and run by host_cuda.h."""
 
-    def __init__(self, folder: Path) -> None:
-        self._libraries = {
-            source: ctypes.CDLL(str(folder / f"{source}.so")) for source in source_names()
-        }
+    def __init__(self, factory: pytest.TempPathFactory) -> None:
+        self._libraries = {source: build_host_library(source, factory) for source in source_names()}
 
     def launch(
         self, codec: str, side: str, direction: str, dtype: str, scene: Scene, reports: np.ndarray
@@ -95,26 +95,28 @@ class HostKernels:
         library.host_launch(address, ctypes.c_uint(BLOCKS), ctypes.c_void_p(batch.ctypes.data))
 
 
-def build_host_kernels(folder: Path, *flags: str) -> HostKernels:
-    """Compile every source for the host; skip the test where there is no g++."""
-    for source in source_names():
-        build_host_library(source, folder, *flags)
-    return HostKernels(folder)
+def build_host_library(source: str, factory: pytest.TempPathFactory) -> ctypes.CDLL:
+    """Compile one source for the host, once for all processes of a test run.
 
-
-def build_host_library(source: str, folder: Path, *flags: str) -> ctypes.CDLL:
-    """Compile one source for the host; skip the test where there is no g++."""
+    Skips the test where there is no g++.
+    """
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("no g++: the kernels cannot be built for the host")
+    folder = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
     library = folder / f"{source}.so"
     command = [
         *(compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off"),
-        *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", *flags),
+        *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
         f'-DKERNEL_SOURCE="{SOURCES / source}.cu"',
         *("-o", str(library), str(SUPPORT / "host_launch.cpp")),
     ]
-    subprocess.run(command, check=True)
+    with library.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            subprocess.run(command, check=True)
     return ctypes.CDLL(str(library))
 
 
@@ -282,8 +284,7 @@ class Scene:
             assert report["error"] == pytest.approx(expected.error, rel=1e-2, abs=1e-6)
 
     def check_decode(self, kernels: Kernels) -> None:
-        """Decode what NumPy encoded; pages outside the chunks stay as they are."""
-        self.containers, _ = self.sections_by_numpy()
+        """Decode what `check_encode` has left; pages outside the chunks stay as they are."""
         size = fixed_section_bytes(self.codec, self.shape)
         expected = []
         for chunk, section in np.ndindex(CHUNKS, SECTIONS):

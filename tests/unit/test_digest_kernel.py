@@ -6,7 +6,6 @@ So does its twin, which the stand-in runs. Needs g++; on a GPU: tests/gpu/test_t
 from __future__ import annotations
 
 import ctypes
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -55,7 +54,7 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return build_host_library("xxh3", Path(tmp_path_factory.mktemp("xxh3")))
+    return build_host_library("xxh3", tmp_path_factory)
 
 
 def run(library: ctypes.CDLL, scene: Scene, grid: int) -> None:

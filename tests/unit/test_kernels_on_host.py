@@ -6,8 +6,6 @@ the same comparison on a GPU is tests/gpu/test_codec_kernels.py.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from kvstore.compression.shapes import CodecId, Kind, SourceType
@@ -17,7 +15,6 @@ from tests.support.kernels import (
     WIDE,
     HostKernels,
     Scene,
-    build_host_kernels,
     check_kernels,
 )
 from tests.support.variable_kernels import (
@@ -33,7 +30,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
 @pytest.fixture(scope="module")
 def kernels(tmp_path_factory: pytest.TempPathFactory) -> HostKernels:
-    return build_host_kernels(Path(tmp_path_factory.mktemp("kernels")))
+    return HostKernels(tmp_path_factory)
 
 
 @pytest.mark.parametrize("size", [*SIZES, *WIDE], ids=str)

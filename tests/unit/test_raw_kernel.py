@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,7 +78,7 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    return build_host_library("raw", Path(tmp_path_factory.mktemp("raw")))
+    return build_host_library("raw", tmp_path_factory)
 
 
 def by_twin(kernel: str, batch: np.ndarray) -> None:
