@@ -29,11 +29,12 @@ from kvstore.compression.shapes import (
     padded,
 )
 from kvstore.compression.tables import HQ3, HQ4
+from kvstore.compression.twins import KERNEL_NAMES, SIDES, TYPES
 from kvstore.gpu.batches import CODING, REPORT, SECTION, SPAN, Chunks, Pages, Places, batch_of
 from kvstore.gpu.build import SOURCES, source_names
 from kvstore.gpu.kernels import (
     CODECS as SOURCES_OF,
-    DTYPES as MOST_DTYPES,
+    DTYPES,
     DTYPES_OF,
     WIDTH_MAX,
     WIDTHS_MAX,
@@ -41,17 +42,8 @@ from kvstore.gpu.kernels import (
 )
 from kvstore.types import HeadRange
 
-CODECS = {
-    CodecId.FP8: "fp8",
-    CodecId.INT8KV: "int8",
-    CodecId.INT4KV: "int4",
-    CodecId.NVFP4: "nvfp4",
-    CodecId.NVFP4_COMPAT: "compat",
-    CodecId.HQ4: "hq4",
-    CodecId.HQ3: "hq3",
-}
+CODECS = {**KERNEL_NAMES, CodecId.NVFP4_COMPAT: "compat"}
 """Kernels' names of codecs."""
-DTYPES = {SourceType.BFLOAT16: "bf16", SourceType.FLOAT16: "fp16", SourceType.FLOAT32: "fp32"}
 BLOCKS = 3
 """Fewer than there are parts, so that blocks take several."""
 TABLES = {CodecId.HQ4: HQ4.table_id, CodecId.HQ3: HQ3.table_id}
@@ -251,8 +243,8 @@ class Scene:
     # --- comparisons --------------------------------------------------------------------------
 
     def run(self, kernels: Kernels, direction: str, reports: np.ndarray) -> None:
-        side = "keys" if self.shape.kind is Kind.K else "values"
-        dtype = DTYPES[self.shape.source]
+        side = SIDES[self.shape.kind]
+        dtype = TYPES[self.shape.source]
         kernels.launch(self.source, side, direction, dtype, self, reports)
 
     def encode(self, kernels: Kernels) -> np.ndarray:
@@ -307,8 +299,8 @@ def check_kernels(kernels: Kernels, codec: CodecId, size: tuple[int, int, int]) 
     if size[2] > WIDTHS_MAX.get(CODECS[codec], WIDTH_MAX):
         pytest.skip("refused by gpu/kernels.py")
     for kind in Kind:
-        for source, dtype in DTYPES.items():
-            if dtype not in DTYPES_OF.get(CODECS[codec], MOST_DTYPES):
+        for source, dtype in TYPES.items():
+            if dtype not in DTYPES_OF.get(CODECS[codec], DTYPES):
                 continue
             for sinks in (4,) if source is SourceType.FLOAT32 else (0, 4):
                 scene = Scene.by_chance(codec, kind, source, size, sinks)
