@@ -150,9 +150,13 @@ def test_a_redis_that_is_away_at_start_costs_nothing_and_is_found_later(tmp_path
             assert space.lookup(digests).hits == 8
         redis.start()
         wait_until(lambda: redis_tier(daemon).state == "ready", what="redis is found")
-        load_all(daemon, digests)
-        # A use offers the tier what it lacks.
-        wait_until(lambda: redis_tier(daemon).chunks == 8, what="chunks are written after all")
+
+        def are_written() -> bool:
+            # A use offers the tier what it lacks.
+            load_all(daemon, digests)
+            return redis_tier(daemon).chunks == 8
+
+        wait_until(are_written, what="chunks are written after all")
 
 
 def redis_tier(daemon: Daemon):
