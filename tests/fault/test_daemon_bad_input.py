@@ -110,7 +110,12 @@ def test_any_request_before_hello_is_refused_and_ends_the_session(peer, name):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in REQUESTS if name not in {"hello", "attach", "ping", "stats"}]
+    "name",
+    [
+        name
+        for name, golden in REQUESTS.items()
+        if not isinstance(golden.message, (m.Hello, m.Attach, m.Ping, m.Stats))
+    ],
 )
 def test_work_before_attach_is_refused_and_ends_the_session(peer, name):
     request = REQUESTS[name].message

@@ -47,7 +47,8 @@ def store_all(daemon: Daemon, digests) -> None:
 def load_all(daemon: Daemon, digests) -> None:
     with daemon.connect() as client:
         space = client.attach(MANIFEST)
-        assert space.lookup(digests).hits == len(digests)
+        # A look-up waits for a server for so long only, and for one that is busy not at all.
+        wait_until(lambda: space.lookup(digests).hits == len(digests), what="all are hits")
         for start in range(0, len(digests), 16):
             batch = digests[start : start + 16]
             buffers, targets = empty_targets(MANIFEST, len(batch))

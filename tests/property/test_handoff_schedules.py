@@ -44,6 +44,7 @@ class Host:
         self.store = make_store(capacity_bytes=capacity_bytes)
         self.handoffs = Handoffs(self.store)
         self.tenants = SimpleNamespace(names=("",))
+        self.recorder = None
         self.mover = Mover(self.store, clock=loop.time, in_thread=asyncio.to_thread)
         self.pulls = Pulls(self, {})
         self._last_session = 100
