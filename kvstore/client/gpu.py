@@ -16,17 +16,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, Self
 
-from kvstore.client.gpu_calls import (
-    Asked,
-    Loading,
-    Parts,
-    Storing,
-    Wanted,
-    gather_to_host,
-)
+from kvstore.client.gpu_calls import Asked, Parts
 from kvstore.client.gpu_forms import Forms
+from kvstore.client.gpu_loads import Loading
 from kvstore.client.gpu_pool import PooledSpaces
 from kvstore.client.gpu_steps import Arenas, Held, groups_of
+from kvstore.client.gpu_stores import Storing, Wanted, gather_to_host
 from kvstore.client.sync import NOTHING_STORED, StoreReport, report_of
 from kvstore.errors import RequestError
 from kvstore.gpu.counters import DeviceCounters

@@ -1,0 +1,122 @@
+"""One load of a device: chunks from where they are stored to the engine's pages."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from kvstore.client.gpu_calls import Call
+from kvstore.client.gpu_steps import Outcome, alike, land, pipeline
+from kvstore.errors import ChecksumError, ContainerError, KVStoreError
+from kvstore.gpu.lanes import Moved
+from kvstore.gpu.pages import NOWHERE
+from kvstore.transfer.copies import Runs
+from kvstore.transfer.native import address_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    from kvstore.client.chunks import LoadedChunks, StoredChunk, StoredShard
+    from kvstore.client.gpu_calls import Asked
+    from kvstore.client.sync import Space
+    from kvstore.gpu.forms import Form
+    from kvstore.gpu.lanes import Transfer
+
+
+class _Source(NamedTuple):
+    """Where chunk *number* is copied from. *shard* None: what was verified on the host already."""
+
+    number: int
+    address: int
+    form: Form
+    shard: StoredShard | None
+    room: object = None
+
+    @property
+    def is_pooled(self) -> bool:
+        """Whether that is device memory."""
+        return self.shard is not None and self.shard.is_pooled
+
+
+class Loading(Call):
+    """Brings what was *loaded* to its pages; the first *whole* chunks are right."""
+
+    def __init__(self, asked: Asked, space: Space, loaded: LoadedChunks) -> None:
+        super().__init__(asked, space)
+        self.whole = 0
+        self.damage: KVStoreError | None = None
+        self._lane = asked.parts.loads
+        self._forms = asked.parts.forms
+        self._loaded = loaded
+        self._unread: tuple[int, KVStoreError] | None = None
+        attached = space.attached
+        self._verify = attached.verify_loads and attached.checksums
+
+    def run(self) -> None:
+        """Fill the pages."""
+
+        def begin(group: list[_Source]) -> Transfer:
+            moved = [
+                Moved(self._pages[one.number], one.address, on_device=one.is_pooled)
+                for one in group
+            ]
+            form = group[0].form
+            # Nothing else keeps bytes there as they were: not even a lease, when the tier fails.
+            verify = self._verify or any(one.is_pooled for one in group)
+            return self._lane.begin(moved, self._after, checksums=verify, form=form)
+
+        groups = alike(self._sources(), lambda source: source.form, self._lane.capacity)
+        pipeline(self._lane, groups, begin, self._end, self._drop)
+        if self.damage is None and self._unread is not None and self._unread[0] == self.whole:
+            self.damage = self._unread[1]
+
+    def _sources(self) -> Iterator[_Source]:
+        """Yield where chunks are copied from, up to one that cannot be read."""
+        for number, chunk in enumerate(self._loaded.chunks):
+            try:
+                source = self._source(number, chunk, self._pages[number])
+            except (ChecksumError, ContainerError) as error:
+                self._unread = (number, error)
+                return
+            yield source
+
+    def _source(self, number: int, chunk: StoredChunk, pages: Sequence[int]) -> _Source:
+        shard, plain = chunk.shards[0], self._forms.plain
+        if shard.heads == chunk.heads:
+            form = self._form_of(shard, pages)
+            if form is not None:
+                return _Source(number, self._arena.at(shard.offset), form, shard)
+        self._parts.counters.host_decoded_chunks += 1
+        room = np.empty(plain.size_bytes, dtype=np.uint8)
+        self._loaded.copy_one(chunk, Runs.of_buffer(room))
+        return _Source(number, address_of(room.data), plain, None, room)
+
+    def _form_of(self, shard: StoredShard, pages: Sequence[int]) -> Form | None:
+        """Return how the device reads *shard*, if it can."""
+        if shard.is_plain:
+            plain = self._forms.plain
+            return plain if shard.size_bytes == plain.size_bytes else None
+        return None if NOWHERE in pages else self._forms.of_stored(shard.view)
+
+    def _end(self, transfer: Transfer, group: list[_Source]) -> bool:
+        outcome = land(transfer, self._parts.held, self._keep)
+        if outcome is not Outcome.LANDED:
+            return False
+        found = transfer.digests
+        for position, source in enumerate(group):
+            try:
+                if found is not None and source.shard is not None:
+                    source.shard.check(found[position])
+            except ChecksumError as error:
+                self.damage = error
+                return False
+            self.whole += 1
+        return True
+
+    def _drop(self, transfer: Transfer, _group: list[_Source]) -> None:
+        land(transfer, self._parts.held, self._keep)
+
+    def _keep(self) -> Callable[[], None]:
+        """Keep the lease and the arena."""
+        return self._until_over(self._loaded.hold())

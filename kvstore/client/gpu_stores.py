@@ -1,0 +1,168 @@
+"""One store of a device: rooms that it fills, and that are published group by group."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from kvstore.client.coding import Scratch
+from kvstore.client.gpu_calls import Call
+from kvstore.client.gpu_steps import Outcome, alike, land, pipeline
+from kvstore.compression.shapes import Encoded
+from kvstore.errors import UnfitError
+from kvstore.gpu.lanes import Moved
+from kvstore.limits import CHECKSUM_BLOCK_BYTES
+from kvstore.transfer.copies import Runs, digest_blocks
+from kvstore.transfer.native import address_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Sequence
+    from typing import Any
+
+    from kvstore.client.chunks import Vacancy
+    from kvstore.client.coding import Coding
+    from kvstore.client.gpu_calls import Asked
+    from kvstore.client.sync import Space
+    from kvstore.gpu.forms import Form
+    from kvstore.gpu.lanes import Transfer
+    from kvstore.hashing import Digests64
+
+_scratch = Scratch()
+
+
+class Wanted(NamedTuple):
+    """Chunk *number* of a call, its room, and how the device fills that; None: it cannot."""
+
+    number: int
+    vacancy: Vacancy
+    form: Form | None
+    is_first: bool = False
+
+
+class Storing(Call):
+    """Fills rooms and publishes them, group by group.
+
+    With *coding*, chunks are encoded as it says. What is then *left* is for the host to encode:
+    its room is given back.
+    """
+
+    def __init__(self, asked: Asked, space: Space, coding: Coding | None = None) -> None:
+        super().__init__(asked, space)
+        self.volatile = 0
+        self.left: list[int] = []
+        self._coding = coding
+        self._lane = asked.parts.stores
+        self._todo: list[Wanted] = []
+
+    def run(self, wanted: Sequence[Wanted]) -> None:
+        """Store what is *wanted*; what is not stored is given back, or kept until it is over."""
+        begun = 0
+        reserved = [one for one in wanted if one.vacancy.is_reserved]
+        self._leave([one for one in reserved if one.form is None])
+        self._todo = [one for one in reserved if one.form is not None]
+
+        def begin(group: list[Wanted]) -> Transfer:
+            nonlocal begun
+            moved = [
+                Moved(
+                    self._pages[one.number],
+                    self._arena.at(one.vacancy.offset),
+                    on_device=one.vacancy.is_pooled,
+                )
+                for one in group
+            ]
+            checksums = self._space.attached.checksums
+            form = group[0].form
+            transfer = self._lane.begin(moved, self._after, checksums=checksums, form=form)
+            begun += len(group)
+            return transfer
+
+        try:
+            groups = alike(self._todo, _form_of, self._lane.capacity)
+            pipeline(self._lane, groups, begin, self._end, self._drop)
+        finally:
+            self._space.give_back([one.vacancy for one in self._todo[begun:]])
+            self.left.sort()
+
+    def _end(self, transfer: Transfer, group: list[Wanted]) -> bool:
+        if not self._land(transfer, group):
+            return False
+        misfits: list[Wanted] = []
+        for position, one in enumerate(group):
+            found = None if transfer.digests is None else transfer.digests[position]
+            try:
+                if not transfer.form.is_plain:
+                    # Where every section is raw, nothing is reported.
+                    every = transfer.reports
+                    reports = () if every is None else every[position]
+                    found = self._put_head(one, transfer.form, reports, found)
+                one.vacancy.seal_with(found)
+            except UnfitError:
+                misfits.append(one)
+        self._leave(misfits)
+        self._parts.counters.misfit_chunks += len(misfits)
+        if fit := [one.vacancy for one in group if one not in misfits]:
+            self.volatile += self._space.commit(fit)
+        return True
+
+    def _put_head(
+        self, one: Wanted, form: Form, reports: Iterable[Any], found: Digests64 | None
+    ) -> Digests64 | None:
+        """Write the head of a chunk; return the digests with it. Raises `UnfitError`."""
+        assert self._coding is not None, "what is not plain was encoded"
+        sections = [Encoded(0)] * len(self._coding.plan(is_first=one.is_first).codecs)
+        for index, report in zip(form.reported, reports, strict=True):
+            error, energy = float(report["error"]), float(report["energy"])
+            is_fit = not report["broken"] and bool(np.isfinite((error, energy)).all())
+            sections[index] = Encoded(0, error, energy, is_fit)
+        room = one.vacancy.view
+        self._coding.put_head(room, sections, is_first=one.is_first)
+        if found is None:
+            return None
+        # What the device has digested of these blocks was not the head.
+        blocks = -(-form.head_bytes // CHECKSUM_BLOCK_BYTES)
+        found[:blocks] = digest_blocks(room[: blocks * CHECKSUM_BLOCK_BYTES])
+        return found
+
+    def _leave(self, wanted: Sequence[Wanted]) -> None:
+        """Leave chunks to the host."""
+        self.left += [one.number for one in wanted]
+        self._space.give_back([one.vacancy for one in wanted])
+
+    def _drop(self, transfer: Transfer, group: list[Wanted]) -> None:
+        if self._land(transfer, group):
+            self._space.give_back([one.vacancy for one in group])
+
+    def _land(self, transfer: Transfer, group: list[Wanted]) -> bool:
+        let_go = partial(self._space.give_back, [one.vacancy for one in group])
+        outcome = land(transfer, self._parts.held, lambda: self._until_over(let_go))
+        if outcome is Outcome.FAILED:
+            let_go()
+        return outcome is Outcome.LANDED
+
+
+def _form_of(one: Wanted) -> Form:
+    assert one.form is not None, "the device has a way to fill it"
+    return one.form
+
+
+def gather_to_host(asked: Asked) -> list[Runs] | None:
+    """Return plain chunks in memory of this thread; None when the device fails."""
+    parts, pages, after = asked
+    lane, size = parts.stores, parts.forms.plain.size_bytes
+    if lane.off or not lane.can_begin:
+        return None
+    room = _scratch.room("gathered", len(pages) * size)
+    start = address_of(room.data)
+    moved = [Moved(some, start + number * size) for number, some in enumerate(pages)]
+    transfer = lane.begin(moved, after, checksums=False, form=parts.forms.plain)
+    # That memory is not pinned: the device writes to staging of its own, also later.
+    if land(transfer, parts.held, lambda: _nothing) is not Outcome.LANDED:
+        return None
+    return [Runs.of_buffer(room[n * size : (n + 1) * size]) for n in range(len(pages))]
+
+
+def _nothing() -> None:
+    """Let go of nothing."""
