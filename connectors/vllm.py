@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from kvstore.connectors.vllm_handoff import HandoffGroup, SchedulerHandoffs
 from kvstore.connectors.vllm_layouts import KVGroup, groups_of
 from kvstore.connectors.vllm_manifests import manifests_of, policies_of
 from kvstore.connectors.vllm_metadata import StepMetadata
+from kvstore.connectors.vllm_movers import choose_mover
 from kvstore.connectors.vllm_scheduler import SchedulerHalf
 from kvstore.connectors.vllm_settings import Settings, read_settings
 from kvstore.connectors.vllm_stats import StoreMetrics, StoreStats, stats_since
@@ -78,7 +80,9 @@ class KVStoreConnector(KVConnectorBase_V1, SupportsHMA):
                 caches = _open_worker(groups, manifests, policies, settings)
             except CodecError as error:
                 raise ConfigError(f"kv_connector_extra_config.codec: {error}") from error
-            self._worker = WorkerHalf(groups, caches, [cache.handoffs for cache in caches])
+            movers = partial(choose_mover, staging_bytes=settings.gpu_staging_bytes)
+            handoffs = [cache.handoffs for cache in caches]
+            self._worker = WorkerHalf(groups, caches, handoffs, movers)
             return
         ranks = vllm_config.parallel_config.world_size
         of_ranks = [

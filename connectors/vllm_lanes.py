@@ -27,6 +27,7 @@ from kvstore.gpu.device import Device, DeviceError, DeviceLostError, Fence, Stuc
 from kvstore.gpu.lanes import Lane, LaneSettings, LoadLane, Moved, StoreLane, Transfer
 from kvstore.gpu.pages import PageLayout
 from kvstore.gpu.windows import Run
+from kvstore.limits import STAGING_SIZE_BYTES
 
 if TYPE_CHECKING:
     from kvstore.connectors.chunks import ChunkCache
@@ -53,10 +54,12 @@ class LaneMover:
         layers: Sequence[torch.Tensor],
         device: Device,
         current_stream: Callable[[], int],
+        staging_bytes: int = STAGING_SIZE_BYTES,
     ) -> None:
         self.counters = DeviceCounters()
         self._device = device
         self._current_stream = current_stream
+        self._staging_bytes = staging_bytes
         self._layout = page_layout(group, layers)
         self._host = _Staged()
         self._lanes: dict[type[Lane], Lane] = {}
@@ -115,9 +118,10 @@ class LaneMover:
 
     def _make_direct(self, chunks: PrefixCache) -> DeviceCache | None:
         try:
-            return DeviceCache(chunks, self._device, self._layout)
+            settings = LaneSettings(staging_bytes=self._staging_bytes)
+            return DeviceCache(chunks, self._device, self._layout, settings=settings)
         except KVStoreError as error:
-            log.info("kvstore: chunks go through host memory: %s", error)
+            log.warning("kvstore: chunks go through host memory: %s", error)
             return None
 
     def _move(
@@ -156,7 +160,7 @@ class LaneMover:
     def _lane(self, kind: type[Lane]) -> Lane:
         if kind not in self._lanes:
             settings = LaneSettings(
-                staging_bytes=max(_SLOTS * self._layout.chunk_bytes, LaneSettings().staging_bytes),
+                staging_bytes=max(_SLOTS * self._layout.chunk_bytes, self._staging_bytes),
                 slots=_SLOTS,
                 direct_page_min_bytes=None,
             )
@@ -183,7 +187,9 @@ def _check_fence(after: After) -> Fence | None:
     return after
 
 
-def find_lane_mover(group: KVGroup, layers: Sequence[torch.Tensor]) -> LaneMover | None:
+def find_lane_mover(
+    group: KVGroup, layers: Sequence[torch.Tensor], staging_bytes: int = STAGING_SIZE_BYTES
+) -> LaneMover | None:
     """Return a mover for pages on a CUDA device; None when it, or CuPy, is not to be had."""
     place = layers[0].device
     if place.type != "cuda":
@@ -194,7 +200,11 @@ def find_lane_mover(group: KVGroup, layers: Sequence[torch.Tensor]) -> LaneMover
         return None
     try:
         return LaneMover(
-            group, layers, device, lambda: int(torch.cuda.current_stream(place).cuda_stream)
+            group,
+            layers,
+            device,
+            lambda: int(torch.cuda.current_stream(place).cuda_stream),
+            staging_bytes,
         )
     except UnsupportedError as error:
         log.info("kvstore: pages are moved by torch: %s", error)

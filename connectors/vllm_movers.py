@@ -16,6 +16,7 @@ from kvstore.connectors.vllm_lanes import find_lane_mover
 from kvstore.connectors.vllm_layouts import KVGroup
 from kvstore.connectors.vllm_metadata import NOWHERE
 from kvstore.connectors.vllm_tilings import Pair
+from kvstore.limits import STAGING_SIZE_BYTES
 
 Blocks = Sequence[Sequence[int]]
 """The blocks of each chunk, in the order of its tokens; `NOWHERE` is not to be written."""
@@ -43,11 +44,13 @@ class Mover(Protocol):
         ...
 
 
-def choose_mover(group: KVGroup, layers: Sequence[torch.Tensor]) -> Mover:
-    """Return the mover for pages where *layers* are."""
+def choose_mover(
+    group: KVGroup, layers: Sequence[torch.Tensor], staging_bytes: int = STAGING_SIZE_BYTES
+) -> Mover:
+    """Return the mover for pages where *layers* are; a GPU stages *staging_bytes* a direction."""
     if layers[0].device.type == "cpu":
         return HostMover(group, layers)
-    return find_lane_mover(group, layers) or DeviceMover(group, layers)
+    return find_lane_mover(group, layers, staging_bytes) or DeviceMover(group, layers)
 
 
 class HostMover:

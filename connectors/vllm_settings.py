@@ -13,7 +13,12 @@ from kvstore.compression.policy import CodecPolicy
 from kvstore.config import default_socket_path
 from kvstore.connectors.codecs import check_layout, read_codec
 from kvstore.errors import ConfigError
-from kvstore.limits import CHUNK_TOKENS_MAX, HANDOFF_TTL_MAX_SECONDS
+from kvstore.limits import (
+    CHUNK_TOKENS_MAX,
+    HANDOFF_TTL_MAX_SECONDS,
+    STAGING_SIZE_BYTES,
+    STAGING_SIZE_MAX_BYTES,
+)
 
 CHUNK_TOKENS_DEFAULT: Final = 256
 
@@ -25,7 +30,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     *revision* names the weights; without it they are read once and hashed. *layout* "canonical"
     shares KV between engines and is refused where it is not known; "opaque" is the engine's own
     bytes; "auto" takes the canonical one where it is known. *codec* is a name, or a table as in
-    `read_codec`.
+    `read_codec`. *gpu_staging_bytes* is device memory, for each KV group and direction.
     """
 
     socket: str = ""
@@ -37,6 +42,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     lookup_timeout_seconds: float = 0.25
     transfer_timeout_seconds: float = 1.0
     handoff_timeout_seconds: float = 120.0
+    gpu_staging_bytes: int = STAGING_SIZE_BYTES
 
     def __post_init__(self) -> None:
         if not 0 <= self.chunk_tokens <= CHUNK_TOKENS_MAX:
@@ -48,6 +54,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
             raise ValueError(
                 f"handoff_timeout_seconds must lie in (0, {HANDOFF_TTL_MAX_SECONDS:g}]"
             )
+        if not 0 < self.gpu_staging_bytes <= STAGING_SIZE_MAX_BYTES:
+            raise ValueError(f"gpu_staging_bytes must lie in [1, {STAGING_SIZE_MAX_BYTES}]")
         check_layout(self.layout, self.policy)
 
     @property

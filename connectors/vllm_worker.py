@@ -24,7 +24,8 @@ from kvstore.connectors.codecs import counted
 from kvstore.connectors.vllm_handoff import Arrivals, HandoffCalls
 from kvstore.connectors.vllm_layouts import KVGroup
 from kvstore.connectors.vllm_metadata import LoadJob, Span, StepMetadata, StoreJob, WorkerReport
-from kvstore.connectors.vllm_pages import GroupPages, checked_pages
+from kvstore.connectors.vllm_movers import choose_mover
+from kvstore.connectors.vllm_pages import GroupPages, MakeMover, checked_pages
 from kvstore.connectors.vllm_stats import codec_figures, device_figures
 from kvstore.connectors.vllm_transfers import Transfers, Urgency
 from kvstore.connectors.weights import UnsupportedError
@@ -63,12 +64,14 @@ class WorkerHalf:
         groups: Sequence[KVGroup],
         caches: Sequence[ChunkCache],
         handoffs: Sequence[HandoffCalls] = (),
+        make_mover: MakeMover = choose_mover,
     ) -> None:
         """Take the namespace of every group and, where there are any, its hand-offs."""
         self.counts = TransferCounts()
         self.figures: dict[str, float] = {}
         self._groups = groups
         self._caches = caches
+        self._make_mover = make_mover
         self._pages: list[GroupPages] = []
         self._off = ""
         self._transfers = Transfers()
@@ -85,7 +88,7 @@ class WorkerHalf:
             pages = []
             for group in self._groups:
                 layers = [kv_caches[name] for name in group.layer_names]
-                pages.append(checked_pages(group, layers))
+                pages.append(checked_pages(group, layers, self._make_mover))
             self._pages = pages
             if all(each.moves_both_ways for each in pages):
                 self._transfers.split()

@@ -10,6 +10,7 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from kvstore.connectors.weights import UnsupportedError
 from kvstore.gpu.device import DeviceLostError, Event, StuckError
 from kvstore.gpu.lanes import StoreLane
 from kvstore.gpu.standin import Fault, Standin
+from kvstore.limits import STAGING_SIZE_BYTES
 from tests.engine.vllm.test_layouts import (
     DIGESTS,
     FROM,
@@ -44,12 +46,12 @@ from tests.support.waiting import DEADLINE_SECONDS, wait_until
 MakeMover = Callable[[KVGroup, Sequence[torch.Tensor]], LaneMover]
 
 
-def on(device: Standin) -> MakeMover:
+def on(device: Standin, staging_bytes: int = STAGING_SIZE_BYTES) -> MakeMover:
     def make(group: KVGroup, layers: Sequence[torch.Tensor]) -> LaneMover:
         for layer in layers:
             whole = layer.untyped_storage()
             device.adopt(whole.data_ptr(), whole.nbytes())
-        return LaneMover(group, layers, device, lambda: 1)
+        return LaneMover(group, layers, device, lambda: 1, staging_bytes)
 
     return make
 
@@ -157,6 +159,24 @@ def test_loads_and_stores_that_begin_at_once_share_one_way(
         assert made == [cache]
 
 
+def test_with_staging_for_less_than_a_chunk_pages_go_through_host_memory(
+    device: Standin, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    group = group_of()
+    source, target = pages_in("LBHNC", group, 1), pages_in("LBHNC", group, 2)
+    old, kept = [layer.clone() for layer in target], Kept()
+    writer, reader = (GroupPages(group, each, on(device, 1)) for each in (source, target))
+    with PrefixCache(
+        group.manifest(model="small", revision="1", rope=""), socket=tmp_path / "no"
+    ) as cache:
+        writer.load(cache, Span(0, DIGESTS, FROM), writer.fence())
+    assert "staging of 1 bytes for chunks of" in caplog.text
+    writer.store(kept, Span(0, DIGESTS, FROM), writer.fence())
+    reader.load(kept, Span(0, DIGESTS, TO), reader.fence())
+    device.drain()
+    check_moved(source, target, old)
+
+
 @pytest.mark.parametrize("fault", ["launch", "allocate", "copy"])
 def test_where_the_device_fails_its_test_torch_moves_the_pages(
     device: Standin, fault: Fault
@@ -219,9 +239,8 @@ def test_odd_pages_are_left_to_others() -> None:
 
 @pytest.mark.parametrize("codec", ["raw", "int8kv"])
 def test_a_worker_moves_straight_between_pages_and_the_daemon(
-    device: Standin, socket, monkeypatch: pytest.MonkeyPatch, codec: str
+    device: Standin, socket, codec: str
 ) -> None:
-    monkeypatch.setattr(checked_pages, "__defaults__", (on(device),))
     group = group_of()
     manifest = group.manifest(model=f"lanes {id(device)}", revision="1", rope="", codec=codec)
     source, target = pages_in("LBNHC", group, 1), pages_in("LBNHC", group, 2)
@@ -233,7 +252,7 @@ def test_a_worker_moves_straight_between_pages_and_the_daemon(
     for metadata, pages in zip(jobs, (source, target), strict=True):
         cache = PrefixCache(manifest, socket=socket, timeout_seconds=DEADLINE_SECONDS)
         wait_until(lambda cache=cache: cache.is_connected)
-        half = WorkerHalf([group], [cache])
+        half = WorkerHalf([group], [cache], make_mover=on(device))
         half.register(dict(zip(group.layer_names, pages, strict=True)))
         half.start_loads(metadata)
         half.start_stores(metadata)

@@ -119,6 +119,7 @@ def test_chunks_are_whole_blocks():
         ({"sockets": "/x"}, "sockets.*known are socket, chunk_tokens"),
         ({"chunk_tokens": -1}, "chunk_tokens must lie in"),
         ({"lookup_timeout_seconds": 0}, "lookup_timeout_seconds must lie in"),
+        ({"gpu_staging_bytes": 1 << 40}, r"gpu_staging_bytes must lie in \[1, 8589934592\]"),
         ({"layout": "mine"}, "layout"),
         ({"codec": "int3"}, "codec 'int3' is unknown; known are raw"),
         ({"codec": {"name": "int4kv", "edges": 1}}, "unknown field `edges`; known are name"),
