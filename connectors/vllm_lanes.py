@@ -24,8 +24,9 @@ from kvstore.errors import KVStoreError, RequestError
 from kvstore.gpu.counters import DeviceCounters
 from kvstore.gpu.cupy_device import open_device
 from kvstore.gpu.device import Device, DeviceError, DeviceLostError, Fence, StuckError
-from kvstore.gpu.lanes import Lane, LaneSettings, LoadLane, Moved, StoreLane, Transfer
+from kvstore.gpu.lanes import Lane, LaneSettings, LoadLane, StoreLane
 from kvstore.gpu.pages import PageLayout
+from kvstore.gpu.transfers import Moved, Transfer
 from kvstore.gpu.windows import Run
 from kvstore.limits import STAGING_SIZE_BYTES
 

@@ -46,9 +46,9 @@ from kvstore.gpu.device import (
 )
 from kvstore.gpu.forms import Form, plain_form
 from kvstore.gpu.pages import NOWHERE, PageLayout
-from kvstore.gpu.staging import Ring, Slot, Told
+from kvstore.gpu.staging import Ring, Told
+from kvstore.gpu.transfers import Moved, Transfer
 from kvstore.gpu.windows import HostMemory
-from kvstore.hashing import Digests64
 from kvstore.limits import (
     DEVICE_FAILURES_MAX,
     DIRECT_PAGE_MIN_BYTES,
@@ -58,17 +58,6 @@ from kvstore.limits import (
 )
 
 
-class Moved(NamedTuple):
-    """One chunk to move: its pages, and where in host memory it lies in one piece.
-
-    If that is memory *on_device*, kernels work there, and no staging is needed.
-    """
-
-    pages: Sequence[int]
-    address: int
-    on_device: bool = False
-
-
 class LaneSettings(NamedTuple):
     """How a lane works. *direct_page_min_bytes* None: always through staging."""
 
@@ -76,89 +65,6 @@ class LaneSettings(NamedTuple):
     slots: int = STAGING_SLOTS
     direct_page_min_bytes: int | None = DIRECT_PAGE_MIN_BYTES
     wait: Wait = wait_for
-
-
-class Transfer:
-    """Chunks that are on their way. `finish` it once; after `StuckError`, ask `is_over`."""
-
-    def __init__(
-        self, lane: Lane, slot: Slot, chunks: Sequence[Moved], form: Form, *, checksums: bool
-    ) -> None:
-        self.chunks = chunks
-        self.form = form
-        self.checksums = checksums
-        self.slot = slot
-        self.pages_free: Event | None = None
-        """Of a store: behind it the engine may overwrite the pages. None: when it has ended."""
-        self.bounced: list[int] = []
-        """Chunks that go through pinned memory."""
-        self.fence: Fence | None = None
-        self.done: Event | None = None
-        self.error: DeviceError | None = None
-        self.digests: Digests64 | None = None
-        """What `finish` has returned."""
-        self.reports: NDArray[Any] | None = None
-        """What encoders said, `[chunk][section]`, once it is finished."""
-        self._lane = lane
-        self._has_slot = True
-
-    def finish(self) -> Digests64 | None:
-        """Wait until it has ended; return the digests `[chunk][block]` of what was moved.
-
-        Raises `DeviceError` when it failed. Only if that is a `StuckError` or a
-        `DeviceLostError`, copies may still be under way: the host memory stays as it is until
-        `is_over`, for ever if need be.
-        """
-        try:
-            if self.done is None:
-                # Nothing tells when what was given of it has ended.
-                raise DeviceLostError(f"the device took no event: {self.error}")
-            self._lane.settings.wait(self.done)
-        except DeviceError as error:
-            self._lane.give_up(self, error)
-            raise
-        if self.error is not None:
-            self._end()
-            self._lane.note_failure(self.error)
-            raise self.error
-        self._lane.note_success(self)
-        if self.checksums:
-            self.digests = self.slot.read_digests(len(self.chunks), self.form.size_bytes)
-        if self.form.reports and self._lane.encodes:
-            self.reports = self._read_reports()
-        self._end()
-        return self.digests
-
-    def _read_reports(self) -> NDArray[Any]:
-        """Put what each launch has reported of its sections beside each other."""
-        found, count = self.slot.read_reports(), len(self.chunks)
-        parts, at = [], 0
-        for launch in self.form.launches:
-            if launch.reports:
-                size = count * len(launch.sections)
-                parts.append(found[at : at + size].reshape(count, -1))
-                at += size
-        return np.concatenate(parts, axis=1)
-
-    def is_over(self) -> bool:
-        """Whether nothing of it is under way any more. Never true when the device is lost."""
-        if self.done is None:
-            return False
-        try:
-            is_done = self.done.is_done()
-        except DeviceError:
-            return False
-        if is_done:
-            self._end()
-        return is_done
-
-    def _end(self) -> None:
-        if self._has_slot:
-            self._has_slot = False
-            self._lane.ring.give_back(self.slot)
-
-
-_Pair = tuple[NDArray[np.uint8], NDArray[np.uint8]]
 
 
 class Lane:

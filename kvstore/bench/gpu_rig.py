@@ -16,8 +16,9 @@ from kvstore.compression.container import POSITION_MAX
 from kvstore.errors import InternalError, UnavailableError
 from kvstore.gpu.counters import DeviceCounters
 from kvstore.gpu.device import Copy, Fence, Urgency, host_bytes, wait_for
-from kvstore.gpu.lanes import LaneSettings, LoadLane, Moved, StoreLane
+from kvstore.gpu.lanes import LaneSettings, LoadLane, StoreLane
 from kvstore.gpu.pages import PageLayout
+from kvstore.gpu.transfers import Moved
 from kvstore.gpu.windows import Windows
 from kvstore.hashing import block_digests, chunk_digests
 from kvstore.protocol.manifest import Manifest
@@ -31,7 +32,8 @@ if TYPE_CHECKING:
     from kvstore.client.sync import Space
     from kvstore.compression.policy import CodecPolicy
     from kvstore.gpu.device import Device, Memory, Stream
-    from kvstore.gpu.lanes import Lane, Transfer
+    from kvstore.gpu.lanes import Lane
+    from kvstore.gpu.transfers import Transfer
     from kvstore.types import Digest
 
 ENGINE_STREAM: Final = 0

@@ -9,8 +9,8 @@ import numpy as np
 from kvstore.client.gpu_calls import Call
 from kvstore.client.gpu_steps import Outcome, alike, land, pipeline
 from kvstore.errors import ChecksumError, ContainerError, KVStoreError
-from kvstore.gpu.lanes import Moved
 from kvstore.gpu.pages import NOWHERE
+from kvstore.gpu.transfers import Moved
 from kvstore.transfer.copies import Runs
 from kvstore.transfer.native import address_of
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvstore.client.gpu_calls import Asked
     from kvstore.client.sync import Space
     from kvstore.gpu.forms import Form
-    from kvstore.gpu.lanes import Transfer
+    from kvstore.gpu.transfers import Transfer
 
 
 class _Source(NamedTuple):

@@ -19,8 +19,9 @@ if TYPE_CHECKING:
     from kvstore.gpu.counters import DeviceCounters
     from kvstore.gpu.device import Device
     from kvstore.gpu.forms import Form
-    from kvstore.gpu.lanes import Lane, Transfer
+    from kvstore.gpu.lanes import Lane
     from kvstore.gpu.pools import Pool
+    from kvstore.gpu.transfers import Transfer
     from kvstore.transfer.arena import ArenaMapping
 
 log = logging.getLogger(__name__)

@@ -12,7 +12,7 @@ from kvstore.client.gpu_calls import Call
 from kvstore.client.gpu_steps import Outcome, alike, land, pipeline
 from kvstore.compression.shapes import Encoded
 from kvstore.errors import UnfitError
-from kvstore.gpu.lanes import Moved
+from kvstore.gpu.transfers import Moved
 from kvstore.limits import CHECKSUM_BLOCK_BYTES
 from kvstore.transfer.copies import Runs, digest_blocks
 from kvstore.transfer.native import address_of
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kvstore.client.gpu_calls import Asked
     from kvstore.client.sync import Space
     from kvstore.gpu.forms import Form
-    from kvstore.gpu.lanes import Transfer
+    from kvstore.gpu.transfers import Transfer
     from kvstore.hashing import Digests64
 
 _scratch = Scratch()

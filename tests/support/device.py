@@ -18,9 +18,10 @@ from kvstore.compression.policy import CodecPolicy
 from kvstore.compression.shapes import SourceType
 from kvstore.gpu.counters import DeviceCounters
 from kvstore.gpu.device import Copy, Device, Fence, Memory, StuckError, host_bytes
-from kvstore.gpu.lanes import Lane, LaneSettings, Moved, Transfer
+from kvstore.gpu.lanes import Lane, LaneSettings
 from kvstore.gpu.pages import PageLayout
 from kvstore.gpu.standin import Standin
+from kvstore.gpu.transfers import Moved, Transfer
 from kvstore.gpu.windows import Windows
 from kvstore.hashing import block_digests
 from tests.support.making import make_manifest

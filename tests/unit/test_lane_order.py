@@ -15,8 +15,9 @@ import pytest
 
 from kvstore.compression.twins import CODEC_TWINS
 from kvstore.gpu.device import Event, Fence
-from kvstore.gpu.lanes import Lane, LaneSettings, LoadLane, Moved, StoreLane, Transfer
+from kvstore.gpu.lanes import Lane, LaneSettings, LoadLane, StoreLane
 from kvstore.gpu.standin import Standin
+from kvstore.gpu.transfers import Moved, Transfer
 from tests.support.device import (
     World,
     abandoned_load_scene,
