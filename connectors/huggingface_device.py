@@ -21,7 +21,7 @@ from kvstore.connectors.huggingface_model import Geometry
 from kvstore.errors import KVStoreError, RequestError
 from kvstore.gpu.counters import DeviceCounters
 from kvstore.gpu.cupy_device import open_device
-from kvstore.gpu.device import Device, DeviceError
+from kvstore.gpu.device import Device, DeviceError, Fence
 from kvstore.gpu.pages import PageLayout
 from kvstore.types import Digest
 
@@ -76,13 +76,10 @@ class DeviceGroup:
 
         None when the device cannot, and torch has to.
         """
-        layout = self._layout(rooms, 0)
-        if layout is None or self._chunks.off:
+        begun = self._begin(rooms, 0)
+        if begun is None:
             return None
-        try:
-            fence = self._chunks.fence(self._opened.current_stream())
-        except DeviceError:
-            return None
+        layout, fence = begun
         return self._chunks.load(digests, _pages(digests), after=fence, layout=layout)
 
     def store(
@@ -98,19 +95,31 @@ class DeviceGroup:
         None when the device cannot, and torch has to.
         """
         parts = [tensor[:, :, first * self._chunk_tokens - start :] for tensor, start in tensors]
-        layout = self._layout(parts, len(digests))
-        if layout is None or self._chunks.off:
+        begun = self._begin(parts, len(digests))
+        if begun is None:
             return None
-        try:
-            fence = self._chunks.fence(self._opened.current_stream())
-        except DeviceError:
-            return None
+        layout, fence = begun
         pages = _pages(digests)
         return self._chunks.store(digests, pages, parent=parent, after=fence, layout=layout)
 
     def close(self) -> None:
         """Free what was taken of the device."""
         self._chunks.close()
+
+    def _begin(
+        self, tensors: Sequence[torch.Tensor], chunks: int
+    ) -> tuple[PageLayout, Fence] | None:
+        """Return where *tensors* lie, and what is behind all that the model has asked for so far.
+
+        None when the device cannot move them.
+        """
+        layout = self._layout(tensors, chunks)
+        if layout is None or self._chunks.off:
+            return None
+        try:
+            return layout, self._chunks.fence(self._opened.current_stream())
+        except DeviceError:
+            return None
 
     def _layout(self, tensors: Sequence[torch.Tensor], chunks: int) -> PageLayout | None:
         """Return where *tensors* lie; None when they do not lie alike."""
