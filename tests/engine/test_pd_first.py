@@ -29,6 +29,17 @@ def split_site(site: Site) -> tuple[FakeEngine, FakeEngine]:
     return prefill, decode
 
 
+def refuse_behind_load(decode: FakeEngine, status: int) -> None:
+    """Have *decode* load what it is first asked for, and answer *status* to all behind it."""
+
+    async def load_then_refuse(request: web.Request) -> web.StreamResponse:
+        if len(decode.asked) == 1:
+            return await decode.load(request)
+        return web.Response(status=status)
+
+    decode.answer = load_then_refuse
+
+
 @pytest.mark.parametrize("in_turn", [False, True])
 async def test_the_first_token_is_prefills_and_decode_goes_on_behind_it(in_turn):
     async with site(in_turn=in_turn) as made:
@@ -137,13 +148,7 @@ async def test_what_decode_refuses_the_client_hears_before_any_token(in_turn):
 async def test_a_decode_engine_that_fails_behind_the_first_token_is_replaced():
     async with site(1, 2) as made:
         _, decode = split_site(made)
-
-        async def load_and_fail(request: web.Request) -> web.StreamResponse:
-            if len(decode.asked) == 1:
-                return await decode.load(request)
-            return web.Response(status=500)
-
-        decode.answer = load_and_fail
+        refuse_behind_load(decode, 500)
         made.decode[1].answer = made.decode[1].stream_text
         status, events = await made.complete()
         assert status == 200
@@ -161,13 +166,7 @@ def test_an_event_that_never_ends_is_no_event():
 async def test_an_answer_that_has_room_for_one_token_ends_with_it(usage):
     async with site() as made:
         _, decode = split_site(made)
-
-        async def load_and_refuse(request: web.Request) -> web.StreamResponse:
-            if len(decode.asked) == 1:
-                return await decode.load(request)
-            return web.Response(status=400)
-
-        decode.answer = load_and_refuse
+        refuse_behind_load(decode, 400)
         status, events = await made.complete(stream_options={"include_usage": usage})
     assert status == 200
     choices = [choice for event in events for choice in event["choices"]]
@@ -183,12 +182,6 @@ async def test_an_answer_that_has_room_for_one_token_ends_with_it(usage):
 async def test_without_a_rest_half_an_answer_is_none(status):
     async with site() as made:
         _, decode = split_site(made)
-
-        async def load_and_fail(request: web.Request) -> web.StreamResponse:
-            if len(decode.asked) == 1:
-                return await decode.load(request)
-            return web.Response(status=status)
-
-        decode.answer = load_and_fail
+        refuse_behind_load(decode, status)
         with pytest.raises(aiohttp.ClientError):
             await made.complete()
