@@ -36,7 +36,6 @@ class BoundedSocket(ABC):
         self._ends_at = 0.0
         self.is_broken = False
         self.sent_bytes = 0
-        self.received_bytes = 0
         if self._tls is None:
             connection.settimeout(None)
 
@@ -99,7 +98,6 @@ class BoundedSocket(ABC):
             raise self._broken(error) from error
         if size == 0:
             raise self._fail(f"{self.other_side} has closed the connection")
-        self.received_bytes += size
         return size
 
     def _fill(self, view: memoryview) -> None:
