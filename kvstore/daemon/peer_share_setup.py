@@ -45,8 +45,14 @@ def set_up_sharing(config: Config, server: Server) -> None:
 
         tier.connect(server.pulls.links, manifest_of)
     if config.peer.share and server.endpoint is not None:
-        directory = tier.directory if isinstance(tier, PeerTier) else _open_directory(config)
-        server.sharing = Sharing(server.store, directory, own_name(config.peer), time.monotonic)
+        shared = tier.directory if isinstance(tier, PeerTier) else None
+        server.sharing = Sharing(
+            server.store,
+            shared or _open_directory(config),
+            own_name(config.peer),
+            time.monotonic,
+            owns_directory=shared is None,
+        )
 
 
 async def share(server: Server) -> None:

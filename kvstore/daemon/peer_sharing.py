@@ -97,10 +97,17 @@ class Sharing:
     """
 
     def __init__(
-        self, store: Store, directory: Directory, name: str, clock: Callable[[], float]
+        self,
+        store: Store,
+        directory: Directory,
+        name: str,
+        clock: Callable[[], float],
+        *,
+        owns_directory: bool = False,
     ) -> None:
         self._store = store
         self._directory = directory
+        self._owns_directory = owns_directory
         self._name = name
         self._clock = clock
         self._told: dict[NamespaceId, _Told] = {}
@@ -134,10 +141,17 @@ class Sharing:
             await asyncio.sleep(pause_seconds)
 
     async def close(self) -> None:
-        """Say that nothing is held here any more, if that can be said."""
+        """Say that nothing is held here any more, if that can be said.
+
+        Closes the directory if it is its own, not the peer tier's.
+        """
         self._store.room.on_change = None
-        with contextlib.suppress(TierError):
-            await self._directory.withdraw(list(self._told), self._name)
+        try:
+            with contextlib.suppress(TierError):
+                await self._directory.withdraw(list(self._told), self._name)
+        finally:
+            if self._owns_directory:
+                self._directory.close()
 
     def _changed(self, space: Namespace, digest: Digest) -> None:
         """Note that *digest* has come into the host tier, or has left it."""

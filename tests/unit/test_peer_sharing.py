@@ -39,6 +39,10 @@ class Told:
         self.held: dict[object, set[object]] = {}
         self.calls: list[str] = []
         self.is_away = False
+        self.is_closed = False
+
+    def close(self) -> None:
+        self.is_closed = True
 
     def _called(self, what: str) -> None:
         self.calls.append(what)
@@ -82,6 +86,19 @@ async def told_by(store):
     finally:
         task.cancel()
         store.host.close()
+
+
+@pytest.mark.parametrize("is_own", [False, True])
+def test_a_directory_is_closed_by_whose_it_is(is_own):
+    async def main() -> None:
+        store, directory = make_store(), Told()
+        sharing = Sharing(store, directory, "here", lambda: 0.0, owns_directory=is_own)
+        directory.is_away = True
+        await sharing.close()
+        assert directory.is_closed == is_own
+        store.host.close()
+
+    run(main())
 
 
 async def beats(count: int) -> None:
