@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine, Sequence
+from concurrent.futures import Future
 from typing import TYPE_CHECKING, Final, Generic, NamedTuple, Protocol, TypeVar
 
 from kvstore.errors import FrameError
@@ -21,6 +23,9 @@ from kvstore.types import SessionId
 if TYPE_CHECKING:
     from kvstore.daemon.server import Server
     from kvstore.transfer.nixl import LocalAgent
+
+
+log = logging.getLogger(__name__)
 
 
 class Leased(Protocol):
@@ -80,7 +85,7 @@ class Grants(Generic[Ready]):
             is_read = returned.is_read
         finally:
             letting_go = self._let_go(held, session, is_read=is_read)
-            asyncio.run_coroutine_threadsafe(letting_go, loop)
+            asyncio.run_coroutine_threadsafe(letting_go, loop).add_done_callback(_say_if_failed)
 
     # --- on the event loop --------------------------------------------------------------
 
@@ -119,6 +124,13 @@ class Grants(Generic[Ready]):
             self._end(session, one, len(one.view) if is_read else 0)
         assert self._server.nixl is not None, "it has granted"
         await self._server.nixl.unwatch()
+
+
+def _say_if_failed(letting_go: Future[None]) -> None:
+    """Log what went wrong, for nobody waits for it."""
+    error = None if letting_go.cancelled() else letting_go.exception()
+    if error is not None:
+        log.error("granted chunks not let go", exc_info=error)
 
 
 def _hold_seconds(size_bytes: int) -> float:

@@ -270,6 +270,37 @@ async def test_a_grant_that_cannot_be_had_whole_keeps_nothing():
     assert kept == []
 
 
+async def test_granted_chunks_that_cannot_be_let_go_are_in_the_log(caplog):
+    arena = memoryview(bytearray(SIZE))
+
+    async def begin(_: p.Want, session: SessionId) -> SimpleNamespace:
+        return SimpleNamespace(view=arena)
+
+    async def watch() -> None:
+        pass
+
+    def end(*_: object) -> None:
+        raise LookupError("no such lease")
+
+    server = SimpleNamespace(
+        loop=asyncio.get_running_loop(),
+        nixl=SimpleNamespace(agent=LocalAgent("prefill-1", b"", 0), watch=watch, unwatch=watch),
+        store=SimpleNamespace(host=SimpleNamespace(arena=SimpleNamespace(view=arena))),
+    )
+    wire = SimpleNamespace(
+        begin=lambda *_, **__: None,
+        send_frame=lambda _: None,
+        receive_frame=lambda: p.encode(p.Returned(is_read=True)),
+    )
+    (digest,) = make_digests(1)
+    wants = [p.Want(bytes(16), digest, offer(digest).shards[0])]
+    serve = Grants(server, begin, end).serve
+    await asyncio.to_thread(serve, wire, p.Grant("", wants), SessionId(1))
+    await asyncio.to_thread(
+        wait_until, lambda: "no such lease" in caplog.text, what="what went wrong is logged"
+    )
+
+
 # --- peers that lie -----------------------------------------------------------------------
 
 
