@@ -44,6 +44,7 @@ from kvstore.transfer.nixl_process import (
     decode_answer,
     encode,
 )
+from kvstore.transfer.settling import settle
 
 log = logging.getLogger(__name__)
 
@@ -305,10 +306,7 @@ class _Child:
     async def end(self) -> None:
         """Kill it and wait until it has ended, however often this is cancelled."""
         self.process.kill()
-        ended = asyncio.get_running_loop().run_in_executor(None, self.process.wait)
-        while not ended.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait([ended])
+        await settle(asyncio.get_running_loop().run_in_executor(None, self.process.wait))
         self.orders.close()
         os.close(self.log_fd)
 

@@ -28,6 +28,7 @@ from kvstore.limits import (
 )
 from kvstore.metrics import Counters
 from kvstore.protocol import peering as p
+from kvstore.transfer.settling import settle
 from kvstore.transfer.wire import Wire, WireError, WireProtocolError, dial
 
 if TYPE_CHECKING:
@@ -184,7 +185,7 @@ class PeerLink:
             return await asyncio.shield(working)
         except asyncio.CancelledError:
             errand.cancel()
-            await _settle(working)
+            await settle(working)
             raise
         except WireProtocolError as error:
             self._counters.peer_faults += 1
@@ -333,12 +334,3 @@ def _fetch_one(
         wire.is_broken = True
         raise WireProtocolError("bytes came that are not those announced")
     return blocks
-
-
-async def _settle(working: asyncio.Future[Result]) -> None:
-    """Wait until the thread is done, however often this is cancelled: its wire is shut down."""
-    while not working.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([working])
-    if not working.cancelled():
-        working.exception()

@@ -7,7 +7,6 @@ its thread has let go of the caller's memory.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import redis
 from kvstore.limits import REDIS_SPEED_MIN_BYTES_PER_SECOND
 from kvstore.tiers.redis_url import Address
 from kvstore.tiers.redis_wire import Lane, LaneError, LaneTimeoutError
+from kvstore.transfer.settling import settle
 
 Result = TypeVar("Result")
 
@@ -171,7 +171,7 @@ class LanePool:
                 return await asyncio.shield(working)
             except asyncio.CancelledError:
                 lane.abort()
-                await _settle(working)
+                await settle(working)
                 raise
         except LaneTimeoutError as error:
             raise LaneTimeoutError(f"{address}: {error}") from error
@@ -189,11 +189,3 @@ def _hang_up(dialing: asyncio.Future[Lane]) -> None:
     """Close a connection that nobody waits for any more."""
     if not dialing.cancelled() and dialing.exception() is None:
         dialing.result().close()
-
-
-async def _settle(working: asyncio.Future[Result]) -> None:
-    """Wait until the thread is done, however often this is cancelled: its lane is shut down."""
-    while not working.done():
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.wait([working])
-    working.exception()
