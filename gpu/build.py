@@ -75,6 +75,15 @@ def ptx_name(source: str) -> str:
     return f"{source}.compute_{PTX_ARCHITECTURE}.ptx"
 
 
+def find_code(folder: Path, source: str, architecture: int) -> Path:
+    """Return the file in *folder* to load *source* from: machine code, or else PTX.
+
+    The driver compiles what was not built for the architecture.
+    """
+    cubin = folder / cubin_name(source, architecture)
+    return cubin if cubin.exists() else folder / ptx_name(source)
+
+
 def compile_cubin(
     compiler: Compiler, source: str, architecture: int
 ) -> tuple[bytes, list[KernelUse]]:

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kvstore.errors import RequestError
 from kvstore.gpu.batches import THREADS
-from kvstore.gpu.build import cubin_name, ptx_name
+from kvstore.gpu.build import find_code
 from kvstore.gpu.cuda_pools import CudaPools, find_driver
 from kvstore.gpu.device import (
     Copy,
@@ -187,9 +187,7 @@ class CupyDevice:
         with self._loading:
             if kernel not in self._functions:
                 source = SOURCES_OF[kernel.partition("_")[0]]
-                path = self._folder / cubin_name(source, self._architecture)
-                if not path.exists():
-                    path = self._folder / ptx_name(source)
+                path = find_code(self._folder, source, self._architecture)
                 module = self._cupy.RawModule(path=str(path))
                 self._functions[kernel] = module.get_function(kernel)
             return self._functions[kernel]

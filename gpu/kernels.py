@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from kvstore.errors import RequestError
 from kvstore.gpu.batches import THREADS, Chunks, Pages, Places, batch_of
-from kvstore.gpu.build import SOURCES, build, cubin_name, fingerprint, ptx_name
+from kvstore.gpu.build import SOURCES, build, find_code, fingerprint
 from kvstore.gpu.nvrtc import find_compiler
 
 CODECS: Final = {
@@ -111,9 +111,7 @@ class Kernels:
             function((self._blocks,), (THREADS,), (batch,))
 
     def _load_function(self, source: str, name: str) -> Any:
-        path = self._folder / cubin_name(source, self._architecture)
-        if not path.exists():  # the driver compiles what was not built for this device
-            path = self._folder / ptx_name(source)
+        path = find_code(self._folder, source, self._architecture)
         return self._cupy.RawModule(path=str(path)).get_function(name)
 
 
