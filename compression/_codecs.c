@@ -12,6 +12,7 @@
 #include <stddef.h>
 #include <stdlib.h>
 
+#include "../gpu/cuda/ecsq.cuh"
 #include "../gpu/cuda/exp3.cuh"
 #include "../gpu/cuda/fp8.cuh"
 #include "../gpu/cuda/hadamard.cuh"

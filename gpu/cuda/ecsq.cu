@@ -146,16 +146,15 @@ KV_INLINE Eight code_eight(const Batch &batch, const Stream &stream, const Eight
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         float away = kv_sub(made.values[i], made.means[i]);
-        uint32_t symbol = kv_ecsq_symbol(away, kv_inverse(made.steps[i]), coding.bound);
-        symbols[i] = made.is_sink ? coding.bound : symbol;
+        int32_t code = kv_ecsq_code(away, kv_inverse(made.steps[i]), coding.bound);
+        symbols[i] = made.is_sink ? coding.bound : kv_ecsq_symbol(code, coding.bound);
         made.far |= (uint32_t)(symbols[i] == 2 * coding.bound + 1) << i;
     }
     return made;
 }
 
 KV_INLINE float value_of(const Eight &eight, int i, uint32_t symbol, uint32_t bound) {
-    float value = kv_mul(kv_float_of_small((int32_t)(symbol - bound)), eight.steps[i]);
-    return kv_add(value, eight.means[i]);
+    return kv_ecsq_value(symbol, bound, eight.steps[i], eight.means[i]);
 }
 
 /* A sum over the lanes before this one; *total* is over all. Nothing to do where there is nothing. */
