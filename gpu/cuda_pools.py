@@ -1,7 +1,7 @@
 """Pools of a GPU: CUDA's virtual memory management, or where that cannot be passed on, CUDA IPC.
 
-The first is the driver's own interface, called here as its headers declare it; the second is
-the runtime's, which CuPy has. That there is no driver, or an old one, is a value.
+The first is the driver's own interface, the second is the runtime's, which CuPy has. That there is
+no driver, or an old one, is a value.
 """
 
 from __future__ import annotations
@@ -10,10 +10,21 @@ import contextlib
 import ctypes
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Final
 
-from kvstore.gpu.device import DeviceError, DeviceMemoryError
+from kvstore.gpu.cuda_driver import (
+    HAS_DESCRIPTORS,
+    HAS_VIRTUAL_MEMORY,
+    PINNED,
+    POSIX_DESCRIPTOR,
+    READ_WRITE,
+    RECOMMENDED,
+    Access,
+    Driver,
+    Properties,
+)
+from kvstore.gpu.device import DeviceError
 from kvstore.gpu.pools import Exported, OwnPool, Pool, PoolError
 from kvstore.limits import MIB
 
@@ -22,86 +33,31 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Numbers of the driver's enumerations.
-_SUCCESS: Final = 0
-_OUT_OF_MEMORY: Final = 2
-_HAS_VIRTUAL_MEMORY: Final = 102
-_HAS_DESCRIPTORS: Final = 103
-_PINNED: Final = 1
-_POSIX_DESCRIPTOR: Final = 1
-_ON_DEVICE: Final = 1
-_READ_WRITE: Final = 3
-_RECOMMENDED: Final = 1
 # cudaIpcMemLazyEnablePeerAccess
 _PEERS_TOO: Final = 1
 _ALLOCATION_BYTES: Final = 2 * MIB
 
 
-class Location(ctypes.Structure):
-    """CUmemLocation."""
-
-    _fields_ = (("type", ctypes.c_int), ("id", ctypes.c_int))
-
-
-class Properties(ctypes.Structure):
-    """CUmemAllocationProp."""
-
-    _fields_ = (
-        ("type", ctypes.c_int),
-        ("handle_types", ctypes.c_int),
-        ("location", Location),
-        ("win32", ctypes.c_void_p),
-        ("compression", ctypes.c_ubyte),
-        ("rdma", ctypes.c_ubyte),
-        ("usage", ctypes.c_ushort),
-        ("reserved", ctypes.c_ubyte * 4),
-    )
-
-
-class Access(ctypes.Structure):
-    """CUmemAccessDesc."""
-
-    _fields_ = (("location", Location), ("flags", ctypes.c_int))
-
-
-def find_driver() -> Any | None:  # noqa: ANN401  # the library, whose calls are looked up by name
-    """Return CUDA's driver library, or None where there is none."""
-    try:
-        return ctypes.CDLL("libcuda.so.1")
-    except OSError:
-        return None
-
-
-class Driver:
+class VirtualMemory:
     """The calls of the driver that pools are made of. Every failure is a `DeviceError`."""
 
-    def __init__(self, library: Any, ordinal: int) -> None:  # noqa: ANN401
+    def __init__(self, driver: Driver) -> None:
         """Raise `PoolError` when the device has no memory that goes by descriptor."""
-        self._library = library
-        self._device = ctypes.c_int(-1)
-        self._call("cuInit", ctypes.c_uint(0))
-        self._call("cuDeviceGet", ctypes.byref(self._device), ctypes.c_int(ordinal))
-        for attribute in (_HAS_VIRTUAL_MEMORY, _HAS_DESCRIPTORS):
-            found = ctypes.c_int(0)
-            self._call(
-                "cuDeviceGetAttribute", ctypes.byref(found), ctypes.c_int(attribute), self._device
-            )
-            if not found.value:
+        for attribute in (HAS_VIRTUAL_MEMORY, HAS_DESCRIPTORS):
+            if not driver.attribute(attribute):
                 raise PoolError(f"the device lacks attribute {attribute} of CUDA")
+        self._call = driver.call
+        self._location = driver.location
         self._properties = Properties(
-            type=_PINNED, handle_types=_POSIX_DESCRIPTOR, location=self._location
+            type=PINNED, handle_types=POSIX_DESCRIPTOR, location=self._location
         )
-
-    @property
-    def _location(self) -> Location:
-        return Location(_ON_DEVICE, self._device.value)
 
     def granularity(self) -> int:
         """Return what sizes and addresses of mappings are multiples of."""
         found = ctypes.c_size_t(0)
         self._call(
             "cuMemGetAllocationGranularity",
-            *(ctypes.byref(found), ctypes.byref(self._properties), ctypes.c_int(_RECOMMENDED)),
+            *(ctypes.byref(found), ctypes.byref(self._properties), ctypes.c_int(RECOMMENDED)),
         )
         return found.value
 
@@ -121,7 +77,7 @@ class Driver:
         self._call(
             "cuMemExportToShareableHandle",
             *(ctypes.byref(fd), ctypes.c_ulonglong(handle)),
-            *(ctypes.c_int(_POSIX_DESCRIPTOR), ctypes.c_ulonglong(0)),
+            *(ctypes.c_int(POSIX_DESCRIPTOR), ctypes.c_ulonglong(0)),
         )
         return fd.value
 
@@ -130,7 +86,7 @@ class Driver:
         handle = ctypes.c_ulonglong(0)
         self._call(
             "cuMemImportFromShareableHandle",
-            *(ctypes.byref(handle), ctypes.c_void_p(fd), ctypes.c_int(_POSIX_DESCRIPTOR)),
+            *(ctypes.byref(handle), ctypes.c_void_p(fd), ctypes.c_int(POSIX_DESCRIPTOR)),
         )
         return handle.value
 
@@ -146,7 +102,7 @@ class Driver:
         try:
             self._call("cuMemMap", address, size, start, ctypes.c_ulonglong(handle), nothing)
             try:
-                access = Access(self._location, _READ_WRITE)
+                access = Access(self._location, READ_WRITE)
                 self._call(
                     "cuMemSetAccess", address, size, ctypes.byref(access), ctypes.c_size_t(1)
                 )
@@ -164,17 +120,6 @@ class Driver:
         self._call("cuMemUnmap", where, size)
         self._call("cuMemAddressFree", where, size)
 
-    def _call(self, name: str, *arguments: object) -> None:
-        try:
-            function: Callable[..., int] = getattr(self._library, name)
-        except AttributeError:
-            raise PoolError(f"the driver has no {name}") from None
-        status = function(*arguments)
-        if status == _OUT_OF_MEMORY:
-            raise DeviceMemoryError(f"{name}: out of memory")
-        if status != _SUCCESS:
-            raise PoolError(f"{name}: error {status} of the driver")
-
 
 class MappedPool:
     """Memory that goes by descriptor. Its owner has *fd*, which is closed with it."""
@@ -182,7 +127,7 @@ class MappedPool:
     def __init__(
         self,
         device: CupyDevice,
-        driver: Driver,
+        driver: VirtualMemory,
         handle: int,
         size_bytes: int,
         *,
@@ -241,13 +186,14 @@ class CudaPools:
 
     def __init__(self, device: CupyDevice, library: Any | None) -> None:  # noqa: ANN401
         self._device = device
-        self._driver: Driver | None = None
+        self._driver: VirtualMemory | None = None
         with device.entered() as runtime:
             # The calls of the driver take a context as given, and nothing may have made one yet.
             runtime.free(0)
             self.identity = identity_of(runtime, device.index)
             try:
-                self._driver = None if library is None else Driver(library, device.index)
+                if library is not None:
+                    self._driver = VirtualMemory(Driver(library, device.index))
             except DeviceError as error:
                 log.warning(
                     "device memory is passed on by handle: other containers cannot map it",
@@ -322,7 +268,7 @@ def identity_of(runtime: Any, ordinal: int) -> str:  # noqa: ANN401
 
 
 @contextlib.contextmanager
-def _released(driver: Driver, handle: int) -> Iterator[None]:
+def _released(driver: VirtualMemory, handle: int) -> Iterator[None]:
     """Let go of *handle* at the end: mappings and descriptors keep the memory."""
     try:
         yield

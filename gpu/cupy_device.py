@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from kvstore.errors import RequestError
 from kvstore.gpu.batches import THREADS
 from kvstore.gpu.build import find_code
-from kvstore.gpu.cuda_pools import CudaPools, find_driver
+from kvstore.gpu.cuda_driver import error_of, find_driver, open_copies
+from kvstore.gpu.cuda_pools import CudaPools
 from kvstore.gpu.device import (
     Copy,
     Device,
     DeviceError,
     DeviceLostError,
-    DeviceMemoryError,
     Event,
     RegistrationError,
     Urgency,
@@ -39,16 +39,20 @@ _BLOCKS_PER_MULTIPROCESSOR: Final = {Urgency.HIGH: 8, Urgency.LOW: 2}
 _PRIORITIES: Final = {Urgency.HIGH: -1, Urgency.LOW: 0}
 
 # Numbers of cudaError and cudaMemcpyKind.
-_OUT_OF_MEMORY: Final = 2
 _NOT_READY: Final = 600
-_NEVER_BETTER: Final = frozenset(
-    [
-        *(3, 4, 46, 100, 101, 214, 220, 226),  # no context any more, no device, broken memory
-        *(700, 702, 709, 710, 714, 715, 716, 717, 718, 719, 999),  # what a kernel broke
-    ]
-)
 _ANY_DIRECTION: Final = 4
 _PORTABLE: Final = 1
+
+
+class StreamOf:
+    """A stream of somebody else's, as libraries hand them to each other."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """Return the version of that agreement, and the stream."""
+        return 0, self._handle
 
 
 class CupyMemory:
@@ -79,7 +83,7 @@ class CupyEvent:
         with self._device.entered() as runtime:
             status = int(runtime.eventQuery(self.event.ptr))
         if status not in {0, _NOT_READY}:
-            raise _error_of(status, f"an event ended with error {status} of CUDA")
+            raise error_of(status, f"an event ended with error {status} of CUDA")
         return status == 0
 
 
@@ -110,8 +114,12 @@ class CupyStream:
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Move *copies*, those that lie behind each other at both ends in one go."""
+        runs = list(merged(copies))
         with self._device.entered() as runtime:
-            for target, source, size in merged(copies):
+            # The driver takes the thread's context as given, and this may be the first call here.
+            runtime.setDevice(self._device.index)
+            given = self._device.copies.give(runs, self._stream.ptr)
+            for target, source, size in runs[given:]:
                 runtime.memcpyAsync(target, source, size, _ANY_DIRECTION, self._stream.ptr)
 
     def launch(self, kernel: str, argument: NDArray[Any]) -> None:
@@ -123,10 +131,22 @@ class CupyStream:
 
 
 class CupyDevice:
-    """One GPU, its kernels loaded from *folder* when first launched."""
+    """One GPU, its kernels loaded from *folder* when first launched.
 
-    def __init__(self, cupy: Any, index: int, folder: Path) -> None:  # noqa: ANN401  # the module
+    *cupy* is the module, *library* the driver's, None where it is not to be had.
+    """
+
+    def __init__(
+        self,
+        cupy: Any,  # noqa: ANN401
+        index: int,
+        folder: Path,
+        *,
+        library: Any | None = None,  # noqa: ANN401
+    ) -> None:
         self.index = index
+        self.copies = open_copies(library, index)
+        self._library = library
         self._cupy = cupy
         self._device = cupy.cuda.Device(index)
         self._folder = folder
@@ -139,17 +159,14 @@ class CupyDevice:
     def stream(self, urgency: Urgency) -> CupyStream:
         """Return a new stream, which waits for no other by itself."""
         with self.entered():
-            make = self._cupy.cuda.Stream
-            try:
-                made = make(non_blocking=True, priority=_PRIORITIES[urgency])
-            except TypeError:  # CuPy before 13 has no priorities
-                made = make(non_blocking=True)
+            priority = _PRIORITIES[urgency]
+            made = self._cupy.cuda.Stream(non_blocking=True, priority=priority)
             return CupyStream(self, made, urgency)
 
     def engine_stream(self, handle: int) -> CupyStream:
         """Return the stream that an engine knows by *handle*."""
         with self.entered():
-            stream = self._cupy.cuda.ExternalStream(handle)
+            stream = self._cupy.cuda.Stream.from_external(StreamOf(handle))
         return CupyStream(self, stream, Urgency.HIGH)
 
     def allocate(self, size_bytes: int) -> CupyMemory:
@@ -180,7 +197,7 @@ class CupyDevice:
 
     def pools(self) -> CudaPools:
         """Return what shares memory with other processes."""
-        return CudaPools(self, find_driver())
+        return CudaPools(self, self._library)
 
     def function(self, kernel: str) -> Any:  # noqa: ANN401  # CuPy's
         """Return *kernel*, built ahead for this device or compiled from PTX by the driver."""
@@ -204,13 +221,7 @@ class CupyDevice:
             with self._device:
                 yield cuda.runtime
         except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:
-            raise _error_of(int(error.status), str(error)) from error
-
-
-def _error_of(status: int, text: str) -> DeviceError:
-    if status in _NEVER_BETTER:
-        return DeviceLostError(text)
-    return DeviceMemoryError(text) if status == _OUT_OF_MEMORY else DeviceError(text)
+            raise error_of(int(error.status), str(error)) from error
 
 
 def merged(copies: Sequence[Copy]) -> Iterator[Copy]:
@@ -243,4 +254,4 @@ def open_device(index: int = 0, *, folder: Path | None = None) -> Device | None:
             raise
         return None
     built = folder or find_built()
-    return None if built is None else CupyDevice(cupy, index, built)
+    return None if built is None else CupyDevice(cupy, index, built, library=find_driver())

@@ -155,6 +155,10 @@ REGISTER_STEP_BYTES: Final = 256 * MIB
 DIRECT_PAGE_MIN_BYTES: Final = 256 * KIB
 DEVICE_FAILURES_MAX: Final = 8
 # The device tier: its pool, and the pieces in which the daemon copies chunks out of it.
+# Copies given to the device in one call. Below the first number a call for each is as good; one
+# call for tens of thousands has been seen to crash in the driver.
+BATCHED_COPIES_MIN: Final = 4
+BATCHED_COPIES_MAX: Final = 1024
 POOL_SIZE_MAX_BYTES: Final = 16 * TIB
 DEMOTE_PIECE_BYTES: Final = 4 * MIB
 DEVICE_CLOSE_TIMEOUT_SECONDS: Final = 5.0

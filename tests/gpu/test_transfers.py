@@ -11,7 +11,7 @@ import pytest
 
 from kvstore.bench import gpu as bench
 from kvstore.compression.registry import BUILT_IN
-from kvstore.gpu.cupy_device import open_device
+from kvstore.gpu.cupy_device import CupyDevice, open_device
 from kvstore.gpu.device import (
     Copy,
     Device,
@@ -93,6 +93,31 @@ def test_the_device_takes_the_checksums_of_kvstore(device: Device, size: int) ->
     wait_for(stream.record())
     found = bounce.get(words.address + 256, 8 * block_count(size)).view("<u8")
     assert np.array_equal(found, block_digests(payload.tobytes()))
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_many_copies_at_once_arrive(device: Device, batched: bool) -> None:
+    assert isinstance(device, CupyDevice)
+    count, size, stream = 3000, 256, device.stream(Urgency.LOW)
+    bounce, memory = Bounce(device), device.allocate(2 * count * size)
+    content = np.random.default_rng(1).integers(0, 256, count * size, np.uint8)
+    bounce.put(memory.address, content)
+    order = np.random.default_rng(2).permutation(count).tolist()
+    half = memory.address + count * size
+    off = device.copies.off
+    if not batched:
+        device.copies.off = "as an older driver"
+    elif off:
+        pytest.skip(off)
+    stream.copy(
+        [Copy(half + to * size, memory.address + n * size, size) for n, to in enumerate(order)]
+    )
+    wait_for(stream.record())
+    found = bounce.get(half, count * size).reshape(count, size)
+    assert np.array_equal(found[order], content.reshape(count, size))
+    assert batched is not bool(device.copies.off)
+    device.copies.off = off
+    memory.free()
 
 
 def test_what_there_is_no_room_for_is_an_error_and_no_more(device: Device) -> None:

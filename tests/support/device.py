@@ -26,7 +26,8 @@ from kvstore.gpu.windows import Windows
 from kvstore.hashing import block_digests
 from tests.support.making import make_manifest
 
-ENGINE = 7
+ENGINE = 0
+"""CUDA's default stream: a handle that a GPU knows, too."""
 PLANES, HEADS, TOKENS, ROW, PAGES = 2, 2, 4, 32, 12
 PAGES_PER_CHUNK = 2
 RUBBISH = 0xEE

@@ -51,7 +51,10 @@ class Scripted:
         self.devices = 1
         self.current: list[int] = []
         answers = {"malloc": 4096, "hostAlloc": 8192, "eventQuery": 0}
-        silent = ("free", "freeHost", "hostRegister", "hostUnregister", "memcpyAsync")
+        silent = (
+            *("free", "freeHost", "hostRegister", "hostUnregister"),
+            *("memcpyAsync", "setDevice"),
+        )
         calls = {name: self._call(name, answers.get(name)) for name in (*answers, *silent)}
         stream = stream_of(self)
         self.cuda = SimpleNamespace(
@@ -157,14 +160,32 @@ def test_work_is_given_to_the_stream_and_nothing_is_waited_for(device, cupy) -> 
         assert isinstance(fence, Fence)
         ours.copy([Copy(0, 1000, 16), Copy(16, 1016, 16), Copy(64, 1064, 16)])
     names = [call[0] for call in cupy.calls]
-    assert names == ["record", "wait", "memcpyAsync", "memcpyAsync", "record", "wait"]
-    assert cupy.calls[2:4] == [
+    assert names == ["record", "wait", "setDevice", "memcpyAsync", "memcpyAsync", "record", "wait"]
+    assert cupy.calls[2:5] == [
+        ("setDevice", 3),
         ("memcpyAsync", 0, 1000, 32, 4, 77),
         ("memcpyAsync", 64, 1064, 16, 4, 77),
     ]
     assert fence.event.is_done()
     with pytest.raises(RequestError, match="another device"):
         ours.wait(Standin(np.random.default_rng(0)).stream(Urgency.LOW).record())
+
+
+def test_many_copies_are_given_at_once_and_what_is_left_one_by_one(device, cupy) -> None:
+    def give(copies: list[Copy], stream: int) -> int:
+        assert cupy.calls[-1] == ("setDevice", 3), "the context is this thread's"
+        asked.append((copies, stream))
+        return 5
+
+    asked: list[tuple[list[Copy], int]] = []
+    device.copies.give = give
+    stream = device.stream(Urgency.LOW)
+    # The second of each pair lies behind the first at both ends.
+    pairs = [Copy(100 * n + part, 9000 + 100 * n + part, 8) for n in range(7) for part in (0, 8)]
+    stream.copy(pairs)
+    runs = [Copy(100 * n, 9000 + 100 * n, 16) for n in range(7)]
+    assert asked == [(runs, 77)]
+    assert cupy.calls[-2:] == [("memcpyAsync", *run, 4, 77) for run in runs[5:]]
 
 
 def test_kernels_are_loaded_once_as_built_or_as_ptx(device, cupy) -> None:
