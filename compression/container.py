@@ -195,6 +195,11 @@ def crc32c(content: BytesLike) -> int:
     return crc ^ WORD_MASK
 
 
+def payload_digest(payload: memoryview) -> int:
+    """Return the checksum of all that lies behind a head."""
+    return xxhash.xxh64_intdigest(payload)
+
+
 # --- writing ----------------------------------------------------------------------------
 
 
@@ -209,6 +214,17 @@ def write_head(
     end = max(section.end for section in sections)
     size = next_section(end)
     target[end:size] = bytes(size - end)
+    digest = payload_digest(target[header.payload_offset : size]) if checksum else None
+    head = head_of(header, sections, digest=digest)
+    target[: len(head)] = head
+    return size
+
+
+def head_of(header: Header, sections: list[Section], *, digest: int | None = None) -> bytes:
+    """Return header and table of a container of *sections*, up to where the first may begin.
+
+    *digest* is the checksum of its payload, if it has one of its own.
+    """
     table = b"".join(
         ENTRY.pack(
             section.codec,
@@ -225,11 +241,11 @@ def write_head(
         (header.sinks > 0, Flags.SINKS),
         (any(section.codec in _CENTRED for section in sections), Flags.CENTRED),
         (any(section.is_fallback for section in sections), Flags.FALLBACK),
-        (checksum, Flags.CHECKSUM),
+        (digest is not None, Flags.CHECKSUM),
     ):
         flags |= flag if is_set else NO_FLAGS
     start = header.payload_offset
-    digest = xxhash.xxh64_intdigest(target[start:size]) if checksum else 0
+    size = next_section(max(section.end for section in sections))
     fields = HEADER.pack(
         MAGIC,
         VERSION,
@@ -247,12 +263,11 @@ def write_head(
         header.sinks,
         header.table_id,
         size - start,
-        digest,
+        digest or 0,
         xxhash.xxh64_intdigest(table) & WORD_MASK,
     )
     head = fields + struct.pack("<I", crc32c(fields)) + table
-    target[:start] = head + bytes(start - len(head))
-    return size
+    return head + bytes(start - len(head))
 
 
 # --- reading ----------------------------------------------------------------------------
@@ -301,7 +316,7 @@ def open_container(content: BytesLike) -> Container:
     table = view[HEADER_BYTES : HEADER_BYTES + ENTRY.size * header.sections]
     if xxhash.xxh64_intdigest(table) & WORD_MASK != table_check:
         raise ContainerError("container: the section table does not match its checksum")
-    if header.flags & Flags.CHECKSUM and xxhash.xxh64_intdigest(view[start:end]) != digest:
+    if header.flags & Flags.CHECKSUM and payload_digest(view[start:end]) != digest:
         raise ContainerError("container: the payload does not match its checksum")
     sections = tuple(
         _section(header, index, ENTRY.unpack_from(table, index * ENTRY.size), end)

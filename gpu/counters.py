@@ -17,6 +17,7 @@ MEANINGS: Final[Mapping[str, str]] = MappingProxyType(
         "decoded_chunks": "Decoded by the device while it scattered them.",
         "host_encoded_chunks": "Encoded on the host: there are no kernels, or they are misfits.",
         "host_decoded_chunks": "Put together or decoded on the host: the device cannot.",
+        "brought_chunks": "Of those, brought from the pool: the device has no form for them there.",
         "misfit_chunks": "Encoded with more error than is allowed: left to the host.",
         "damaged_chunks": "Loaded, and not what was stored: deleted and computed anew.",
         "pools_refused": "The daemon has device memory that cannot be mapped: host tier instead.",
@@ -42,6 +43,7 @@ class DeviceCounters:
     decoded_chunks: int = 0
     host_encoded_chunks: int = 0
     host_decoded_chunks: int = 0
+    brought_chunks: int = 0
     misfit_chunks: int = 0
     damaged_chunks: int = 0
     pools_refused: int = 0

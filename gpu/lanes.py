@@ -47,7 +47,7 @@ from kvstore.gpu.device import (
 from kvstore.gpu.forms import Form, plain_form
 from kvstore.gpu.pages import NOWHERE, PageLayout
 from kvstore.gpu.staging import Ring, Told
-from kvstore.gpu.transfers import Moved, Transfer
+from kvstore.gpu.transfers import Moved, Transfer, UnderWay
 from kvstore.gpu.windows import HostMemory
 from kvstore.limits import (
     DEVICE_FAILURES_MAX,
@@ -96,7 +96,7 @@ class Lane:
         self._kernels = device.stream(self.urgency)
         self._copies = device.stream(self.urgency)
         self._failures = 0
-        self._stuck: list[Transfer] = []
+        self._stuck: list[UnderWay] = []
         self.off = ""
         """Why nothing is moved any more; empty while something is."""
 
@@ -279,7 +279,7 @@ class Lane:
         if self._failures >= DEVICE_FAILURES_MAX:
             self.off = self.off or f"{self._failures} transfers in a row failed: {error}"
 
-    def give_up(self, transfer: Transfer, error: DeviceError) -> None:
+    def give_up(self, transfer: UnderWay, error: DeviceError) -> None:
         """Leave a transfer to itself: what it uses comes back when it has ended, if ever."""
         self._stuck.append(transfer)
         if isinstance(error, StuckError):
@@ -380,7 +380,7 @@ class LoadLane(Lane):
     def _behind_copy(self) -> None:
         self._kernels.wait(self._copies.record())
 
-    def _engine_behind(self, transfer: Transfer) -> None:
+    def _engine_behind(self, transfer: UnderWay) -> None:
         """Have the engine's next work wait for a load that nobody waits for any more.
 
         It will be told that its pages hold nothing, and write to them: not before we have.
@@ -394,7 +394,7 @@ class LoadLane(Lane):
         self.counters.chunks_loaded += len(transfer.chunks)
         self.counters.decoded_chunks += self._coded(transfer)
 
-    def give_up(self, transfer: Transfer, error: DeviceError) -> None:
+    def give_up(self, transfer: UnderWay, error: DeviceError) -> None:
         """See `Lane.give_up`; the engine goes on behind it."""
         super().give_up(transfer, error)
         try:

@@ -6,7 +6,7 @@ The rules of order that are kept here are in the table of `kvstore.gpu.lanes`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,6 +29,21 @@ class Moved(NamedTuple):
     pages: Sequence[int]
     address: int
     on_device: bool = False
+
+
+class UnderWay(Protocol):
+    """What a lane has given the device. `finish` it once; after `StuckError`, ask `is_over`."""
+
+    fence: Fence | None
+    done: Event | None
+
+    def finish(self) -> object:
+        """Wait until it has ended; raises `DeviceError` as `Transfer.finish` does."""
+        ...
+
+    def is_over(self) -> bool:
+        """Whether nothing of it is under way any more."""
+        ...
 
 
 class Transfer:

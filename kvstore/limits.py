@@ -161,6 +161,8 @@ BATCHED_COPIES_MIN: Final = 4
 BATCHED_COPIES_MAX: Final = 1024
 POOL_SIZE_MAX_BYTES: Final = 16 * TIB
 DEMOTE_PIECE_BYTES: Final = 4 * MIB
+# Heads of encoded chunks on their way to a pool, or from there, at a time: on each side of the bus.
+HEADS_ROOM_BYTES: Final = 2 * MIB
 DEVICE_CLOSE_TIMEOUT_SECONDS: Final = 5.0
 STUCK_TRANSFERS_MAX: Final = 64
 

@@ -136,11 +136,12 @@ class Vacancy:
 class StoredShard:
     """One shard of a loaded chunk, readable in place for as long as its lease lasts."""
 
-    __slots__ = ("_shard", "_space", "heads")
+    __slots__ = ("_copy", "_shard", "_space", "heads")
 
     def __init__(self, space: AttachedSpace, shard: m.Shard) -> None:
         self._space = space
         self._shard = shard
+        self._copy: Bytes | None = None
         self.heads = HeadRange(shard.head_start, shard.head_stop)
 
     @property
@@ -194,8 +195,14 @@ class StoredShard:
         if found is not None:
             self.check(found)
 
+    def read_from(self, copy: Bytes) -> None:
+        """Take *copy*, in host memory, for what was stored: for shards that lie on a device."""
+        self._copy = copy
+
     @property
     def _bytes(self) -> memoryview:
+        if self._copy is not None:
+            return self._copy.data
         # Writable, as it is mapped: the address of a read-only view is dear to find.
         return self._space.bytes_at(self._shard.offset, self._shard.size_bytes)
 

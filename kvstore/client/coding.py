@@ -18,8 +18,9 @@ from kvstore.compression.container import (
     POSITION_MAX,
     Header,
     Section,
+    head_of,
     next_section,
-    write_head,
+    payload_digest,
 )
 from kvstore.compression.guard import CodecCounters, EncodeReport, SectionReport
 from kvstore.compression.policy import CodecPolicy
@@ -176,11 +177,18 @@ class Coding:
         """Return where the sections of a chunk go; first chunks have a plan of their own."""
         return self._codec.plan(self._heads, first_position=_position(is_first=is_first))
 
-    def put_head(self, target: memoryview, found: Sequence[Encoded], *, is_first: bool) -> None:
-        """Write the head of the chunk in *target*, whose sections another has put there.
+    @property
+    def seals_payload(self) -> bool:
+        """Whether a head holds a checksum of the payload, which the host has to see for that."""
+        return self._codec.policy.checksum
 
-        It was encoded by `plan`, and *found* says of each section what that came to. Raises
-        `UnfitError` when one of them has more error than it may.
+    def head_of(
+        self, found: Sequence[Encoded], *, is_first: bool, stored: memoryview | None = None
+    ) -> bytes:
+        """Return the head of a chunk whose sections another has encoded, by `plan`.
+
+        *found* says of each section what that came to; *stored*, the chunk, is needed where
+        `seals_payload`. Raises `UnfitError` when a section has more error than it may.
         """
         plan, policy = self.plan(is_first=is_first), self._codec.policy
         entries: list[Section] = []
@@ -190,13 +198,17 @@ class Coding:
                 raise UnfitError(f"a section of {section.codec.name.lower()} has error {error:.3g}")
             entries.append(replace(section, relative_error=error))
         header = replace(plan.header, first_position=_position(is_first=is_first))
-        size = write_head(target, header, entries, checksum=policy.checksum)
+        digest = None
+        if self.seals_payload:
+            assert stored is not None, "a payload that is sealed is seen"
+            digest = payload_digest(stored[header.payload_offset : plan.size_bytes])
         reports = (
             SectionReport(one.codec, one.codec, one.size_bytes, one.relative_error)
             for one in entries
         )
         with self._counting:
-            self._counters.record(EncodeReport(size, header.raw_bytes, tuple(reports)))
+            self._counters.record(EncodeReport(plan.size_bytes, header.raw_bytes, tuple(reports)))
+        return head_of(header, entries, digest=digest)
 
     def _encode(self, source: Runs, target: memoryview, *, is_first: bool) -> EncodeReport:
         values = sections_at(source, self._header)

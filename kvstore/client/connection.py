@@ -76,6 +76,7 @@ class Connection:
         self.path = path
         self.arena_fd: int | None = None
         self._pool_fd = -1
+        self._taking_fd = threading.Lock()
         self._expects_fd = True
         self._ids = itertools.count(1)
         self._waiters: dict[int, Waiter | None] = {}
@@ -156,9 +157,13 @@ class Connection:
 
     def take_fd(self) -> int:
         """Return the descriptor that has come, -1 for none; it is the caller's from now on."""
-        fd, self._pool_fd = self._pool_fd, -1
         self._expects_fd = False
-        return fd
+        return self._swap_fd(-1)
+
+    def _swap_fd(self, fd: int) -> int:
+        with self._taking_fd:
+            before, self._pool_fd = self._pool_fd, fd
+        return before
 
     def close(self) -> None:
         """End the session. Idempotent."""
@@ -237,7 +242,7 @@ class Connection:
                 self.arena_fd = fds[0]
                 self._expects_fd = False
             elif fds:
-                self._pool_fd = fds[0]
+                _close_fd(self._swap_fd(fds[0]))
         if not data:
             raise ConnectionResetError("the daemon closed the session")
         return data
@@ -284,9 +289,18 @@ class Connection:
         self._pass_on()
 
     def _close_socket(self) -> None:
-        """Close, while no other thread can be inside a call on the descriptor."""
+        """Close, while no other thread can be inside a call on the descriptor.
+
+        What was passed here and nobody has taken goes, too: who asked for it may have given up.
+        """
         with self._sending:
             self._socket.close()
+        _close_fd(self._swap_fd(-1))
+
+
+def _close_fd(fd: int) -> None:
+    if fd >= 0:
+        os.close(fd)
 
 
 def deadline_ms(timeout_seconds: float) -> int:

@@ -26,6 +26,7 @@ from kvstore.client.sync import NOTHING_STORED, StoreReport, report_of
 from kvstore.errors import RequestError
 from kvstore.gpu.counters import DeviceCounters
 from kvstore.gpu.device import DeviceError, Fence
+from kvstore.gpu.heads import Heads
 from kvstore.gpu.lanes import LaneSettings, LoadLane, StoreLane
 from kvstore.gpu.pages import NOWHERE
 from kvstore.limits import ENCODE_SCRATCH_BYTES, REGISTER_STEP_BYTES
@@ -80,7 +81,16 @@ class DeviceCache:
         self._pooled = PooledSpaces(device, self._arenas, self.counters)
         room = min(lane.ring.room_bytes for lane in (stores, loads))
         forms = Forms(layout, cache.manifest, cache.heads, size_max_bytes=room)
-        self._parts = Parts(stores, loads, self._arenas, self._held, forms, self.counters)
+        self._parts = Parts(
+            stores,
+            loads,
+            self._arenas,
+            self._held,
+            forms,
+            self.counters,
+            Heads(device, stores),
+            Heads(device, loads),
+        )
 
     def __enter__(self) -> Self:
         return self
@@ -168,15 +178,15 @@ class DeviceCache:
                 self._cache.drop_damaged(part[loading.whole], loaded, space, loading.damage)
             return trusted
 
-        # The heads of coded chunks are the host's to read, and to write.
-        via = self._pooled.of if self._cache.coding is None else None
-        return self._cache.load_with(digests, copy, via=via)
+        return self._cache.load_with(digests, copy, via=self._pooled.of)
 
     def close(self) -> None:
         """Free what is not in use. The cache stays open."""
         self._held.reap()
         self._stores.close()
         self._loads.close()
+        for heads in (self._parts.store_heads, self._parts.load_heads):
+            heads.close()
         self._arenas.close()
 
     def _asked(
@@ -214,12 +224,14 @@ class DeviceCache:
         if any(forms):
             sizes = [plan.size_bytes for plan in plans]
             heads = self._cache.heads
-            vacancies = space.take_room(digests, parent=parent, heads=heads, sizes=sizes)
+            # The host has to see a payload that is sealed, and encodes what there are no forms for.
+            into = space if coding.seals_payload else self._pooled.of(space)
+            vacancies = into.take_room(digests, parent=parent, heads=heads, sizes=sizes)
             wanted = [
                 Wanted(n, vacancy, form, is_first=not (parent or n))
                 for n, (vacancy, form) in enumerate(zip(vacancies, forms, strict=True))
             ]
-            with Storing(asked, space, coding) as storing:
+            with Storing(asked, into, coding) as storing:
                 storing.run(wanted)
             report, left = report_of(vacancies, storing.volatile), storing.left
         for numbers in self._host_groups(left):

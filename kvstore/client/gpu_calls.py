@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from kvstore.client.sync import Space
     from kvstore.gpu.counters import DeviceCounters
     from kvstore.gpu.device import Fence
+    from kvstore.gpu.heads import Heads
     from kvstore.gpu.lanes import LoadLane, StoreLane
 
 
@@ -24,6 +25,8 @@ class Parts(NamedTuple):
     held: Held
     forms: Forms
     counters: DeviceCounters
+    store_heads: Heads
+    load_heads: Heads
 
 
 class Asked(NamedTuple):

@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from kvstore.compression.shapes import Kind, SectionShape
     from kvstore.gpu.pages import PageLayout
     from kvstore.protocol.manifest import Manifest
-    from kvstore.types import HeadRange
+    from kvstore.types import BytesLike, HeadRange
 
 _NOWHERE: Final = Places(sections=0, pages=0, containers=0)
 _FORMS_MAX: Final = 64
@@ -88,19 +88,24 @@ class Forms:
             return None
         return self._find(plan.header, sections_of(plan), plan.size_bytes)
 
-    def of_stored(self, stored: memoryview) -> Form | None:
-        """Return the form of the container that *stored* holds.
+    @property
+    def head_bytes(self) -> int:
+        """How long the head of every container is."""
+        return _head_bytes(len(self._layout.planes))
+
+    def of_stored(self, head: BytesLike, size_bytes: int) -> Form | None:
+        """Return the form of a container of *size_bytes* that begins with *head*.
 
         Raises `ContainerError` when it is damaged, or of another geometry.
         """
-        container = _read_head(stored, len(self._layout.planes))
+        container = _read_head(head, size_bytes)
         if container is None:
             return None
         header = container.header
         heads = check_geometry(self._manifest, header, self._heads)
         if heads.width != header.heads:
             return None
-        return self._find(header, container.sections, len(stored))
+        return self._find(header, container.sections, size_bytes)
 
     def _find(self, header: Header, sections: Sequence[Section], size_bytes: int) -> Form | None:
         places = tuple((section.codec, section.offset) for section in sections)
@@ -261,16 +266,20 @@ def _form_of(layout: PageLayout) -> dict[str, int]:
     return {"planes": len(layout.planes)} | {name: getattr(layout, name) for name in names}
 
 
-def _read_head(stored: memoryview, sections: int) -> Container | None:
-    """Return the container *stored*, of so many sections, from a copy of its head.
+def _head_bytes(sections: int) -> int:
+    """Return how long the head of a container of so many *sections* is."""
+    return padded(HEADER_BYTES + ENTRY.size * sections, SECTION_ALIGNMENT_BYTES)
+
+
+def _read_head(head: BytesLike, size_bytes: int) -> Container | None:
+    """Return the container of *size_bytes* that begins with *head*, of which a copy is read.
 
     None when its payload has a checksum of its own, which is for the host to take.
     """
-    head_bytes = padded(HEADER_BYTES + ENTRY.size * sections, SECTION_ALIGNMENT_BYTES)
-    room = _scratch.room("head", len(stored))
-    head = room[: min(head_bytes, len(stored))]
-    head[:] = np.frombuffer(stored[: len(head)], dtype=np.uint8)
+    room = _scratch.room("head", max(size_bytes, len(head)))
+    copy = room[: len(head)]
+    copy[:] = np.frombuffer(head, dtype=np.uint8)
     if len(head) < HEADER_BYTES:
         raise ContainerError(f"a container has at least {HEADER_BYTES} bytes, this has {len(head)}")
-    flags = HEADER.unpack_from(head.data)[_FLAGS_FIELD]
-    return None if flags & Flags.CHECKSUM else open_container(room.data)
+    flags = HEADER.unpack_from(copy.data)[_FLAGS_FIELD]
+    return None if flags & Flags.CHECKSUM else open_container(room[:size_bytes].data)

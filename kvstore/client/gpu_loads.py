@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from kvstore.client.chunks import copy_chunk
 from kvstore.client.gpu_calls import Call
-from kvstore.client.gpu_steps import Outcome, alike, land, pipeline
+from kvstore.client.gpu_steps import Outcome, alike, groups_of, land, pipeline
 from kvstore.errors import ChecksumError, ContainerError, KVStoreError
+from kvstore.gpu.device import DeviceError
+from kvstore.gpu.heads import Heads
 from kvstore.gpu.pages import NOWHERE
 from kvstore.gpu.transfers import Moved
+from kvstore.gpu.windows import Run
+from kvstore.limits import HEADS_ROOM_BYTES
 from kvstore.transfer.copies import Runs
 from kvstore.transfer.native import address_of
 
@@ -22,6 +28,8 @@ if TYPE_CHECKING:
     from kvstore.client.sync import Space
     from kvstore.gpu.forms import Form
     from kvstore.gpu.transfers import Transfer
+
+log = logging.getLogger(__name__)
 
 
 class _Source(NamedTuple):
@@ -39,6 +47,12 @@ class _Source(NamedTuple):
         return self.shard is not None and self.shard.is_pooled
 
 
+def _has_far_head(chunk: StoredChunk, head_bytes: int) -> bool:
+    """Return whether *chunk* is a container in device memory, and long enough to be one."""
+    shard = chunk.shards[0]
+    return shard.is_pooled and not shard.is_plain and shard.size_bytes >= head_bytes
+
+
 class Loading(Call):
     """Brings what was *loaded* to its pages; the first *whole* chunks are right."""
 
@@ -50,6 +64,7 @@ class Loading(Call):
         self._forms = asked.parts.forms
         self._loaded = loaded
         self._unread: tuple[int, KVStoreError] | None = None
+        self._heads: dict[int, memoryview] = {}
         attached = space.attached
         self._verify = attached.verify_loads and attached.checksums
 
@@ -66,6 +81,7 @@ class Loading(Call):
             verify = self._verify or any(one.is_pooled for one in group)
             return self._lane.begin(moved, self._after, checksums=verify, form=form)
 
+        self._fetch_heads()
         groups = alike(self._sources(), lambda source: source.form, self._lane.capacity)
         pipeline(self._lane, groups, begin, self._end, self._drop)
         if self.damage is None and self._unread is not None and self._unread[0] == self.whole:
@@ -79,25 +95,83 @@ class Loading(Call):
             except (ChecksumError, ContainerError) as error:
                 self._unread = (number, error)
                 return
+            except DeviceError as error:
+                log.info("a chunk was not brought to the host", extra={"reason": str(error)})
+                return
             yield source
 
     def _source(self, number: int, chunk: StoredChunk, pages: Sequence[int]) -> _Source:
         shard, plain = chunk.shards[0], self._forms.plain
         if shard.heads == chunk.heads:
-            form = self._form_of(shard, pages)
+            form = self._form_of(number, shard, pages)
             if form is not None:
                 return _Source(number, self._arena.at(shard.offset), form, shard)
         self._parts.counters.host_decoded_chunks += 1
         room = np.empty(plain.size_bytes, dtype=np.uint8)
-        self._loaded.copy_one(chunk, Runs.of_buffer(room))
+        if shard.is_pooled:
+            self._bring(shard)
+            copy_chunk(self._space.attached, chunk, Runs.of_buffer(room), verify=False)
+        else:
+            self._loaded.copy_one(chunk, Runs.of_buffer(room))
         return _Source(number, address_of(room.data), plain, None, room)
 
-    def _form_of(self, shard: StoredShard, pages: Sequence[int]) -> Form | None:
+    def _form_of(self, number: int, shard: StoredShard, pages: Sequence[int]) -> Form | None:
         """Return how the device reads *shard*, if it can."""
         if shard.is_plain:
             plain = self._forms.plain
             return plain if shard.size_bytes == plain.size_bytes else None
-        return None if NOWHERE in pages else self._forms.of_stored(shard.view)
+        if NOWHERE in pages:
+            return None
+        return self._forms.of_stored(self._head_of(number, shard), shard.size_bytes)
+
+    # --- what lies in device memory ---------------------------------------------------------
+
+    def _fetch_heads(self) -> None:
+        """Bring the heads of encoded chunks to the host, where their forms are made: all at once.
+
+        Of chunks whose heads do not come, none is loaded.
+        """
+        size = self._forms.head_bytes
+        wanted = [
+            (number, chunk.shards[0])
+            for number, chunk in enumerate(self._loaded.chunks)
+            if _has_far_head(chunk, size) and NOWHERE not in self._pages[number]
+        ]
+        for group in groups_of(wanted, Heads.capacity(size)):
+            places = [self._arena.at(shard.offset) for _, shard in group]
+            step = self._parts.load_heads.fetch(places, size)
+            if land(step, self._parts.held, self._keep) is not Outcome.LANDED:
+                return
+            for (number, _), head in zip(group, step.fetched, strict=True):
+                self._heads[number] = head.data
+
+    def _head_of(self, number: int, shard: StoredShard) -> memoryview:
+        """Return what *shard* begins with; raises `DeviceError` when that was not brought."""
+        size = self._forms.head_bytes
+        if not shard.is_pooled:
+            return shard.view[:size]
+        if shard.size_bytes < size:
+            raise ContainerError(f"a container of {shard.size_bytes} bytes, its head has {size}")
+        if number not in self._heads:
+            raise DeviceError("its head has not come")
+        return self._heads[number]
+
+    def _bring(self, shard: StoredShard) -> None:
+        """Have *shard*, for which the device has no form, in host memory, verified.
+
+        Raises `ChecksumError`, or `DeviceError` when it does not come.
+        """
+        room = np.empty(shard.size_bytes, dtype=np.uint8)
+        start = self._arena.at(shard.offset)
+        for at in range(0, shard.size_bytes, HEADS_ROOM_BYTES):
+            run = Run(start + at, min(HEADS_ROOM_BYTES, shard.size_bytes - at))
+            step = self._parts.load_heads.fetch_run(run)
+            if land(step, self._parts.held, self._keep) is not Outcome.LANDED:
+                raise DeviceError(f"{run.size_bytes} bytes of it have not come")
+            room[at : at + run.size_bytes] = step.fetched[0]
+        shard.read_from(room)
+        shard.verify()
+        self._parts.counters.brought_chunks += 1
 
     def _end(self, transfer: Transfer, group: list[_Source]) -> bool:
         outcome = land(transfer, self._parts.held, self._keep)

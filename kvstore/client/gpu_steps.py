@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from kvstore.gpu.forms import Form
     from kvstore.gpu.lanes import Lane
     from kvstore.gpu.pools import Pool
-    from kvstore.gpu.transfers import Transfer
+    from kvstore.gpu.transfers import Transfer, UnderWay
     from kvstore.transfer.arena import ArenaMapping
 
 log = logging.getLogger(__name__)
@@ -141,12 +141,12 @@ class Held:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._held: list[tuple[Transfer, Callable[[], None]]] = []
+        self._held: list[tuple[UnderWay, Callable[[], None]]] = []
 
     def __len__(self) -> int:
         return len(self._held)
 
-    def add(self, transfer: Transfer, let_go: Callable[[], None]) -> None:
+    def add(self, transfer: UnderWay, let_go: Callable[[], None]) -> None:
         """Have *let_go* called when *transfer* is over: at a later `reap`, or never."""
         with self._lock:
             self._held.append((transfer, let_go))
@@ -170,7 +170,7 @@ class Outcome(Enum):
     """Something may be: what it touches is let go of when it is over."""
 
 
-def land(transfer: Transfer, held: Held, keep: Callable[[], Callable[[], None]]) -> Outcome:
+def land(transfer: UnderWay, held: Held, keep: Callable[[], Callable[[], None]]) -> Outcome:
     """Wait for *transfer*. If it may still be under way then, *keep* what it touches."""
     try:
         transfer.finish()

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from kvstore.client.coding import Scratch
-from kvstore.client.gpu_calls import Call
+from kvstore.client.gpu_heads import Headed, HeadedCall
 from kvstore.client.gpu_steps import Outcome, alike, land, pipeline
 from kvstore.compression.shapes import Encoded
 from kvstore.errors import UnfitError
 from kvstore.gpu.transfers import Moved
-from kvstore.limits import CHECKSUM_BLOCK_BYTES
-from kvstore.transfer.copies import Runs, digest_blocks
+from kvstore.transfer.copies import Runs
 from kvstore.transfer.native import address_of
 
 if TYPE_CHECKING:
@@ -41,7 +40,7 @@ class Wanted(NamedTuple):
     is_first: bool = False
 
 
-class Storing(Call):
+class Storing(HeadedCall):
     """Fills rooms and publishes them, group by group.
 
     With *coding*, chunks are encoded as it says. What is then *left* is for the host to encode:
@@ -89,42 +88,45 @@ class Storing(Call):
     def _end(self, transfer: Transfer, group: list[Wanted]) -> bool:
         if not self._land(transfer, group):
             return False
-        misfits: list[Wanted] = []
-        for position, one in enumerate(group):
-            found = None if transfer.digests is None else transfer.digests[position]
-            try:
-                if not transfer.form.is_plain:
-                    # Where every section is raw, nothing is reported.
-                    every = transfer.reports
-                    reports = () if every is None else every[position]
-                    found = self._put_head(one, transfer.form, reports, found)
+        every: list[Digests64 | None] = [None] * len(group)
+        if transfer.digests is not None:
+            every = list(transfer.digests)
+        ready: list[Vacancy] = []
+        if transfer.form.is_plain:
+            for one, found in zip(group, every, strict=True):
                 one.vacancy.seal_with(found)
+                ready.append(one.vacancy)
+            return self._publish(ready, of=len(group))
+        headed, misfits = list[Headed](), list[Wanted]()
+        for position, (one, found) in enumerate(zip(group, every, strict=True)):
+            # Where every section is raw, nothing is reported.
+            reports = () if transfer.reports is None else transfer.reports[position]
+            try:
+                head = self._head_of(one, transfer.form, reports)
             except UnfitError:
                 misfits.append(one)
+            else:
+                headed.append(Headed(one.vacancy, head, found))
         self._leave(misfits)
         self._parts.counters.misfit_chunks += len(misfits)
-        if fit := [one.vacancy for one in group if one not in misfits]:
-            self.volatile += self._space.commit(fit)
-        return True
+        return self._publish(self._put_heads(headed), of=len(headed))
 
-    def _put_head(
-        self, one: Wanted, form: Form, reports: Iterable[Any], found: Digests64 | None
-    ) -> Digests64 | None:
-        """Write the head of a chunk; return the digests with it. Raises `UnfitError`."""
+    def _publish(self, ready: Sequence[Vacancy], *, of: int) -> bool:
+        """Commit what is *ready*; return whether that is all *of* them."""
+        if ready:
+            self.volatile += self._space.commit(ready)
+        return len(ready) == of
+
+    def _head_of(self, one: Wanted, form: Form, reports: Iterable[Any]) -> bytes:
+        """Return the head of a chunk that is encoded; raises `UnfitError`."""
         assert self._coding is not None, "what is not plain was encoded"
         sections = [Encoded(0)] * len(self._coding.plan(is_first=one.is_first).codecs)
         for index, report in zip(form.reported, reports, strict=True):
             error, energy = float(report["error"]), float(report["energy"])
             is_fit = not report["broken"] and bool(np.isfinite((error, energy)).all())
             sections[index] = Encoded(0, error, energy, is_fit)
-        room = one.vacancy.view
-        self._coding.put_head(room, sections, is_first=one.is_first)
-        if found is None:
-            return None
-        # What the device has digested of these blocks was not the head.
-        blocks = -(-form.head_bytes // CHECKSUM_BLOCK_BYTES)
-        found[:blocks] = digest_blocks(room[: blocks * CHECKSUM_BLOCK_BYTES])
-        return found
+        stored = one.vacancy.view if self._coding.seals_payload else None
+        return self._coding.head_of(sections, is_first=one.is_first, stored=stored)
 
     def _leave(self, wanted: Sequence[Wanted]) -> None:
         """Leave chunks to the host."""
