@@ -29,7 +29,7 @@ from kvstore.gpu.device import (
     RegistrationError,
     Urgency,
 )
-from kvstore.gpu.kernels import CODECS, find_built
+from kvstore.gpu.kernels import CODECS, StreamOf, find_built
 
 SOURCES_OF: Final = {"raw": "raw", "xxh3": "xxh3", **CODECS}
 """What names of kernels begin with, and the source of each."""
@@ -42,17 +42,6 @@ _PRIORITIES: Final = {Urgency.HIGH: -1, Urgency.LOW: 0}
 _NOT_READY: Final = 600
 _ANY_DIRECTION: Final = 4
 _PORTABLE: Final = 1
-
-
-class StreamOf:
-    """A stream of somebody else's, as libraries hand them to each other."""
-
-    def __init__(self, handle: int) -> None:
-        self._handle = handle
-
-    def __cuda_stream__(self) -> tuple[int, int]:
-        """Return the version of that agreement, and the stream."""
-        return 0, self._handle
 
 
 class CupyMemory:

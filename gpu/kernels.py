@@ -76,6 +76,17 @@ SHIPPED: Final = SOURCES / "built"
 """Where a release keeps kernels that were built ahead."""
 
 
+class StreamOf:
+    """A stream of somebody else's, as libraries hand them to each other."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        """Return the version of that agreement, and the stream."""
+        return 0, self._handle
+
+
 class Kernels:
     """All kernels for one device. Launches are asynchronous, on torch's current stream."""
 
@@ -107,7 +118,7 @@ class Kernels:
 
     def _run(self, function: Any, batch: NDArray[Any]) -> None:
         stream = self._torch.cuda.current_stream().cuda_stream
-        with self._cupy.cuda.ExternalStream(stream):
+        with self._cupy.cuda.Stream.from_external(StreamOf(stream)):
             function((self._blocks,), (THREADS,), (batch,))
 
     def _load_function(self, source: str, name: str) -> Any:

@@ -128,6 +128,8 @@ class StandinStream:
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Move *copies* in pieces, in no particular order."""
+        if any(type(number) is not int for copy in copies for number in copy):
+            raise TypeError("an integer is required")  # what CuPy says to numbers of NumPy's
         self._device.meet("copy")
         self._device.give(self, _Work(self._device.pieces_of(copies)))
 

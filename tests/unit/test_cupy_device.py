@@ -1,6 +1,7 @@
 """What is asked of CuPy for every call of the interface, and what becomes of its errors.
 
-CuPy is scripted here; on a GPU, tests/gpu/test_transfers.py asks the real one.
+CuPy is scripted here, and refuses what CuPy 14 refuses: numbers of NumPy's as addresses, arguments
+of kernels that are more than one element. On a GPU, tests/gpu/test_transfers.py asks the real one.
 """
 
 from __future__ import annotations
@@ -64,13 +65,23 @@ class Scripted:
             driver=SimpleNamespace(CUDADriverError=CUDADriverError),
             Device=device_of(self),
             Stream=stream,
-            ExternalStream=lambda handle: stream(handle=handle),
             Event=event_of(),
         )
 
     def RawModule(self, path: str) -> Any:  # noqa: N802  # CuPy's name
         self.note("module", path.rpartition("/")[2])
-        return SimpleNamespace(get_function=lambda name: self._call(name, None))
+        return SimpleNamespace(get_function=self._kernel)
+
+    def _kernel(self, name: str) -> Any:
+        def run(grid: tuple[int], block: tuple[int], arguments: tuple[np.ndarray]) -> None:
+            for one in arguments:
+                # CuPy passes the bytes of an array by value, if it has one element.
+                assert isinstance(one, np.ndarray)
+                assert one.size == 1
+                assert one.nbytes <= 4096
+            self.note(name, grid, block, arguments)
+
+        return run
 
     def note(self, *call: Any) -> None:
         assert self.current == [3], "the device is current during the call"
@@ -80,6 +91,9 @@ class Scripted:
 
     def _call(self, name: str, found: Any) -> Any:
         def run(*words: Any) -> Any:
+            for word in words:
+                if type(word) is not int:  # CuPy takes no numbers of NumPy's
+                    raise TypeError("an integer is required")
             self.note(name, *words)
             return found
 
@@ -105,10 +119,18 @@ def device_of(cupy: Scripted) -> type:
 
 def stream_of(cupy: Scripted) -> type:
     class Stream:
-        ptr = 77
+        def __init__(self, *, non_blocking: bool, priority: int) -> None:
+            cupy.note("stream", non_blocking, priority)
+            self.ptr = 77
 
-        def __init__(self, **words: Any) -> None:
-            cupy.note("stream", words)
+        @classmethod
+        def from_external(cls, stream: Any) -> Any:
+            version, handle = stream.__cuda_stream__()
+            assert version == 0
+            made = cls.__new__(cls)
+            made.ptr = handle
+            cupy.note("engine's stream", handle)
+            return made
 
         def wait_event(self, event: Any) -> None:
             cupy.note("wait", event.number)
@@ -152,8 +174,8 @@ def device(cupy: Scripted, tmp_path) -> CupyDevice:
 def test_work_is_given_to_the_stream_and_nothing_is_waited_for(device, cupy) -> None:
     engine, ours = device.engine_stream(5), device.stream(Urgency.LOW)
     assert cupy.calls == [
-        ("stream", {"handle": 5}),
-        ("stream", {"non_blocking": True, "priority": 0}),
+        ("engine's stream", 5),
+        ("stream", True, 0),
     ]
     cupy.calls.clear()
     with fenced(engine, ours) as fence:
@@ -248,15 +270,12 @@ def test_an_event_of_a_lost_device_is_not_taken_for_one_that_is_not_done(
             event.is_done()
 
 
-def test_an_older_cupy_has_streams_without_priorities(device, cupy, monkeypatch) -> None:
-    plain = cupy.cuda.Stream
-
-    def without(*, non_blocking: bool) -> Any:
-        return plain(non_blocking=non_blocking)
-
-    monkeypatch.setattr(cupy.cuda, "Stream", without)
-    device.stream(Urgency.HIGH)
-    assert cupy.calls == [("stream", {"non_blocking": True})]
+def test_addresses_are_numbers_of_pythons(device, cupy) -> None:
+    stream = device.stream(Urgency.LOW)
+    with pytest.raises(TypeError, match="an integer is required"):
+        stream.copy([Copy(0, np.uint64(8), 16)])
+    with pytest.raises(TypeError, match="an integer is required"):
+        Standin(np.random.default_rng(0)).stream(Urgency.LOW).copy([Copy(np.int64(0), 8, 16)])
 
 
 def test_copies_that_lie_behind_each_other_are_one() -> None:
