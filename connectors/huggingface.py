@@ -33,6 +33,7 @@ from kvstore.connectors.huggingface_layers import HEADROOM_TOKENS, SlidingLayer,
 from kvstore.connectors.huggingface_model import Geometry, fingerprint, manifest_of, observe
 from kvstore.errors import RequestError
 from kvstore.hashing import chunk_digests, scope_digest
+from kvstore.limits import STAGING_SIZE_BYTES, STAGING_SIZE_MAX_BYTES
 from kvstore.protocol.manifest import Manifest
 from kvstore.types import Digest
 
@@ -70,10 +71,11 @@ class PrefixReuse:
     *revision* names the weights (`"org/name@commit"`); without it all weights are hashed once.
     Make a new one when the weights change. Chunks are stored with *codec*: a name, or a table as
     in `read_codec`; prefixes of other codecs are not found. Where the model is on a GPU, that moves
-    its chunks by itself. *open_cache* and *open_device* are for tests and other stores.
+    its chunks by itself, and takes *gpu_staging_bytes* for each KV group and direction.
+    *open_cache* and *open_device* are for tests and other stores.
 
-    Raises `RequestError` when the model's state cannot be cut into chunks of tokens, and
-    `ConfigError` for a codec that is unknown.
+    Raises `RequestError` when the model's state cannot be cut into chunks of tokens or
+    *gpu_staging_bytes* is out of range, and `ConfigError` for a codec that is unknown.
     """
 
     def __init__(
@@ -85,10 +87,13 @@ class PrefixReuse:
         revision: str | None = None,
         timeout_seconds: float = 0.04,
         codec: CodecChoice = "raw",
+        gpu_staging_bytes: int = STAGING_SIZE_BYTES,
         open_cache: OpenCache | None = None,
         open_device: OpenDevice = open_cuda,
     ) -> None:
         policy = read_codec(codec)
+        if not 0 < gpu_staging_bytes <= STAGING_SIZE_MAX_BYTES:
+            raise RequestError(f"gpu_staging_bytes must lie in [1, {STAGING_SIZE_MAX_BYTES}]")
 
         def connect(manifest: Manifest) -> ChunkCache:
             return PrefixCache(
@@ -104,6 +109,7 @@ class PrefixReuse:
         self._codec = policy.codec
         self._open_cache = open_cache or connect
         self._open_device = open_device
+        self._gpu_staging_bytes = gpu_staging_bytes
         self._revision = fingerprint(model, weights=revision)
         self._groups = [self._group(geometry) for geometry in observe(model)]
 
@@ -167,7 +173,13 @@ class PrefixReuse:
             geometry.window_tokens, self._chunk_tokens
         )
         cache = self._open_cache(manifest)
-        device = device_group(cache, geometry, self._chunk_tokens, self._open_device)
+        device = device_group(
+            cache,
+            geometry,
+            self._chunk_tokens,
+            self._open_device,
+            staging_bytes=self._gpu_staging_bytes,
+        )
         return ModelGroup(geometry, Group(cache, window), self._chunk_tokens, device)
 
     def _load(self, digests: Sequence[Digest], *, room_tokens: int) -> tuple[Planes, int]:

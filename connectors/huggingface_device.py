@@ -22,7 +22,9 @@ from kvstore.errors import KVStoreError, RequestError
 from kvstore.gpu.counters import DeviceCounters
 from kvstore.gpu.cupy_device import open_device
 from kvstore.gpu.device import Device, DeviceError, Fence
+from kvstore.gpu.lanes import LaneSettings
 from kvstore.gpu.pages import PageLayout
+from kvstore.limits import STAGING_SIZE_BYTES
 from kvstore.types import Digest
 
 log = logging.getLogger(__name__)
@@ -141,9 +143,17 @@ class DeviceGroup:
 
 
 def device_group(
-    chunks: ChunkCache, geometry: Geometry, chunk_tokens: int, open_in: OpenDevice = open_cuda
+    chunks: ChunkCache,
+    geometry: Geometry,
+    chunk_tokens: int,
+    open_in: OpenDevice = open_cuda,
+    *,
+    staging_bytes: int = STAGING_SIZE_BYTES,
 ) -> DeviceGroup | None:
-    """Return the way between the tensors of a group and the daemon; None when torch is to move."""
+    """Return the way between the tensors of a group and the daemon; None when torch is to move.
+
+    It takes *staging_bytes* of the device for each direction.
+    """
     places = {plane.device for plane in geometry.planes}
     if len(places) != 1 or not isinstance(chunks, PrefixCache):
         return None
@@ -153,11 +163,11 @@ def device_group(
     try:
         planes = [0] * len(geometry.planes)
         layout = _page_layout(geometry, chunk_tokens, planes, chunk_tokens * geometry.token_bytes)
-        return DeviceGroup(
-            opened, DeviceCache(chunks, opened.device, layout), geometry, chunk_tokens
-        )
+        settings = LaneSettings(staging_bytes=staging_bytes)
+        moving = DeviceCache(chunks, opened.device, layout, settings=settings)
+        return DeviceGroup(opened, moving, geometry, chunk_tokens)
     except KVStoreError as error:
-        log.info("kvstore: chunks are moved by torch: %s", error)
+        log.warning("kvstore: chunks are moved by torch: %s", error)
         return None
 
 

@@ -16,6 +16,7 @@ from deploy.demo.daemon import running_daemon
 from kvstore.compression.twins import CODEC_TWINS
 from kvstore.connectors.huggingface import PrefixReuse
 from kvstore.connectors.huggingface_device import Opened
+from kvstore.errors import RequestError
 from kvstore.gpu.device import host_bytes
 from kvstore.gpu.standin import Standin
 from tests.engine import models
@@ -188,3 +189,14 @@ def test_where_the_gpu_fails_the_prompt_is_computed(shared):
             assert past.report.reused_tokens == tokens
             compute(model, ids, past)
         assert prefixes.device_counters["lost_devices"] == 1
+
+
+def test_with_staging_for_less_than_a_chunk_torch_moves_them(shared):
+    model, ids, device = models.llama().to(torch.bfloat16), prompt(150, seed=21), standin(3)
+    there = {"open_device": lambda _: opened(device), "gpu_staging_bytes": 1}
+    with shared.open(model, **there) as prefixes:
+        remember(prefixes, model, ids)
+        assert prefixes.begin(ids).report.reused_tokens == 144
+        assert prefixes.device_counters == {}
+    with pytest.raises(RequestError, match=r"gpu_staging_bytes must lie in \[1, 8589934592\]"):
+        PrefixReuse(model, gpu_staging_bytes=0)
