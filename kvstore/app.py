@@ -249,6 +249,9 @@ async def _live(
             group.create_task(share(server), name="sharing"),
             *(group.create_task(tier.greet(), name="greeting") for tier in to_greet),
         ]
+        if server.store.device is not None:
+            promoting = server.store.device.promotions.run()
+            tasks.append(group.create_task(promoting, name="promotions"))
         if reloader.config.tiers.host.prefault:
             tasks.append(group.create_task(prefault(server.store.host.arena), name="prefault"))
         stopped_by = await stopped
@@ -271,6 +274,7 @@ def _save_device_memory(server: Server) -> None:
     routes = server.mover.routes.values()
     if server.store.device is None:
         return
+    server.store.device.promotions.stop()
     if server.store.host.records is not None or any(one.policy != "never" for one in routes):
         server.store.device.demote_all()
 

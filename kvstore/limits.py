@@ -154,15 +154,17 @@ REGISTER_STEP_BYTES: Final = 256 * MIB
 # Pages of so many bytes, each in one piece, are moved by the copy engine one by one.
 DIRECT_PAGE_MIN_BYTES: Final = 256 * KIB
 DEVICE_FAILURES_MAX: Final = 8
-# The device tier: its pool, and the pieces in which the daemon copies chunks out of it.
+# The device tier: its pool, and the pieces in which the daemon copies chunks out of it, and in.
 # Copies given to the device in one call. Below the first number a call for each is as good; one
 # call for tens of thousands has been seen to crash in the driver.
 BATCHED_COPIES_MIN: Final = 4
 BATCHED_COPIES_MAX: Final = 1024
 POOL_SIZE_MAX_BYTES: Final = 16 * TIB
-DEMOTE_PIECE_BYTES: Final = 4 * MIB
+DEVICE_PIECE_BYTES: Final = 4 * MIB
 # Heads of encoded chunks on their way to a pool, or from there, at a time: on each side of the bus.
 HEADS_ROOM_BYTES: Final = 2 * MIB
+# Chunks that wait to be copied into the pool, one at a time.
+PROMOTE_QUEUE_CHUNKS_MAX: Final = 4096
 DEVICE_CLOSE_TIMEOUT_SECONDS: Final = 5.0
 STUCK_TRANSFERS_MAX: Final = 64
 
@@ -365,7 +367,7 @@ assert PEER_OFFERS_MAX * (36 + PEER_SHARDS_PER_CHUNK_MAX * 25) < FRAME_SIZE_MAX_
 assert PEER_PART_BYTES % CHECKSUM_BLOCK_BYTES == 0
 assert FIND_DIGESTS_MAX <= PEER_OFFERS_MAX
 assert DIRECTORY_BEAT_SECONDS < DIRECTORY_TTL_SECONDS
-assert DEMOTE_PIECE_BYTES % CHECKSUM_BLOCK_BYTES == 0
+assert DEVICE_PIECE_BYTES % CHECKSUM_BLOCK_BYTES == 0
 assert PULL_BATCH_CHUNKS_MAX * PEER_SHARDS_PER_CHUNK_MAX <= NIXL_RUNS_MAX
 # A full list of wants, of at most 80 bytes each, fits one frame; one of runs, one datagram.
 assert NIXL_RUNS_MAX * 80 < FRAME_SIZE_MAX_BYTES

@@ -196,4 +196,5 @@ def flows(stats: DaemonStats) -> Iterator[schema.Flow]:
         yield tier_flow(into, tier.tier, tier.counters, name)
         yield tier_flow(tier.tier, "host", tier.counters, "read")
         if tier.tier == "device":
+            yield tier_flow("host", tier.tier, tier.counters, "write")
             yield tier_flow(tier.tier, "engine", tier.counters, "loaded")

@@ -1,7 +1,8 @@
 """Room in the device tier: for engines that fill it themselves, and chunks that leave for others.
 
 What is there alone never leaves by itself: it is copied to the host tier first, in the
-background. Who finds no room meanwhile is given some in the host tier.
+background. Who finds no room meanwhile is given some in the host tier. What engines load from
+there again and again comes up, see `device_promotion`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from kvstore.limits import DEMOTIONS_AHEAD_MAX
+from kvstore.store.device_promotion import Promotions
 from kvstore.store.shards import ShardRecord, tiers_with
 from kvstore.tiers.base import ShardKey
 from kvstore.types import NO_SLOT, Extent, HeadRange, Root, TierKind
@@ -17,6 +19,7 @@ from kvstore.types import NO_SLOT, Extent, HeadRange, Root, TierKind
 if TYPE_CHECKING:
     from kvstore.store.leases import Reservation
     from kvstore.store.shelves import Shelves
+    from kvstore.store.store import Loading
     from kvstore.tiers.device import DeviceTier
     from kvstore.tiers.guard import GuardedTier
 
@@ -39,23 +42,13 @@ class DeviceRoom:
         self._bring = bring
         self._residents = store.slower.residents[_DEVICE]
         store.slower.let_go[_DEVICE] = self.tier.forget
+        self.promotions: Final = Promotions(store, guard, self._take_for_promotion)
 
     def take(self, tenant: int, size_bytes: int) -> Extent | None:
         """Return room, evicting what is kept elsewhere, too; None while there is none."""
-        extent = self.tier.allocate(size_bytes) if self._guard.is_usable else None
-        freed_bytes = 0
-        # Beyond twice the need, holes are too small: more of them would not help.
-        while extent is None and self._guard.is_usable and freed_bytes <= 2 * size_bytes:
-            victim = self._residents.next_victim(tenant, size_bytes, self._bytes_of, self._is_alone)
-            if victim == NO_SLOT:
-                break
-            if self._is_alone(victim):
-                self._demote_from(victim)
-                break
-            freed_bytes += self._bytes_of(victim)
-            self._store.slower.left(victim, _DEVICE, evicted=True)
-            self._guard.counters.evict_chunks += 1
-            extent = self.tier.allocate(size_bytes)
+        extent, victim = self._make_room(tenant, size_bytes, self._is_alone)
+        if victim != NO_SLOT:
+            self._demote_from(victim)
         self.tier.counters.reserve_chunks_no_space += extent is None
         return extent
 
@@ -92,13 +85,18 @@ class DeviceRoom:
         assert place is not None, "what the index knows to be in the pool is there"
         return place
 
-    def loaded(self, slots: Sequence[int], chunks: Sequence[Sequence[ShardRecord]]) -> None:
-        """Note that an engine reads *chunks* of *slots* here: of each, these shards."""
+    def loaded(
+        self, loading: Loading, slots: Sequence[int], chunks: Sequence[Sequence[ShardRecord]]
+    ) -> None:
+        """Note that an engine with the pool reads *chunks* of *slots*, here or in the host tier."""
+        counters = self.tier.counters
         for slot, chunk in zip(reversed(slots), reversed(chunks), strict=True):
-            if chunk:
+            here = [shard.size_bytes for shard in chunk if loading.is_pooled(shard)]
+            if here:
                 self._residents.touch(slot)
-                self.tier.counters.loaded_chunks += 1
-                self.tier.counters.loaded_bytes += sum(shard.size_bytes for shard in chunk)
+                counters.loaded_chunks += 1
+                counters.loaded_bytes += sum(here)
+        self.promotions.loaded(loading, slots, chunks)
 
     def demote_all(self) -> None:
         """Have all that is here alone copied down, as far as the queue is long enough."""
@@ -113,6 +111,32 @@ class DeviceRoom:
             for shard in self._here(slot):
                 place = self.place_of(slot, shard)
                 assert place.size_bytes == shard.size_bytes, f"slot {slot} in the pool"
+
+    def _make_room(
+        self, tenant: int, size_bytes: int, is_spared: Callable[[int], bool]
+    ) -> tuple[Extent | None, int]:
+        """Return room, evicting where needed, or None and who of the spared ones is in the way."""
+        extent = self.tier.allocate(size_bytes) if self._guard.is_usable else None
+        freed_bytes = 0
+        # Beyond twice the need, holes are too small: more of them would not help.
+        while extent is None and self._guard.is_usable and freed_bytes <= 2 * size_bytes:
+            victim = self._residents.next_victim(tenant, size_bytes, self._bytes_of, is_spared)
+            if victim == NO_SLOT or is_spared(victim):
+                return None, victim
+            freed_bytes += self._bytes_of(victim)
+            self._store.slower.left(victim, _DEVICE, evicted=True)
+            self._guard.counters.evict_chunks += 1
+            extent = self.tier.allocate(size_bytes)
+        return extent, NO_SLOT
+
+    def _take_for_promotion(
+        self, tenant: int, size_bytes: int, is_spared: Callable[[int], bool]
+    ) -> Extent | None:
+        """Return room that nobody has to be copied down for; those *is_spared* names stay."""
+        extent, _ = self._make_room(
+            tenant, size_bytes, lambda slot: self._is_alone(slot) or is_spared(slot)
+        )
+        return extent
 
     def _key_of(self, slot: int, shard: ShardRecord) -> ShardKey:
         space, digest = self._index.space_of(slot), self._index.digest(slot)

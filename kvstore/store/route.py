@@ -27,6 +27,7 @@ from kvstore.types import NO_SLOT, Digest, Extent, NamespaceId, TierKind
 if TYPE_CHECKING:
     from kvstore.store.lane import Fetch, Lane, Write
     from kvstore.store.shards import ShardRecord
+    from kvstore.store.shelves import Shelves
     from kvstore.store.store import Store
     from kvstore.tiers.guard import GuardedTier
 
@@ -345,7 +346,7 @@ class _Reading:
             self._is_unwanted = True
 
 
-def shard_of(store: Store, slot: int, record: ShardRecord) -> Shard:
+def shard_of(store: Shelves, slot: int, record: ShardRecord) -> Shard:
     """Return *record* of *slot* as tiers know it."""
     space, digest = store.index.space_of(slot), store.index.digest(slot)
     key = ShardKey(space.id, digest, record.heads)

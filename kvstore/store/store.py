@@ -275,8 +275,7 @@ class Store(Shelves):
             if self.index.tiers_of(slot) & _HOST:
                 self.residents.touch(slot)
         if self.device is not None and loading.direct != _HOST:
-            read = [[shard for shard in chunk if loading.is_pooled(shard)] for chunk in chunks]
-            self.device.loaded(slots, read)
+            self.device.loaded(loading, slots, chunks)
         if self._movement is not None:
             self._movement.used(slots)
         self.counters.load_chunks += len(slots)

@@ -1,13 +1,13 @@
 """The device tier: a pool of a GPU's memory, which engines on that GPU map and fill themselves.
 
-The daemon hands out its extents and copies chunks from there to the host tier: through pinned
-memory of its own and in a stream that yields to everything else on the device, so that a copy
-that gets stuck touches nothing but that. Nothing is ever written here by the daemon.
+The daemon hands out its extents, copies chunks from there to the host tier, and hot ones from
+the host tier to there: through pinned memory of its own and in streams that yield to everything
+else on the device. A copy down that gets stuck touches nothing but that memory; the room that a
+copy up goes to stays set aside until that has ended.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
 from collections.abc import Iterable
 from typing import Final
@@ -15,38 +15,21 @@ from typing import Final
 import msgspec
 import numpy as np
 
-from kvstore.errors import TierError
-from kvstore.gpu.device import (
-    Copy,
-    Device,
-    DeviceError,
-    DeviceLostError,
-    Event,
-    Urgency,
-    Wait,
-    wait_for,
-)
+from kvstore.gpu.device import Device, DeviceError, Wait, wait_for
 from kvstore.gpu.pools import OwnPool
-from kvstore.hashing import Digests64, block_count
-from kvstore.limits import (
-    CHECKSUM_BLOCK_BYTES,
-    DEMOTE_PIECE_BYTES,
-    DEVICE_CLOSE_TIMEOUT_SECONDS,
-)
+from kvstore.hashing import Digests64, block_count, root_of
+from kvstore.limits import DEVICE_CLOSE_TIMEOUT_SECONDS
 from kvstore.tiers.base import Shard, ShardKey, TierUsage
-from kvstore.tiers.disk_calls import Crew, dismiss
+from kvstore.tiers.device_copies import Way
+from kvstore.tiers.disk_calls import dismiss
 from kvstore.transfer.allocator import Allocator
-from kvstore.transfer.copies import copy_at
-from kvstore.transfer.native import address_of
 from kvstore.types import Extent, NamespaceId, Place, TierKind
 
 log = logging.getLogger(__name__)
 
-_PROBE_BYTES: Final = 64
-
 
 class DeviceCounters(msgspec.Struct, kw_only=True):
-    """What engines did here, and what they could not do."""
+    """What engines did here, what they could not do, and what came up for them."""
 
     stored_chunks: int = 0
     stored_bytes: int = 0
@@ -54,6 +37,10 @@ class DeviceCounters(msgspec.Struct, kw_only=True):
     loaded_bytes: int = 0
     reserve_chunks_no_space: int = 0
     """Asked for here and given room in the host tier."""
+    promoted_chunks: int = 0
+    promoted_bytes: int = 0
+    promote_chunks_dropped: int = 0
+    """Hot in the host tier and not brought up: no room, gone meanwhile, or a copy that failed."""
 
 
 class DeviceTier:
@@ -65,19 +52,19 @@ class DeviceTier:
         """Raise `DeviceError` when the device has nothing to copy with."""
         self.pool: Final = pool
         self.counters = DeviceCounters()
-        self._device = device
-        self._wait = wait
         self._allocator = Allocator(pool.size_bytes)
         self._kept: dict[ShardKey, Extent] = {}
-        self._stream = device.stream(Urgency.LOW)
-        self._pinned = device.pin(2 * DEMOTE_PIECE_BYTES)
-        self._crew = Crew("demote", 1)
-        self._trouble: DeviceError | None = None
+        # Where `write` puts what is on its way up, and room that a stuck copy may still go to.
+        self._expected: dict[ShardKey, Extent] = {}
+        self._doubtful: list[Extent] = []
+        self._down = Way(device, pool, "demote", wait)
+        self._up = Way(device, pool, "promote", wait)
 
     # --- extents --------------------------------------------------------------------------
 
     def allocate(self, size_bytes: int) -> Extent | None:
         """Return room for *size_bytes*, or None when no free run is long enough."""
+        self._settle()
         return self._allocator.allocate(size_bytes)
 
     def free(self, extent: Extent) -> None:
@@ -99,6 +86,32 @@ class DeviceTier:
         if extent is not None:
             self._allocator.free(extent)
 
+    def expects(self, key: ShardKey) -> bool:
+        """Return whether room is set aside for *key*."""
+        return key in self._expected
+
+    def expect(self, key: ShardKey, extent: Extent) -> None:
+        """Let `write` put *key* into *extent*, which `arrived` or `give_up` decides about."""
+        assert key not in self._expected, "a shard comes up once"
+        self._expected[key] = extent
+
+    def arrived(self, key: ShardKey) -> None:
+        """Let *key*, which `write` has put there, be kept."""
+        self.keep(key, self._expected.pop(key))
+
+    def give_up(self, key: ShardKey) -> None:
+        """Free the room that was set aside for *key*, or have it freed once no copy goes there."""
+        extent = self._expected.pop(key)
+        if self._up.trouble is None:
+            self._allocator.free(extent)
+        else:
+            self._doubtful.append(extent)
+
+    @property
+    def is_in_doubt(self) -> bool:
+        """Whether room is set aside for what is on its way up, or was when that got stuck."""
+        return bool(self._expected or self._doubtful)
+
     def usage(self) -> TierUsage:
         """Return how full the pool is."""
         own = self._allocator
@@ -107,14 +120,22 @@ class DeviceTier:
     def check(self, unpublished: Iterable[Extent], shards: int) -> None:
         """Raise `AssertionError` unless *unpublished* and as many *shards* are all that is out."""
         assert len(self._kept) == shards, "shards in the pool are miscounted"
-        self._allocator.check([*self._kept.values(), *unpublished])
+        out = (*self._kept.values(), *self._expected.values(), *self._doubtful, *unpublished)
+        self._allocator.check(list(out))
 
     # --- bytes ------------------------------------------------------------------------------
 
     async def write(self, shard: Shard, source: memoryview) -> Place | None:
-        """Refuse: engines alone write here."""
-        del shard, source
-        return None
+        """Copy *source* to the room that is set aside for *shard*.
+
+        None without such room, and where the bytes that were copied are not those of its root.
+        Raises `TierError` when the device does not do it, or has not done so before.
+        """
+        extent = self._expected.get(shard.key)
+        if extent is None:
+            return None
+        blocks = await self._up.up(source, extent)
+        return Place(extent.offset) if root_of(blocks) == shard.root else None
 
     async def read(
         self, shard: Shard, place: Place, target: memoryview, table: Digests64 | None = None
@@ -129,7 +150,7 @@ class DeviceTier:
             return False
         blocks = np.zeros(block_count(shard.size_bytes), np.uint64)
         found = blocks if table is None else table
-        await self._crew.do([functools.partial(self._bring, extent, target, found)])
+        await self._down.down(extent, target, found)
         return True
 
     async def remove(self, shard: Shard, place: Place) -> bool:
@@ -143,67 +164,27 @@ class DeviceTier:
 
     async def probe(self) -> None:
         """Copy a little, once all that was stuck has ended."""
-        await self._crew.do([self._try])
+        await self._down.probe()
+        if self.is_in_doubt:
+            await self._up.probe()
+        self._settle()
 
     def close(self) -> None:
         """Give the pool back; what engines have mapped of it stays theirs."""
-        if not dismiss([self._crew], DEVICE_CLOSE_TIMEOUT_SECONDS) or self._trouble is not None:
+        ways = (self._down, self._up)
+        has_ended = dismiss([way.crew for way in ways], DEVICE_CLOSE_TIMEOUT_SECONDS)
+        if not has_ended or any(way.trouble is not None for way in ways):
             return  # something may still be under way: the end of the process frees it all
         try:
-            self._pinned.free()
+            for way in ways:
+                way.close()
             self.pool.close()
         except DeviceError as error:
             log.info("the pool was not given back", extra={"reason": str(error)})
 
-    # --- in the thread ------------------------------------------------------------------------
-
-    def _bring(self, extent: Extent, target: memoryview, table: Digests64) -> None:
-        """Copy *extent* to *target*: one piece is on its way while the last is taken out."""
-        if self._trouble is not None:
-            self._try()
-        base, last = address_of(target), (extent.size_bytes - 1) // DEMOTE_PIECE_BYTES
-        try:
-            coming = self._begin(extent, 0)
-            for number in range(last + 1):
-                event = coming
-                if number < last:
-                    coming = self._begin(extent, number + 1)
-                self._wait(event)
-                self._take(extent, number, base, table)
-        except DeviceError as error:
-            self._trouble = error
-            raise TierError(f"device: {error}") from error
-
-    def _begin(self, extent: Extent, number: int) -> Event:
-        start, size = _piece(extent, number)
-        source = self.pool.address + extent.offset + start
-        self._stream.copy([Copy(self._half(number), source, size)])
-        return self._stream.record()
-
-    def _take(self, extent: Extent, number: int, base: int, table: Digests64) -> None:
-        start, size = _piece(extent, number)
-        digests = copy_at(base + start, self._half(number), size, checksums=True)
-        assert digests is not None, "they were asked for"
-        first = start // CHECKSUM_BLOCK_BYTES
-        table[first : first + block_count(size)] = digests
-
-    def _half(self, number: int) -> int:
-        """Return where piece *number* is put: two halves of pinned memory, in turns."""
-        return self._pinned.address + number % 2 * DEMOTE_PIECE_BYTES
-
-    def _try(self) -> None:
-        """Find out whether all that was begun has ended, and whether a copy succeeds now."""
-        try:
-            if isinstance(self._trouble, DeviceLostError):
-                raise self._trouble
-            self._stream.copy([Copy(self._half(0), self.pool.address, _PROBE_BYTES)])
-            self._wait(self._stream.record())
-        except DeviceError as error:
-            raise TierError(f"device: {error}") from error
-        self._trouble = None
-
-
-def _piece(extent: Extent, number: int) -> tuple[int, int]:
-    """Return where in *extent* piece *number* begins, and its size."""
-    start = number * DEMOTE_PIECE_BYTES
-    return start, min(DEMOTE_PIECE_BYTES, extent.size_bytes - start)
+    def _settle(self) -> None:
+        """Free the room of copies that were stuck, once it is known that they have ended."""
+        if self._doubtful and self._up.trouble is None:
+            for extent in self._doubtful:
+                self._allocator.free(extent)
+            self._doubtful.clear()

@@ -196,6 +196,10 @@ class GuardedTier:
         self.counters.find_chunks += sum(map(bool, found))
         return found
 
+    async def check(self) -> None:
+        """Find out whether the tier answers, as with any other call: see `RemoteTier.probe`."""
+        await self._call(self.tier.probe())
+
     async def greet(self) -> None:
         """Find out whether the tier answers, before anybody needs it; if not, it is left alone."""
         self._breaker.begin_on_trial()

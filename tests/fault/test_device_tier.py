@@ -48,7 +48,7 @@ def plain(running):
 def daemon(running, plain):
     """The daemon of most of these tests, with nothing in it."""
     _, space = plain
-    for prompt in range(3):
+    for prompt in range(4):
         mine = make_digests(8, prompt)
         wait_until(lambda mine=mine: not space.delete(mine).busy, what="all are deleted")
     return running
@@ -107,6 +107,27 @@ def test_what_leaves_the_pool_is_loaded_from_the_host_tier(daemon, plain) -> Non
         assert [engine.load(digests) for digests in prompts] == [8, 8, 8]
     in_pool = sum(n for p in prompts for bits, n in space.lookup(p).tiers if bits & 1)
     assert in_pool == 12
+
+
+def test_what_is_loaded_from_the_host_tier_twice_is_loaded_from_the_pool_from_then_on(
+    daemon, plain
+) -> None:
+    client, _ = plain
+    digests = make_digests(8, prompt=3)  # no other test loads these
+    without = Standin(np.random.default_rng(0))
+    with DeviceEngine(daemon.socket, device=without) as engine:
+        without.fail("allocate")
+        assert engine.store(digests).stored == 8
+    before = pool_of(client).counters
+    with DeviceEngine(daemon.socket) as first, DeviceEngine(daemon.socket) as second:
+        assert [first.load(digests), second.load(digests)] == [8, 8]
+        brought = before["promoted_chunks"] + 8
+        wait_until(lambda: pool_of(client).counters["promoted_chunks"] == brought)
+        assert pool_of(client).counters["loaded_chunks"] == before["loaded_chunks"]
+        assert [first.load(digests), second.load(digests)] == [8, 8]
+        assert first.on_gpu.counters.damaged_chunks == 0
+    assert pool_of(client).counters["loaded_chunks"] == before["loaded_chunks"] + 16
+    assert pool_of(client).used_bytes == 8 * CHUNK_BYTES
 
 
 def test_an_engine_killed_in_mid_transfer_leaves_nothing_in_the_pool(daemon, plain) -> None:
@@ -174,12 +195,15 @@ def test_a_daemon_killed_under_its_pool_is_a_miss_and_the_next_ones_pool_is_used
         assert engine.on_gpu.off == ""
 
 
-def test_what_lies_in_the_pool_outlives_the_daemon_where_a_tier_below_does(
-    start_daemon, tmp_path
+@pytest.mark.parametrize("kept", ["disk", "arena"])
+def test_what_lies_in_the_pool_outlives_the_daemon_where_a_tier_below_does_and_comes_up_again(
+    start_daemon, tmp_path, kept
 ) -> None:
-    daemon = start_daemon(
-        SETTINGS | {"tiers.disk.path": tmp_path / "disk", "tiers.disk.capacity": "16MiB"}
-    )
+    settings = {
+        "disk": {"tiers.disk.path": tmp_path / "disk", "tiers.disk.capacity": "16MiB"},
+        "arena": {"tiers.host.arena": tmp_path / "arena"},
+    }
+    daemon = start_daemon(SETTINGS | settings[kept])
     with DeviceEngine(daemon.socket) as engine:
         assert engine.store(DIGESTS).stored == 8
         assert daemon.stop() == 0
@@ -187,7 +211,12 @@ def test_what_lies_in_the_pool_outlives_the_daemon_where_a_tier_below_does(
         daemon.launch()
         daemon.wait_ready()
         wait_until(lambda: engine.cache.is_connected, what="connected again")
-        assert engine.load(DIGESTS) == 8
+        with daemon.connect() as client:
+            assert [engine.load(DIGESTS) for _ in range(2)] == [8, 8]
+            wait_until(lambda: pool_of(client).counters["promoted_chunks"] == 8)
+            assert pool_of(client).counters["loaded_chunks"] == 0
+            assert engine.load(DIGESTS) == 8
+            assert pool_of(client).counters["loaded_chunks"] == 8
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,22 @@ class PooledTiers(Tiers):
         self.room = DeviceRoom(self.store, self.guard, self.mover.bring)
         self.store.device = self.room
 
+    async def run(self) -> None:
+        """Move between tiers, and bring up into the pool."""
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.mover.run())
+            group.create_task(self.room.promotions.run())
+
+    async def settle(self) -> None:
+        """Wait until nothing is being moved, up or down, or waits to be."""
+        while self.mover.is_busy or not self.room.promotions.is_idle:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+    def be_patient(self) -> None:
+        """Give copies all the time that a test has."""
+        self.tier._down.wait = self.tier._up.wait = wait_for
+        self.guard._timeout_seconds = DEADLINE_SECONDS
+
     def view(self, extent) -> np.ndarray:
         """Return the bytes of *extent* of the pool."""
         return host_bytes(self.tier.pool.address + extent.offset, extent.size_bytes)

@@ -77,6 +77,10 @@ class Tiers:
     def engine(self, manifest, session: int = 1) -> Engine:
         return Engine(self.store, manifest, session)
 
+    async def run(self) -> None:
+        """Do what is to be done in the background, until cancelled."""
+        await self.mover.run()
+
     async def settle(self) -> None:
         """Wait until nothing is being moved or waits to be."""
         while self.mover.is_busy:  # noqa: ASYNC110  # tests alone look at it
@@ -128,7 +132,7 @@ def _known(tier: FakeTier, tenants: Sequence[Share]) -> SlowTier:
 @contextlib.asynccontextmanager
 async def running(tiers: Tiers) -> AsyncIterator[Tiers]:
     """Let the mover of *tiers* work inside the block; the store's laws hold behind it."""
-    task = asyncio.create_task(tiers.mover.run())
+    task = asyncio.create_task(tiers.run())
     await asyncio.sleep(0)
     try:
         yield tiers

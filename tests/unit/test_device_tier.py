@@ -249,8 +249,7 @@ async def test_a_copy_that_gets_stuck_touches_nothing_of_the_host_tier():
         tiers.put(engine, digests)
         await until(lambda: not tiers.guard.is_usable)
         await until(lambda: not tiers.store.host.usage().used_bytes)
-        tiers.guard._timeout_seconds = DEADLINE_SECONDS
-        tiers.tier._wait = wait_for
+        tiers.be_patient()
         tiers.device.resume()
         await until(lambda: tiers.guard.is_usable)
         assert await tiers.load(engine, digests) == payloads(digests)
