@@ -7,36 +7,32 @@ The device is the stand-in.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
 
 from kvstore.client.sync import StoreReport
-from kvstore.compression.chunks import ChunkCodec, decode
-from kvstore.compression.container import ENTRY, HEADER_BYTES, POSITION_MAX, open_container
-from kvstore.compression.floats import narrow
+from kvstore.compression.container import ENTRY, HEADER_BYTES, open_container
 from kvstore.compression.policy import CodecPolicy
-from kvstore.compression.shapes import SourceType
 from kvstore.gpu.pages import NOWHERE
 from kvstore.transfer.copies import Runs
-from kvstore.types import Digest
+from tests.support.coded_engine import (
+    COUNT,
+    DIGESTS,
+    POLICIES,
+    assert_alike,
+    by_host,
+    decoded,
+    engine_of,
+    load,
+    put,
+    store,
+    stored,
+)
 from tests.support.daemon import Daemon
-from tests.support.device_engine import EACH, PAGE_TOKENS, DeviceEngine
-from tests.support.making import make_digests, make_manifest
+from tests.support.device_engine import EACH, PAGE_TOKENS
+from tests.support.making import make_manifest
 from tests.support.waiting import wait_until
-
-COUNT = 5
-DIGESTS = make_digests(COUNT)
-POLICIES = {
-    "int8kv": CodecPolicy(codec="int8kv"),
-    "int4kv": CodecPolicy(codec="int4kv", edge_layers=0, layers={1: "int8kv"}),
-    "k8v4": CodecPolicy(codec="k8v4", edge_layers=0, sinks=2),
-    "fp8": CodecPolicy(codec="fp8", layers={0: "raw"}),
-    "nvfp4": CodecPolicy(codec="nvfp4", edge_layers=0),
-    "hq4": CodecPolicy(codec="hq4", edge_layers=0),
-    "hq3": CodecPolicy(codec="hq3", edge_layers=0, tail_channels=16),
-}
 
 
 @pytest.fixture(scope="module")
@@ -54,79 +50,6 @@ def space(daemon, request):
     with daemon.connect() as client:
         yield client.attach(manifest), policy
         wait_until(lambda: client.stats().reservations == client.stats().leases == 0)
-
-
-def engine_of(daemon, space, **words: Any) -> DeviceEngine:
-    attached, policy = space
-    return DeviceEngine(daemon.socket, manifest=attached.manifest, policy=policy, **words)
-
-
-def values(number: int, size_bytes: int) -> bytes:
-    """Return KV that codecs are made for, as bfloat16."""
-    noise = np.random.default_rng(number).standard_normal(size_bytes // 2).astype(np.float32)
-    return narrow(noise, SourceType.BFLOAT16).tobytes()
-
-
-def put(engine: DeviceEngine, count: int = COUNT) -> list[bytes]:
-    """Have the pages hold values; return them."""
-    made = [values(number, engine.layout.chunk_bytes) for number in range(count)]
-    for number, payload in enumerate(made):
-        engine.put(number, payload)
-    return made
-
-
-def store(engine: DeviceEngine, digests: list[Digest] = DIGESTS) -> StoreReport:
-    pages = engine.pages[: len(digests)]
-    return engine.on_gpu.store(digests, pages, after=engine.fence())
-
-
-def load(engine: DeviceEngine) -> list[bytes]:
-    """Load into pages that held nothing; return what came."""
-    engine.memory.view[:] = 0
-    loaded = engine.on_gpu.load(DIGESTS, engine.pages[:COUNT], after=engine.fence())
-    engine.device.drain()
-    return [engine.take(number) for number in range(loaded)]
-
-
-def stored(space) -> list[bytes]:
-    """Return the containers that the daemon holds."""
-    with space[0].load(DIGESTS) as loaded:
-        return [bytes(chunk.shards[0].view) for chunk in loaded.chunks]
-
-
-def by_host(space, chunks: list[bytes]) -> list[bytes]:
-    """Return *chunks* as the host encodes them."""
-    attached, policy = space
-    codec, heads = ChunkCodec(attached.manifest, policy), attached.manifest.all_heads
-    made = []
-    for number, chunk in enumerate(chunks):
-        room = bytearray(2 * len(chunk) + 4096)
-        position = POSITION_MAX if number else 0
-        report = codec.encode(chunk, memoryview(room), heads, first_position=position)
-        made.append(bytes(room[: report.size_bytes]))
-    return made
-
-
-def assert_alike(found: list[bytes], expected: list[bytes]) -> None:
-    """Compare containers, byte by byte but for the last bits of the errors in their tables."""
-    assert len(found) == len(expected)
-    for one, other in zip(found, expected, strict=True):
-        mine, theirs = open_container(one), open_container(other)
-        assert mine.header == theirs.header
-        start = mine.header.payload_offset
-        assert one[start:] == other[start:]
-        for section, same in zip(mine.sections, theirs.sections, strict=True):
-            assert section.relative_error == pytest.approx(same.relative_error, rel=1e-3)
-            assert replace(section, relative_error=0.0) == replace(same, relative_error=0.0)
-
-
-def decoded(space, containers: list[bytes], size_bytes: int) -> list[bytes]:
-    manifest, made = space[0].manifest, []
-    for container in containers:
-        room = bytearray(size_bytes)
-        decode(manifest, container, memoryview(room), manifest.all_heads)
-        made.append(bytes(room))
-    return made
 
 
 @pytest.mark.parametrize("space", POLICIES.values(), ids=POLICIES, indirect=True)
