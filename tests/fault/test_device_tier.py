@@ -10,6 +10,7 @@ import contextlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,10 +20,11 @@ from kvstore.client.sync import StoreReport
 from kvstore.config import load
 from kvstore.errors import ConfigError
 from kvstore.gpu.standin import Standin
+from kvstore.protocol import messages as m
 from tests.support.daemon import REPOSITORY, Daemon
 from tests.support.device_engine import CHUNK_BYTES, MANIFEST, DeviceEngine
 from tests.support.making import empty_targets, make_digests, make_payload
-from tests.support.waiting import wait_until
+from tests.support.waiting import DEADLINE_SECONDS, wait_until
 
 DIGESTS = make_digests(8)
 SETTINGS = {
@@ -152,6 +154,28 @@ def test_a_pool_that_cannot_be_mapped_is_counted_and_the_host_tier_used(daemon, 
         assert engine.on_gpu.counters.pools_refused == 1
     assert pool_of(client).counters["stored_chunks"] == stored
     assert client.stats().tiers[0].chunks == 8
+
+
+def test_a_descriptor_of_the_pool_that_nobody_waits_for_any_more_is_closed(daemon) -> None:
+    def passed() -> int:
+        """Count the pools that this process has descriptors of."""
+        found = 0
+        for link in Path("/proc/self/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # that of the listing itself
+                found += "kvstore-pool" in str(link.readlink())
+        return found
+
+    before = passed()
+    with daemon.connect() as client:
+        connection = client.attach(MANIFEST).connection
+        connection.expect_fd(DEADLINE_SECONDS)
+        request = m.Attach(
+            connection.next_id(), 1000, MANIFEST.encode(), MANIFEST.chunk_bytes, pool=True
+        )
+        connection.begin(request)  # whoever asked gives up
+        client.ping()
+        assert passed() == before + 1
+    assert passed() == before
 
 
 def test_damage_in_the_pool_is_found_by_the_device_and_the_chunk_computed_anew(
