@@ -75,6 +75,13 @@ class CupyEvent:
             raise error_of(status, f"an event ended with error {status} of CUDA")
         return status == 0
 
+    def seconds_since(self, earlier: Event) -> float:
+        """Return the device's time between two events that are done, both of streams of ours."""
+        if not isinstance(earlier, CupyEvent):
+            raise RequestError("an event of another device")
+        with self._device.entered() as runtime:
+            return float(runtime.eventElapsedTime(earlier.event.ptr, self.event.ptr)) / 1e3
+
 
 class CupyStream:
     """A CUDA stream, ours or an engine's."""
@@ -84,9 +91,12 @@ class CupyStream:
         device: CupyDevice,
         stream: Any,  # noqa: ANN401  # CuPy's
         urgency: Urgency,
+        *,
+        is_ours: bool,
     ) -> None:
         self._device = device
         self._stream = stream
+        self._is_ours = is_ours
         self._blocks = device.multiprocessors * _BLOCKS_PER_MULTIPROCESSOR[urgency]
 
     def wait(self, event: Event) -> None:
@@ -99,7 +109,8 @@ class CupyStream:
     def record(self) -> CupyEvent:
         """Return what stands for all that was given until now."""
         with self._device.entered():
-            return CupyEvent(self._device, self._stream.record(self._device.new_event()))
+            event = self._device.new_event(is_timed=self._is_ours)
+            return CupyEvent(self._device, self._stream.record(event))
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Move *copies*, those that lie behind each other at both ends in one go."""
@@ -150,13 +161,13 @@ class CupyDevice:
         with self.entered():
             priority = _PRIORITIES[urgency]
             made = self._cupy.cuda.Stream(non_blocking=True, priority=priority)
-            return CupyStream(self, made, urgency)
+            return CupyStream(self, made, urgency, is_ours=True)
 
     def engine_stream(self, handle: int) -> CupyStream:
         """Return the stream that an engine knows by *handle*."""
         with self.entered():
             stream = self._cupy.cuda.Stream.from_external(StreamOf(handle))
-        return CupyStream(self, stream, Urgency.HIGH)
+        return CupyStream(self, stream, Urgency.HIGH, is_ours=False)
 
     def allocate(self, size_bytes: int) -> CupyMemory:
         """Return device memory, taken from CUDA itself and not from a pool that others share."""
@@ -198,9 +209,9 @@ class CupyDevice:
                 self._functions[kernel] = module.get_function(kernel)
             return self._functions[kernel]
 
-    def new_event(self) -> Any:  # noqa: ANN401  # CuPy's
-        """Return an event that takes no time."""
-        return self._cupy.cuda.Event(disable_timing=True)
+    def new_event(self, *, is_timed: bool) -> Any:  # noqa: ANN401  # CuPy's
+        """Return an event, which notes when it is done if it *is_timed*."""
+        return self._cupy.cuda.Event(disable_timing=not is_timed)
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[Any]:

@@ -70,6 +70,13 @@ class Event(Protocol):
         """Whether all of it has ended. Never blocks; raises `DeviceLostError`."""
         ...
 
+    def seconds_since(self, earlier: Event) -> float:
+        """Return the device's time between two events that are done, both of streams of ours.
+
+        Raises `DeviceError` where it does not take it.
+        """
+        ...
+
 
 class Stream(Protocol):
     """Work in order. No call waits for any of it; every call may raise `DeviceError`."""

@@ -48,10 +48,10 @@ from kvstore.gpu.forms import Form, plain_form
 from kvstore.gpu.pages import NOWHERE, PageLayout
 from kvstore.gpu.staging import Ring, Told
 from kvstore.gpu.transfers import Moved, Transfer, UnderWay
+from kvstore.gpu.ways import MEASURED, Least, Ways
 from kvstore.gpu.windows import HostMemory
 from kvstore.limits import (
     DEVICE_FAILURES_MAX,
-    DIRECT_PAGE_MIN_BYTES,
     STAGING_SIZE_BYTES,
     STAGING_SLOTS,
     STUCK_TRANSFERS_MAX,
@@ -59,11 +59,14 @@ from kvstore.limits import (
 
 
 class LaneSettings(NamedTuple):
-    """How a lane works. *direct_page_min_bytes* None: always through staging."""
+    """How a lane works.
+
+    Pages of *direct_page_min_bytes* and more skip staging; None: none do; else as it was measured.
+    """
 
     staging_bytes: int = STAGING_SIZE_BYTES
     slots: int = STAGING_SLOTS
-    direct_page_min_bytes: int | None = DIRECT_PAGE_MIN_BYTES
+    direct_page_min_bytes: Least = MEASURED
     wait: Wait = wait_for
 
 
@@ -93,6 +96,7 @@ class Lane:
             slots=self.settings.slots,
             counters=counters,
         )
+        self._ways = Ways(self.settings.direct_page_min_bytes)
         self._kernels = device.stream(self.urgency)
         self._copies = device.stream(self.urgency)
         self._failures = 0
@@ -134,12 +138,13 @@ class Lane:
         self._check(chunks, form)
         transfer = Transfer(self, self.ring.take(), chunks, form, checksums=checksums)
         transfer.fence = after
+        way = transfer.way = self._ways.choose(transfer, self.host)
         try:
-            if form.is_plain and self._is_direct(chunks, form.layout):
-                self._give_direct(transfer)
-                self.counters.direct_chunks += len(chunks)
-            else:
-                self._give(transfer)
+            if way.counts:
+                self._behind_engine(self._copies, transfer)
+                transfer.began = self._copies.record()
+            (self._give_direct if way.is_direct else self._give)(transfer)
+            self.counters.direct_chunks += len(chunks) if way.is_direct else 0
         except DeviceError as error:
             transfer.error = error
         # Also what was given before a call failed has to end before its memory is used again.
@@ -183,15 +188,6 @@ class Lane:
             raise LimitError(f"{len(chunks)} chunks in one transfer of {self.capacity(form)}")
         if not form.is_plain and any(NOWHERE in chunk.pages for chunk in chunks):
             raise RequestError("coded chunks with pages that are nowhere")
-
-    def _is_direct(self, chunks: Sequence[Moved], layout: PageLayout) -> bool:
-        least = self.settings.direct_page_min_bytes
-        if least is None or layout.piece_bytes < least or layout.token_stride != layout.row_bytes:
-            return False
-        return all(
-            NOWHERE not in chunk.pages and self.host.pinned_runs(chunk.address, layout.chunk_bytes)
-            for chunk in chunks
-        )
 
     def _tell(self, transfer: Transfer) -> Told:
         """Bring what the kernels read to the device; return what they are told."""
@@ -271,6 +267,8 @@ class Lane:
         """Count a transfer that has ended."""
         self._failures = 0
         self.counters.bounced_chunks += len(transfer.bounced)
+        if transfer.done is not None:
+            self._ways.ended(transfer, transfer.done)
 
     def note_failure(self, error: DeviceError) -> None:
         """Count one that has not; after too many in a row, the lane is off."""
@@ -379,6 +377,14 @@ class LoadLane(Lane):
 
     def _behind_copy(self) -> None:
         self._kernels.wait(self._copies.record())
+
+    def _join(self) -> Event:
+        """Return what stands for the work of both streams.
+
+        The kernels of a load end it: the copies of the next do not wait for them.
+        """
+        self._kernels.wait(self._copies.record())
+        return self._kernels.record()
 
     def _engine_behind(self, transfer: UnderWay) -> None:
         """Have the engine's next work wait for a load that nobody waits for any more.

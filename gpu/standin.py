@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -86,11 +87,18 @@ class StandinEvent:
     def __init__(self, device: Standin) -> None:
         self._device = device
         self.has_passed = False
+        self.passed_at = 0.0
 
     def is_done(self) -> bool:
         """Let the device get on, and say whether it has come so far."""
         self._device.get_on()
         return self.has_passed
+
+    def seconds_since(self, earlier: Event) -> float:
+        """Return the time between two events that are done."""
+        if not (isinstance(earlier, StandinEvent) and earlier.has_passed and self.has_passed):
+            raise DeviceError("an event that is not done, or of another device")
+        return self.passed_at - earlier.passed_at
 
 
 @dataclass(slots=True)
@@ -121,7 +129,7 @@ class StandinStream:
         event = StandinEvent(self._device)
 
         def pass_by() -> None:
-            event.has_passed = True
+            event.has_passed, event.passed_at = True, self._device.clock()
 
         self._device.give(self, _Work([pass_by]))
         return event
@@ -159,10 +167,19 @@ class Standin:
     name = "stand-in"
 
     def __init__(
-        self, rng: np.random.Generator, *, twins: Mapping[str, Twin] = TWINS, eager: bool = False
+        self,
+        rng: np.random.Generator,
+        *,
+        twins: Mapping[str, Twin] = TWINS,
+        eager: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """With *eager*, it does everything at once, as a GPU with nothing else to do may."""
+        """With *eager*, it does everything at once, as a GPU with nothing else to do may.
+
+        Events take their times from *clock*.
+        """
         self.twins = twins
+        self.clock = clock
         self.memory_bytes_max = 1 << 62
         self._rng = rng
         self._eager = eager

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from kvstore.gpu.device import DeviceError, DeviceLostError, Event, Fence
 from kvstore.gpu.forms import Form
 from kvstore.gpu.staging import Slot
+from kvstore.gpu.ways import STAGED
 from kvstore.hashing import Digests64
 
 if TYPE_CHECKING:
@@ -62,6 +63,9 @@ class Transfer:
         """Chunks that go through pinned memory."""
         self.fence: Fence | None = None
         self.done: Event | None = None
+        self.way = STAGED
+        self.began: Event | None = None
+        """Where it began, behind its fence, if it is to be known how long it takes."""
         self.error: DeviceError | None = None
         self.digests: Digests64 | None = None
         """What `finish` has returned."""

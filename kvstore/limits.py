@@ -151,8 +151,12 @@ STAGING_SLOTS: Final = 4
 STAGED_PER_PLAIN_MAX: Final = 8
 # The arena is registered in windows: one call for all of it would hold up the engine's own calls.
 REGISTER_STEP_BYTES: Final = 256 * MIB
-# Pages of so many bytes, each in one piece, are moved by the copy engine one by one.
+# Pages of so many bytes, each in one piece, are moved by the copy engine one by one, unless it was
+# measured which way is faster: of pages and transfers of at least so much, so often each way.
 DIRECT_PAGE_MIN_BYTES: Final = 256 * KIB
+TRIED_PAGE_MIN_BYTES: Final = 16 * KIB
+TRIED_TRANSFER_MIN_BYTES: Final = 1 * MIB
+TRIED_TRANSFERS: Final = 6
 DEVICE_FAILURES_MAX: Final = 8
 # The device tier: its pool, and the pieces in which the daemon copies chunks out of it, and in.
 # Copies given to the device in one call. Below the first number a call for each is as good; one

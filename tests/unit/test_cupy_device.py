@@ -153,7 +153,7 @@ def event_of() -> type:
 
     class Event:
         def __init__(self, *, disable_timing: bool) -> None:
-            assert disable_timing
+            self.is_timed = not disable_timing
             self.number = next(numbers)
             self.ptr = 500 + self.number
 
@@ -276,6 +276,24 @@ def test_addresses_are_numbers_of_pythons(device, cupy) -> None:
         stream.copy([Copy(0, np.uint64(8), 16)])
     with pytest.raises(TypeError, match="an integer is required"):
         Standin(np.random.default_rng(0)).stream(Urgency.LOW).copy([Copy(np.int64(0), 8, 16)])
+
+
+def test_events_of_our_streams_tell_the_time_and_fences_do_not(device, cupy) -> None:
+    def elapsed(start: int, end: int) -> float:
+        cupy.note("elapsed", start, end)
+        return 250.0
+
+    cupy.cuda.runtime.eventElapsedTime = elapsed
+    first, last = (device.stream(Urgency.LOW).record() for _ in range(2))
+    assert last.seconds_since(first) == 0.25
+    assert cupy.calls[-1] == ("elapsed", first.event.ptr, last.event.ptr)
+    assert first.event.is_timed
+    assert not device.engine_stream(5).record().event.is_timed
+    with pytest.raises(RequestError, match="another device"):
+        last.seconds_since(Standin(np.random.default_rng(0)).stream(Urgency.LOW).record())
+    cupy.status = 400
+    with pytest.raises(DeviceError):
+        last.seconds_since(first)
 
 
 def test_copies_that_lie_behind_each_other_are_one() -> None:
