@@ -62,6 +62,7 @@ _CODED_MIN: Final = {"int4kv": 3.2}
 _ONE_WAY_MIN: Final = 0.90
 _DUPLEX_MIN: Final = 0.85
 _POOL_MIN: Final = 0.80
+POOL_CODECS: Final = ("raw", "int8kv", "int4kv")
 _FENCE_MICROSECONDS_MAX: Final = 100.0
 _MATMUL_SLOWER_MAX: Final = 0.03
 _MATMUL_SIZE: Final = 8192
@@ -165,7 +166,8 @@ def measure(
                 checks["matmul beside stores, slower by"] = _matmul_slowdown(rig, matmul)
         rows += _through_a_daemon(device, shape, rounds)
         if shape is shapes[0]:
-            rows += _through_a_pool(device, shape, rounds, gpu)
+            for codec in POOL_CODECS:
+                rows += _through_a_pool(device, shape, rounds, gpu, codec)
     return {
         "machine": report.machine() | {"device": device.name},
         "rows": rows,
@@ -306,18 +308,20 @@ def _daemon(total_bytes: int) -> BenchDaemon:
     return BenchDaemon(2 * total_bytes + 16 * MIB, checksums=True, prefault=True)
 
 
-def _through_a_pool(device: Device, shape: GpuShape, rounds: int, gpu: str) -> Iterator[Figures]:
+def _through_a_pool(
+    device: Device, shape: GpuShape, rounds: int, gpu: str, codec: str
+) -> Iterator[Figures]:
     """Yield a store and a load through the device tier of a daemon; where there is none, why."""
+    names = {what: f"{what}, device tier, {codec}" for what in ("store", "load")}
     try:
-        found = measure_pool(device, shape, rounds, gpu)
+        found = measure_pool(device, shape, rounds, gpu, codec)
     except UnavailableError as error:
-        reason = last_words(error)
-        for what in ("store", "load"):
-            yield {"shape": shape.name, "what": f"{what}, device tier", "verdict": reason}
+        for name in names.values():
+            yield {"shape": shape.name, "what": name, "verdict": last_words(error)}
         return
+    target = _POOL_MIN if codec == "raw" else None
     for what, speed in (("store", found.store), ("load", found.load)):
-        floor = "copy on the device"
-        yield _row(shape, f"{what}, device tier", speed, floor, found.floor, _POOL_MIN)
+        yield _row(shape, names[what], speed, "copy on the device", found.floor, target)
 
 
 def _measure_model(index: int, rounds: int, seconds: float, *, quick: bool) -> list[Figures]:

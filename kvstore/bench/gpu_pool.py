@@ -1,4 +1,7 @@
-"""What `kvstore bench gpu` measures of the device tier: a daemon's pool beside a plain copy."""
+"""What `kvstore bench gpu` measures of the device tier: a daemon's pool beside a plain copy.
+
+Bytes are those that the pages hold, whatever a codec makes of them.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from kvstore.bench.gpu_rig import (
     ENGINE_STREAM,
     GpuShape,
     Rig,
+    check_stored,
     median_seconds,
     run_copies,
     wait_until,
@@ -21,9 +25,11 @@ from kvstore.bench.gpu_rig import (
 )
 from kvstore.client.cache import PrefixCache
 from kvstore.client.gpu import DeviceCache
+from kvstore.compression.policy import CodecPolicy
 from kvstore.errors import InternalError, UnavailableError
 from kvstore.gpu.device import Copy, Urgency, host_bytes
 from kvstore.limits import MIB
+from kvstore.transfer.copies import Runs
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -57,23 +63,30 @@ def tier_of(daemon: BenchDaemon, name: str) -> TierStats:
     return next(tier for tier in daemon.client.stats().tiers if tier.tier == name)
 
 
-def measure_pool(device: Device, shape: GpuShape, rounds: int, gpu: str) -> PoolSpeeds:
-    """Store to and load from the pool of a daemon of the bench's own, raw, and check the bytes.
+def measure_pool(
+    device: Device, shape: GpuShape, rounds: int, gpu: str, codec: str = "raw"
+) -> PoolSpeeds:
+    """Store to and load from the pool of a daemon of the bench's own, and check the bytes.
 
     Raises `UnavailableError`, which says why, where there is no pool or it was not used.
     """
     total = shape.chunks * shape.layout(0).chunk_bytes
     settings = pool_settings(gpu, total)
+    # All layers alike: it is the kernels that are measured, not a policy.
+    policy = CodecPolicy(codec=codec, edge_layers=0)
     with (
         Rig(device, shape) as rig,
         BenchDaemon(2 * total + 16 * MIB, checksums=True, prefault=True, more=settings) as daemon,
         PrefixCache(
-            shape.manifest("raw"), socket=daemon.socket, timeout_seconds=_TIMEOUT_SECONDS
+            shape.manifest(codec),
+            socket=daemon.socket,
+            timeout_seconds=_TIMEOUT_SECONDS,
+            policy=policy,
         ) as cache,
         DeviceCache(cache, device, shape.layout(rig.first.address)) as on_gpu,
     ):
         wait_until(lambda: cache.is_connected, "a connection to the daemon")
-        bench = _PoolBench(rig, daemon, on_gpu)
+        bench = _PoolBench(rig, daemon, on_gpu, policy)
         bench.check()
         across = [Copy(rig.second.address, rig.first.address, total)]
         stream = device.stream(Urgency.HIGH)
@@ -106,11 +119,14 @@ def require_pooled(counters: Mapping[str, int], chunks: int, *, refused: int) ->
 
 
 class _PoolBench:
-    def __init__(self, rig: Rig, daemon: BenchDaemon, on_gpu: DeviceCache) -> None:
+    def __init__(
+        self, rig: Rig, daemon: BenchDaemon, on_gpu: DeviceCache, policy: CodecPolicy
+    ) -> None:
         self._rig = rig
+        self._policy = policy
         self._daemon = daemon
         self._on_gpu = on_gpu
-        self._space: Space = daemon.client.attach(rig.shape.manifest("raw"))
+        self._space: Space = daemon.client.attach(rig.shape.manifest(policy.codec))
         self._digests = rig.shape.digests()
         self._second = rig.shape.layout(rig.second.address)
 
@@ -141,17 +157,25 @@ class _PoolBench:
         return median(taken[1:])
 
     def check(self) -> None:
-        """Store and load once; raises `InternalError` unless the pages are the same then."""
+        """Store and load once.
+
+        Raises `InternalError` unless what is stored is what the host would have made of it, and
+        the pages hold that then.
+        """
         rig, total = self._rig, self._rig.total_bytes
         self.store()
         wait_until_registered(self._on_gpu, self._space)
         self._wait_for_copies()
+        check_stored(rig, self._space, self._policy, self._digests)
         self.load()
         stream = rig.device.stream(Urgency.HIGH)
-        for half, memory in enumerate((rig.first, rig.second)):
-            run_copies(stream, rig.flat(memory, to_device=False, half=half))
-        first, second = (host_bytes(rig.base + half * total, total) for half in (0, 1))
-        if not np.array_equal(first, second):
+        run_copies(stream, rig.flat(rig.second, to_device=False))
+        found = rig.expected(host_bytes(rig.base, total))
+        plain, size = np.empty(total, np.uint8), total // len(self._digests)
+        targets = [Runs.of_buffer(plain[at : at + size]) for at in range(0, total, size)]
+        with self._space.load(self._digests) as loaded:
+            loaded.copy_to(targets)
+        if not np.array_equal(found, plain):
             raise InternalError("pages loaded from the device tier are not what was stored")
 
     def _clear(self) -> None:

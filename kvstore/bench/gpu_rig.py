@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from kvstore.client.gpu import DeviceCache
     from kvstore.client.sync import Space
     from kvstore.compression.policy import CodecPolicy
+    from kvstore.compression.shapes import Bytes
     from kvstore.gpu.device import Device, Memory, Stream
     from kvstore.gpu.lanes import Lane
     from kvstore.gpu.transfers import Transfer
@@ -227,11 +228,11 @@ class Rig:
         for lane in (store, load, again):
             lane.close()
 
-    def expected(self) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-        """Return the plain chunks that the first pages hold."""
+    def expected(self, held: Bytes | None = None) -> Bytes:
+        """Return the plain chunks that the first pages hold, or pages that hold what is *held*."""
         shape = self.shape
         form = (shape.layers, -1, shape.page_tokens, shape.heads, 2, shape.row_bytes)
-        pages = self.noise.reshape(form)
+        pages = (self.noise if held is None else held).reshape(form)
         chunks = [pages[:, chosen].transpose(0, 4, 3, 1, 2, 5).reshape(-1) for chosen in self.pages]
         return np.concatenate(chunks)
 

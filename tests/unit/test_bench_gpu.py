@@ -30,10 +30,10 @@ def test_it_measures_every_row_beside_its_floor(device, capsys) -> None:
     ]
     for what in ("store, gathered", "load, gathered", "both, gathered"):
         assert what in names
-    assert names[-2 * len(gpu.CODECS) - 2 :] == [
-        *(f"{w} through the daemon, {codec}" for codec in gpu.CODECS for w in ("store", "load")),
-        "store, device tier",
-        "load, device tier",
+    through = [f"through the daemon, {codec}" for codec in gpu.CODECS]
+    through += [f"device tier, {codec}" for codec in gpu.POOL_CODECS]
+    assert [name.replace(" through", ", through") for name in names[-2 * len(through) :]] == [
+        f"{what}, {where}" for where in through for what in ("store", "load")
     ]
     assert any("by the copy engine" in name for name in names)
     assert all(row["gb_per_s"] > 0 and row["floor_gb_per_s"] > 0 for row in found["rows"])
@@ -41,7 +41,7 @@ def test_it_measures_every_row_beside_its_floor(device, capsys) -> None:
     assert "store through the daemon, raw (tiny)" in targets
     assert "load through the daemon, int4kv (tiny)" in targets
     assert "matmul beside stores, slower by" in targets
-    assert "store, device tier (tiny)" in targets
+    assert "store, device tier, raw (tiny)" in targets
     gpu._print(found)
     assert "| tiny " in capsys.readouterr().out
 
@@ -51,7 +51,7 @@ def test_without_a_pool_it_says_why(device, monkeypatch) -> None:
         raise UnavailableError("did not start:\nthere is no such GPU")
 
     monkeypatch.setattr(gpu_pool, "BenchDaemon", refuse)
-    rows = list(gpu._through_a_pool(device, TINY, 1, "7"))
+    rows = list(gpu._through_a_pool(device, TINY, 1, "7", "int4kv"))
     assert [row["verdict"] for row in rows] == ["there is no such GPU"] * 2
     assert gpu._verdicts(rows, {}) == []
 
