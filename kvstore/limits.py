@@ -33,6 +33,12 @@ DEADLINE_MAX_MS: Final = 600_000
 WRITE_BUFFER_MAX_BYTES: Final = 8 * MIB
 # What names the trace of a request: all that W3C has defined so far is 55 characters long.
 TRACE_PARENT_MAX_CHARS: Final = 64
+# What an engine tells of its transfers: names, more of them than there are, and counts that are
+# exact in a float, too. It tells no more often than this.
+ENGINE_COUNTERS_MAX: Final = 64
+ENGINE_COUNTER_NAME_MAX_CHARS: Final = 64
+ENGINE_COUNT_MAX: Final = 2**53
+ENGINE_COUNTERS_SECONDS: Final = 1.0
 
 # --- manifests and geometry --------------------------------------------------------------
 MANIFEST_SIZE_MAX_BYTES: Final = 16 * KIB
@@ -40,6 +46,8 @@ NAMESPACES_MAX: Final = 4096
 # Stats list the namespaces with most chunks, and cut long names.
 STATS_NAMESPACES_MAX: Final = 256
 STATS_NAME_MAX_CHARS: Final = 128
+# Stats list so many sessions whose engines tell of their GPU.
+STATS_ENGINES_MAX: Final = 64
 CHUNK_TOKENS_MAX: Final = 65_536
 LAYERS_MAX: Final = 1024
 KV_HEADS_MAX: Final = 1024

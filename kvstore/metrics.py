@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Final
 
 import msgspec
@@ -13,6 +14,32 @@ LATENCY_BOUNDS_SECONDS: Final = (
     *(1e-3, 2.5e-3, 5e-3, 10e-3, 25e-3, 50e-3),
     *(0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0),
 )
+
+ENGINE_GPU_COUNTERS: Final[Mapping[str, str]] = MappingProxyType(
+    {
+        "chunks_stored": "Chunks that the device has moved to host memory.",
+        "chunks_loaded": "Chunks that the device has moved to pages.",
+        "direct_chunks": "Moved by the copy engine page by page, without staging.",
+        "bounced_chunks": "Moved through pinned memory: the arena is not registered there.",
+        "encoded_chunks": "Encoded by the device while it gathered them.",
+        "decoded_chunks": "Decoded by the device while it scattered them.",
+        "host_encoded_chunks": "Encoded on the host: there are no kernels, or they are misfits.",
+        "host_decoded_chunks": "Put together or decoded on the host: the device cannot.",
+        "brought_chunks": "Of those, brought from the pool: the device has no form for them there.",
+        "misfit_chunks": "Encoded with more error than is allowed: left to the host.",
+        "damaged_chunks": "Loaded, and not what was stored: deleted and computed anew.",
+        "pools_refused": "The daemon has device memory that cannot be mapped: host tier instead.",
+        "smaller_rings": "Less staging memory than asked for: the device had no more.",
+        "registrations_failed": "Windows of the arena not registered: copies bounce from there on.",
+        "failed_transfers": "Transfers given up because a call to the device failed.",
+        "stuck_transfers": "Transfers given up because the device did not get done in time.",
+        "lost_devices": "Contexts that broke for good: nothing is transferred behind that.",
+    }
+)
+"""What engines count of their transfers between pages on a GPU and host memory, or the pool.
+
+They tell the daemon, which needs no GPU to know them.
+"""
 
 
 class Histogram:

@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 
 from kvstore.admin.routes import Text
 from kvstore.limits import ADMIN_SNAPSHOT_SECONDS
+from kvstore.metrics import ENGINE_GPU_COUNTERS
 from kvstore.types import TierKind
 
 if TYPE_CHECKING:
@@ -177,6 +178,9 @@ class Exposition(Collector):
             {"transport": stats.peer_transport},
         )
         yield from _counters(stats)
+        for name, text in ENGINE_GPU_COUNTERS.items():
+            value = stats.engine_gpu[name]
+            yield CounterMetricFamily(f"kvstore_engine_gpu_{name}", text, value=value)
         yield from self._tiers(stats)
         yield from _gauges(stats)
         yield self._durations()

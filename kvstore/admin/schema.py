@@ -20,7 +20,7 @@ from kvstore.limits import (
     TOKEN_ID_MAX,
 )
 from kvstore.protocol.manifest import Manifest
-from kvstore.protocol.stats import ArenaStats, NamespaceStats, TenantStats
+from kvstore.protocol.stats import ArenaStats, EngineStats, NamespaceStats, TenantStats
 from kvstore.store.explanation import Cause, Verdict
 
 DigestHex = Annotated[str, Meta(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of a prefix")]
@@ -148,7 +148,11 @@ class LeaseSummary(Shown, frozen=True):
 
 
 class Status(Shown, frozen=True):
-    """One look at the whole daemon. *events* are the latest, oldest first."""
+    """One look at the whole daemon. *events* are the latest, oldest first.
+
+    *engine_gpu* are the counters of all engines with a GPU since the start, *engines* the open
+    sessions of such that have told last.
+    """
 
     version: str
     pid: int
@@ -172,6 +176,8 @@ class Status(Shown, frozen=True):
     namespaces: list[NamespaceStats]
     namespaces_count: int
     counters: dict[str, int]
+    engine_gpu: dict[str, int]
+    engines: list[EngineStats]
     events: list[Event]
 
 

@@ -93,6 +93,8 @@ class Observer:
             namespaces=[space for space in stats.namespaces if space.chunks],
             namespaces_count=stats.namespaces_count,
             counters=stats.counters,
+            engine_gpu=stats.engine_gpu,
+            engines=stats.engines,
             events=subject.events.latest(ADMIN_STATUS_EVENTS_MAX),
         )
 

@@ -30,6 +30,9 @@ def render(stats: DaemonStats) -> str:
         own = [(f"{tier.tier} {name}", f"{n:,}") for name, n in tier.counters.items() if n]
         if own:
             paragraphs.append(align(own, right={1}))
+    on_gpu = [(f"gpu {name}", f"{count:,}") for name, count in stats.engine_gpu.items() if count]
+    if on_gpu:
+        paragraphs.append(align(on_gpu, right={1}))
     return "\n\n".join("\n".join(lines) for lines in paragraphs)
 
 

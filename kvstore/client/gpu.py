@@ -22,6 +22,7 @@ from kvstore.client.gpu_loads import Loading
 from kvstore.client.gpu_pool import PooledSpaces
 from kvstore.client.gpu_steps import Arenas, Held, groups_of
 from kvstore.client.gpu_stores import Storing, Wanted, gather_to_host
+from kvstore.client.gpu_telling import Telling
 from kvstore.client.sync import NOTHING_STORED, StoreReport, report_of
 from kvstore.errors import RequestError
 from kvstore.gpu.counters import DeviceCounters
@@ -79,6 +80,7 @@ class DeviceCache:
         self._stores, self._loads = stores, loads
         self._held = Held()
         self._pooled = PooledSpaces(device, self._arenas, self.counters)
+        self._telling = Telling(self.counters, cache.ask)
         room = min(lane.ring.room_bytes for lane in (stores, loads))
         forms = Forms(layout, cache.manifest, cache.heads, size_max_bytes=room)
         self._parts = Parts(
@@ -148,7 +150,10 @@ class DeviceCache:
                 return self._store_plain(batch, some, before, self._pooled.of(space))
             return self._store_coded(batch, some, before, space, coding)
 
-        return self._cache.store_with(digests, put, parent=parent)
+        try:
+            return self._cache.store_with(digests, put, parent=parent)
+        finally:
+            self._telling.note()
 
     def load(
         self,
@@ -178,10 +183,14 @@ class DeviceCache:
                 self._cache.drop_damaged(part[loading.whole], loaded, space, loading.damage)
             return trusted
 
-        return self._cache.load_with(digests, copy, via=self._pooled.of)
+        try:
+            return self._cache.load_with(digests, copy, via=self._pooled.of)
+        finally:
+            self._telling.note()
 
     def close(self) -> None:
         """Free what is not in use. The cache stays open."""
+        self._telling.close()
         self._held.reap()
         self._stores.close()
         self._loads.close()

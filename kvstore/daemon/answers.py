@@ -90,6 +90,7 @@ class Answers:
             case m.Stats():
                 return m.StatsReply(request.request_id, self._server.stats())
             case m.Ping():
+                self._server.engines.tell(self._session, request.counters)
                 return m.Pong(request.request_id, request.payload)
             case _:
                 raise AssertionError("greetings are answered by the session")

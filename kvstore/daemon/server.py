@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from kvstore import __version__
 from kvstore.daemon.address import SocketAddress
+from kvstore.daemon.engines import EngineCounters
 from kvstore.daemon.hints import Hints
 from kvstore.daemon.peer_endpoint import PeerEndpoint
 from kvstore.daemon.peers import Admission, Credentials, owner_of
@@ -73,6 +74,7 @@ class Server:
         self.draining = False
         self.recorder = recorder
         self.latencies = Latencies()
+        self.engines = EngineCounters()
         self.tracing = Tracing(time.monotonic, time.time)
         self.name = f"kvstore {__version__}"
         self.loop: asyncio.AbstractEventLoop
@@ -149,6 +151,7 @@ class Server:
         """
         if self._sessions.pop(session.id, None) is None:
             return
+        self.engines.end(session.id)
         orphaned = self.store.end_session(session.id)
         self.handoffs.end_session(session.id, self.loop.time())
         assert session.peer is not None, "an admitted session has a peer"
@@ -169,6 +172,11 @@ class Server:
     def session_count(self) -> int:
         """How many sessions are open."""
         return len(self._sessions)
+
+    @property
+    def client_names(self) -> dict[SessionId, str]:
+        """What the clients of open sessions call themselves."""
+        return {number: session.client for number, session in self._sessions.items()}
 
     def stats(self) -> m.DaemonStats:
         """Return one look at everything."""

@@ -51,6 +51,8 @@ def daemon_stats(server: Server) -> m.DaemonStats:
         tenants=list(_tenants(store)) if len(store.tenants) > 1 else [],
         codecs=list(_codecs(store)),
         peer_transport="tcp" if server.nixl is None else server.nixl.in_words(),
+        engine_gpu=server.engines.totals(),
+        engines=list(server.engines.latest(server.client_names)),
     )
 
 

@@ -10,6 +10,9 @@ from kvstore.limits import (
     CHUNK_SIZE_MAX_BYTES,
     DEADLINE_MAX_MS,
     DIGEST_SIZE_BYTES,
+    ENGINE_COUNT_MAX,
+    ENGINE_COUNTER_NAME_MAX_CHARS,
+    ENGINE_COUNTERS_MAX,
     HANDOFF_CHUNKS_MAX,
     HANDOFF_NAME_MAX_CHARS,
     HOST_NAME_MAX_CHARS,
@@ -35,3 +38,6 @@ HandoffName = Annotated[str, Meta(min_length=1, max_length=HANDOFF_NAME_MAX_CHAR
 ChunkNumber = Annotated[int, Meta(ge=0, le=HANDOFF_CHUNKS_MAX)]
 PeerName = Annotated[str, Meta(max_length=HOST_NAME_MAX_CHARS)]
 TraceParent = Annotated[str, Meta(max_length=TRACE_PARENT_MAX_CHARS)]
+CounterName = Annotated[str, Meta(min_length=1, max_length=ENGINE_COUNTER_NAME_MAX_CHARS)]
+Count = Annotated[int, Meta(ge=0, le=ENGINE_COUNT_MAX)]
+CounterMap = Annotated[dict[CounterName, Count], Meta(max_length=ENGINE_COUNTERS_MAX)]

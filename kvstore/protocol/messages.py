@@ -183,9 +183,14 @@ class Stats(Request, tag=12, frozen=True, gc=False):
 
 
 class Ping(Request, tag=13, frozen=True, gc=False):
-    """Ask for *payload* back, through the same path as every other request."""
+    """Ask for *payload* back, through the same path as every other request.
+
+    *counters* are what the engine's transfers between GPU and daemon have come to since the
+    session began, by their names in metrics.py; names that the daemon does not know say nothing.
+    """
 
     payload: Annotated[bytes, Meta(max_length=PING_PAYLOAD_MAX_BYTES)] = b""
+    counters: f.CounterMap = {}
 
 
 class Prefetch(Request, tag=14, frozen=True, gc=False):

@@ -63,6 +63,14 @@ class TenantStats(msgspec.Struct, frozen=True, kw_only=True):
     floor_bytes: int
 
 
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What the engine of one open session has counted of its GPU since the session began."""
+
+    session: int
+    client: str
+    counters: dict[str, int]
+
+
 class ArenaStats(msgspec.Struct, frozen=True, kw_only=True):
     """How the arena is made."""
 
@@ -77,7 +85,8 @@ class DaemonStats(msgspec.Struct, frozen=True, kw_only=True):
 
     *namespaces* lists those with most chunks, *namespaces_count* counts all. *handoffs* are
     those that are not over, *handoff_chunks* what they hold. *peer_transport* says in words how
-    bytes of other hosts' hand-offs come.
+    bytes of other hosts' hand-offs come. *engine_gpu* are the counters of all engines with a GPU
+    since the start, *engines* the latest sessions of such.
     """
 
     version: str
@@ -99,3 +108,5 @@ class DaemonStats(msgspec.Struct, frozen=True, kw_only=True):
     handoff_chunks: int = 0
     codecs: list[CodecStats] = []
     peer_transport: str = "tcp"
+    engine_gpu: dict[str, int] = {}
+    engines: list[EngineStats] = []

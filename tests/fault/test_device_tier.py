@@ -132,6 +132,24 @@ def test_what_is_loaded_from_the_host_tier_twice_is_loaded_from_the_pool_from_th
     assert pool_of(client).used_bytes == 8 * CHUNK_BYTES
 
 
+def test_engines_tell_the_daemon_what_their_gpu_has_done(daemon, plain) -> None:
+    client, _ = plain
+    wait_until(lambda: not client.stats().engines, what="those before have ended")
+    before = client.stats().engine_gpu
+    with DeviceEngine(daemon.socket) as engine:
+        assert engine.store(DIGESTS).stored == 8
+        assert engine.load(DIGESTS) == 8
+        (one,) = wait_until(lambda: client.stats().engines, what="it has told")
+        assert one.client == "device"
+        assert set(one.counters) <= set(engine.on_gpu.counters.values())
+    wait_until(lambda: not client.stats().engines, what="its session has ended")
+    after = client.stats().engine_gpu
+    assert after == before | {
+        name: before[name] + count for name, count in engine.on_gpu.counters.values().items()
+    }
+    assert after["chunks_loaded"] == before["chunks_loaded"] + 8
+
+
 def test_an_engine_killed_in_mid_transfer_leaves_nothing_in_the_pool(daemon, plain) -> None:
     client, space = plain
     with other_engine(daemon, "stuck") as process:

@@ -115,5 +115,5 @@ def test_a_request_is_answered_once():
 
 def test_requests_cannot_be_changed_while_they_are_in_flight():
     with pytest.raises(AttributeError):
-        REQUESTS["ping"].message.request_id = 5
+        REQUESTS["ping_2"].message.request_id = 5
     assert msgspec.structs.replace(ping(1), request_id=2) == ping(2)

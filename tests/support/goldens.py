@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from kvstore.protocol import messages as m
-from kvstore.protocol.stats import CodecStats
+from kvstore.protocol.stats import CodecStats, EngineStats
 from kvstore.types import HandoffState, HintKind
 
 GOLDEN_DIRECTORY: Final = Path(__file__).parents[1] / "protocol" / "golden"
@@ -87,6 +87,8 @@ _STATS_3 = _STATS_2 | {
     "codecs": [_CODEC],
 }
 _STATS_4 = _STATS_3 | {"peer_transport": "nixl (UCX over rc_mlx5/mlx5_0:1)"}
+_ENGINE = {"session": 7, "client": "vllm", "counters": {"chunks_loaded": 9}}
+_STATS_5 = _STATS_4 | {"engine_gpu": {"chunks_loaded": 12}, "engines": [_ENGINE]}
 
 
 def _stats(plain: dict[str, object]) -> m.DaemonStats:
@@ -96,6 +98,7 @@ def _stats(plain: dict[str, object]) -> m.DaemonStats:
         "arena": m.ArenaStats(**plain["arena"]),
         "tenants": [m.TenantStats(**tenant) for tenant in plain.get("tenants", ())],
         "codecs": [CodecStats(**codec) for codec in plain.get("codecs", ())],
+        "engines": [EngineStats(**engine) for engine in plain.get("engines", ())],
     }
     return m.DaemonStats(**(plain | nested))
 
@@ -142,7 +145,10 @@ REQUESTS: Final = {
     "unpin": Golden(m.Unpin(10, 50, 0, [A]), [10, 10, 50, 0, [A]]),
     "delete_2": Golden(m.Delete(11, 50, 0, [A, B], damaged=True), [11, 11, 50, 0, [A, B], True]),
     "stats": Golden(m.Stats(12, 600_000), [12, 12, 600_000]),
-    "ping": Golden(m.Ping(2**63 - 1, 50, b"\x00payload"), [13, 2**63 - 1, 50, b"\x00payload"]),
+    "ping_2": Golden(
+        m.Ping(2**63 - 1, 50, b"\x00payload", {"chunks_loaded": 7, "lost_devices": 0}),
+        [13, 2**63 - 1, 50, b"\x00payload", {"chunks_loaded": 7, "lost_devices": 0}],
+    ),
     "prefetch": Golden(m.Prefetch(14, 50, 0, [A, B]), [14, 14, 50, 0, [A, B]]),
     "hint": Golden(
         m.Hint(15, 50, 0, [A], HintKind.GOES_TO, 30, "node-7"),
@@ -205,7 +211,7 @@ REPLIES: Final = {
     ),
     "done": Golden(m.Done(7, 2, 1), [71, 7, 2, 1]),
     "pong": Golden(m.Pong(8, b"\x00payload"), [72, 8, b"\x00payload"]),
-    "stats_reply_4": Golden(m.StatsReply(9, _stats(_STATS_4)), [73, 9, _STATS_4]),
+    "stats_reply_5": Golden(m.StatsReply(9, _stats(_STATS_5)), [73, 9, _STATS_5]),
     "handoff_opened": Golden(m.HandoffOpened(10, "node-7"), [74, 10, "node-7"]),
     "handoff_ready": Golden(
         m.HandoffReady(11, HandoffState.CLOSED, [A, B], True, 7, b"token 7"),
@@ -231,6 +237,7 @@ OLDER: Final = {
     "reserve": m.Reserve(5, 50, 1, [B], A, 0, 4, [70_000]),
     "commit": m.Commit(6, 50, [m.Filled(9, 2**64 - 1), m.Filled(10, 0)]),
     "handoff_await": m.HandoffAwait(20, 50, 0, "request-1", 5, "node-7", early=True),
+    "ping": m.Ping(2**63 - 1, 50, b"\x00payload"),
     "attached": m.Attached(
         2, 0, A[:16], 2**32, 60_000, checksums=True, verify_loads=False, prefaulted=True
     ),
@@ -262,6 +269,7 @@ OLDER: Final = {
     "stats_reply": m.StatsReply(9, _stats(_STATS)),
     "stats_reply_2": m.StatsReply(9, _stats(_STATS_2)),
     "stats_reply_3": m.StatsReply(9, _stats(_STATS_3)),
+    "stats_reply_4": m.StatsReply(9, _stats(_STATS_4)),
 }
 
 
