@@ -27,6 +27,7 @@
  * time, so that they stay in the nearest cache. TAKEN_AT_ONCE: of 64 bytes few are marked, but how
  * few cannot be foretold, so this many are taken without asking. */
 enum { BLOCK = 1024, GROUP = 16, APART = 16, STRIP = 64, TAKEN_AT_ONCE = 4 };
+enum { MODERATE = 0x7a000000 }; /* the bits of 2^117: see is_moderate */
 enum { SOURCE_BF16 = 1, SOURCE_FP16, SOURCE_FP32, SOURCE_E4M3, SOURCE_E5M2, SOURCE_OPAQUE };
 enum { DONE = 0, UNFIT = 1, BAD_BYTES = 2, BAD_REQUEST = 3, NO_MEMORY = 4 };
 
@@ -101,6 +102,11 @@ typedef struct {
     void (*scatter_marked)(uint8_t *bytes, const uint64_t *marks, size_t count,
                            const uint8_t *list, size_t listed);
     void (*below_largest)(const uint8_t *largest, uint8_t *offsets, size_t n);
+    void (*raise_largest)(uint8_t *largest, const uint8_t *symbols, size_t n);
+    void (*split_values)(uint32_t source, const uint8_t *values, uint8_t *symbols,
+                         uint8_t *const *rest, size_t n);
+    void (*merge_values)(uint32_t source, const uint8_t *symbols, uint8_t *const *rest,
+                         uint8_t *values, size_t n);
     void (*merge_row)(const uint8_t *rest, const uint8_t *exponents, any16 *bits, size_t n);
     void (*pack_plane)(const uint8_t *codes, size_t rows, unsigned width, unsigned shift,
                        uint8_t *plane, size_t n);

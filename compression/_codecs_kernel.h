@@ -46,152 +46,40 @@ TARGET static void NAME(load_bf16)(const any16 *KV_RESTRICT from, float *KV_REST
     EACH(i, n) row[i] = kv_float_of_bf16(from[i]);
 }
 
-/* --- ranges -------------------------------------------------------------------------------------- */
+/* Value i of a row of bfloat16 (narrow) or of floats. Loops that take either are compiled for each:
+ * a row that is used once need not become floats in memory first. */
+INLINE float NAME(value_at)(int is_narrow, const uint8_t *row, size_t i) {
+    return is_narrow ? kv_float_of_bf16(((const any16 *)(const void *)row)[i])
+                     : kv_float_of_bits(((const any32 *)(const void *)row)[i]);
+}
 
-/* Widen the sizes of channels by a row, and add its squares to their energy. */
-TARGET static void NAME(widen_sizes)(
-    const float *KV_RESTRICT row, int32_t *KV_RESTRICT sizes, float *KV_RESTRICT energy, size_t n) {
-    EACH(i, n) {
-        int32_t size = kv_size_bits(row[i]);
-        sizes[i] = sizes[i] > size ? sizes[i] : size;
-        energy[i] = kv_add(energy[i], kv_mul(row[i], row[i]));
+/* Whether 448 times *scale*, and as much again, are still far from the largest bfloat16. */
+INLINE int NAME(is_moderate)(float scale) { return kv_size_bits(scale) < MODERATE; }
+
+/* A value of a row of bfloat16 (narrow), which does not become larger than the largest when it is
+ * rounded, or of floats. */
+INLINE void NAME(put_value)(int is_narrow, uint8_t *row, size_t i, float value) {
+    uint32_t bits = kv_bits_of_float(value);
+    if (is_narrow) {
+        ((any16 *)(void *)row)[i] = (uint16_t)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    } else {
+        ((any32 *)(void *)row)[i] = bits;
     }
 }
 
-/* Widen the order keys of channels by a row, likewise. */
-TARGET static void NAME(widen_keys)(
-    const float *KV_RESTRICT row, int32_t *KV_RESTRICT least, int32_t *KV_RESTRICT most,
-    float *KV_RESTRICT energy, size_t n) {
-    EACH(i, n) {
-        int32_t key = kv_order_key(row[i]);
-        least[i] = least[i] < key ? least[i] : key;
-        most[i] = most[i] > key ? most[i] : key;
-        energy[i] = kv_add(energy[i], kv_mul(row[i], row[i]));
-    }
+/* kv_max(kv_min(value, most), 0) of what is not NaN: floats above zero are in the order of their bits,
+ * those below zero have the sign of integers below it, and compilers know least and greatest integers. */
+INLINE float NAME(held_above_zero)(float value, float most) {
+    int32_t bits = (int32_t)kv_bits_of_float(value), bound = (int32_t)kv_bits_of_float(most);
+    bits = bits < bound ? bits : bound;
+    return kv_float_of_bits((uint32_t)(bits > 0 ? bits : 0));
 }
 
-TARGET static int32_t NAME(size_of_row)(
-    const float *KV_RESTRICT row, float *KV_RESTRICT energy, size_t n) {
-    int32_t largest = 0;
-    EACH(i, n) {
-        int32_t size = kv_size_bits(row[i]);
-        largest = largest > size ? largest : size;
-        energy[i] = kv_add(energy[i], kv_mul(row[i], row[i]));
-    }
-    return largest;
-}
-
-TARGET static void NAME(keys_of_row)(
-    const float *KV_RESTRICT row, int32_t *least, int32_t *most, float *KV_RESTRICT energy, size_t n) {
-    int32_t low = INT32_MAX, high = INT32_MIN;
-    EACH(i, n) {
-        int32_t key = kv_order_key(row[i]);
-        low = low < key ? low : key;
-        high = high > key ? high : key;
-        energy[i] = kv_add(energy[i], kv_mul(row[i], row[i]));
-    }
-    *least = low;
-    *most = high;
-}
-
-/* --- int8kv ---------------------------------------------------------------------------------------- */
-
-TARGET static void NAME(int8_codes)(
-    const float *KV_RESTRICT row, const float *KV_RESTRICT inverse, const float *KV_RESTRICT scale,
-    uint8_t *KV_RESTRICT codes, float *KV_RESTRICT error, size_t n) {
-    EACH(i, n) {
-        uint32_t code = kv_int8_code(row[i], inverse[i]);
-        codes[i] = (uint8_t)code;
-        float missed = kv_sub(row[i], kv_int8_value_of_bits(code, scale[i]));
-        error[i] = kv_add(error[i], kv_mul(missed, missed));
-    }
-}
-
-/* The same with one scale for the whole row. */
-TARGET static void NAME(int8_codes_of_token)(
-    const float *KV_RESTRICT row, float inverse, float scale, uint8_t *KV_RESTRICT codes,
-    float *KV_RESTRICT error, size_t n) {
-    EACH(i, n) {
-        uint32_t code = kv_int8_code(row[i], inverse);
-        codes[i] = (uint8_t)code;
-        float missed = kv_sub(row[i], kv_int8_value_of_bits(code, scale));
-        error[i] = kv_add(error[i], kv_mul(missed, missed));
-    }
-}
-
-TARGET static void NAME(int8_values)(
-    const uint8_t *KV_RESTRICT codes, const float *KV_RESTRICT scale, float *KV_RESTRICT row, size_t n) {
-    EACH(i, n) row[i] = kv_int8_value((int8_t)codes[i], scale[i]);
-}
-
-TARGET static void NAME(int8_values_of_token)(
-    const uint8_t *KV_RESTRICT codes, float scale, float *KV_RESTRICT row, size_t n) {
-    EACH(i, n) row[i] = kv_int8_value((int8_t)codes[i], scale);
-}
-
-/* --- int4kv ---------------------------------------------------------------------------------------- */
-
-TARGET static void NAME(int4_codes)(
-    const float *KV_RESTRICT low, const float *KV_RESTRICT high, const float *KV_RESTRICT zero,
-    const float *KV_RESTRICT inverse, const float *KV_RESTRICT scale, uint8_t *KV_RESTRICT codes,
-    float *KV_RESTRICT error, size_t n) {
-    EACH(i, n) {
-        uint32_t a = kv_int4_code(low[i], zero[i], inverse[i]);
-        uint32_t b = kv_int4_code(high[i], zero[i], inverse[i]);
-        codes[i] = (uint8_t)((a & 15u) | (b << 4));
-        float missed = kv_sub(low[i], kv_int4_value_of_bits(a, zero[i], scale[i]));
-        float other = kv_sub(high[i], kv_int4_value_of_bits(b, zero[i], scale[i]));
-        error[i] = kv_add(error[i], kv_add(kv_mul(missed, missed), kv_mul(other, other)));
-    }
-}
-
-TARGET static void NAME(int4_codes_of_token)(
-    const float *KV_RESTRICT low, const float *KV_RESTRICT high, float zero, float inverse,
-    float scale, uint8_t *KV_RESTRICT codes, float *KV_RESTRICT error, size_t n) {
-    EACH(i, n) {
-        uint32_t a = kv_int4_code(low[i], zero, inverse);
-        uint32_t b = kv_int4_code(high[i], zero, inverse);
-        codes[i] = (uint8_t)((a & 15u) | (b << 4));
-        float missed = kv_sub(low[i], kv_int4_value_of_bits(a, zero, scale));
-        float other = kv_sub(high[i], kv_int4_value_of_bits(b, zero, scale));
-        error[i] = kv_add(error[i], kv_add(kv_mul(missed, missed), kv_mul(other, other)));
-    }
-}
-
-TARGET static void NAME(int4_values)(
-    const uint8_t *KV_RESTRICT codes, const float *KV_RESTRICT zero, const float *KV_RESTRICT scale,
-    float *KV_RESTRICT low, float *KV_RESTRICT high, size_t n) {
-    EACH(i, n) {
-        low[i] = kv_int4_value(codes[i] & 15u, zero[i], scale[i]);
-        high[i] = kv_int4_value(codes[i] >> 4, zero[i], scale[i]);
-    }
-}
-
-TARGET static void NAME(int4_values_of_token)(
-    const uint8_t *KV_RESTRICT codes, float zero, float scale, float *KV_RESTRICT low,
-    float *KV_RESTRICT high, size_t n) {
-    EACH(i, n) {
-        low[i] = kv_int4_value(codes[i] & 15u, zero, scale);
-        high[i] = kv_int4_value(codes[i] >> 4, zero, scale);
-    }
-}
-
-/* --- fp8 ------------------------------------------------------------------------------------------- */
-
-TARGET static void NAME(fp8_codes)(
-    const float *KV_RESTRICT row, float inverse, float scale, uint8_t *KV_RESTRICT codes,
-    float *KV_RESTRICT error, size_t n) {
-    EACH(i, n) {
-        uint8_t code = kv_fp8_code(row[i], inverse);
-        codes[i] = code;
-        float missed = kv_sub(row[i], kv_fp8_value(code, scale));
-        error[i] = kv_add(error[i], kv_mul(missed, missed));
-    }
-}
-
-TARGET static void NAME(fp8_values)(
-    const uint8_t *KV_RESTRICT codes, float scale, float *KV_RESTRICT row, size_t n) {
-    EACH(i, n) row[i] = kv_fp8_value(codes[i], scale);
+/* kv_max(kv_min(value, most), -most), likewise. */
+INLINE float NAME(held)(float value, float most) {
+    uint32_t bits = kv_bits_of_float(value);
+    int32_t size = kv_size_bits(value), bound = (int32_t)kv_bits_of_float(most);
+    return kv_float_of_bits((uint32_t)(size < bound ? size : bound) | (bits & 0x80000000u));
 }
 
 /* --- means, trees, transforms ------------------------------------------------------------------------ */
@@ -231,18 +119,6 @@ INLINE void NAME(square_row)(const float *row, float *squares, size_t n) {
 INLINE void NAME(add_squares)(
     const float *KV_RESTRICT row, float *KV_RESTRICT energy, size_t n) {
     EACH(i, n) energy[i] = kv_add(energy[i], kv_mul(row[i], row[i]));
-}
-
-/* The sum of squares as a tree: of halves, of quarters ... */
-TARGET static float NAME(tree_of_squares)(const float *row, size_t n) {
-    float squares[2 * BLOCK];
-    size_t power = power_of_two_from(n);
-    NAME(square_row)(row, squares, n);
-    memset(squares + n, 0, (power - n) * sizeof *squares);
-    for (size_t half = power / 2; half > 0; half /= 2) {
-        NAME(fold)(squares, half);
-    }
-    return squares[0];
 }
 
 /* Sixteen rows of n floats that are turned lie so far apart that they do not compete for the same

@@ -95,7 +95,8 @@ TARGET static float NAME(nvfp4_tensor)(head *h, const float *means) {
         NAME(read_row)(h, t, row);
         NAME(add_squares)(row, energy, n);
         NAME(read_centred)(h, t, means, row);
-        int32_t size = NAME(size_of_row)(row, rest, n);
+        NAME(add_squares)(row, rest, n);
+        int32_t size = NAME(size_of_row)(row, n);
         largest = largest > size ? largest : size;
         if (t % KV_TILE == KV_TILE - 1 || t + 1 == tokens) {
             NAME(add_up)(h, rest, energy);

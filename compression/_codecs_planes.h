@@ -112,6 +112,62 @@ TARGET static void NAME(merge_row)(
     EACH(i, n) bits[i] = (uint16_t)kv_exp3_bits(exponents[i], rest[i]);
 }
 
+/* --- rans: symbols, and planes of what is kept beside them ------------------------------------------ */
+
+/* The symbol of a value, and its rest planes. */
+TARGET static void NAME(split_values)(uint32_t source, const uint8_t *KV_RESTRICT values,
+    uint8_t *KV_RESTRICT symbols, uint8_t *const *rest, size_t n) {
+    const any16 *KV_RESTRICT halves = (const any16 *)(const void *)values;
+    const any32 *KV_RESTRICT floats = (const any32 *)(const void *)values;
+    uint8_t *KV_RESTRICT first = rest[0], *KV_RESTRICT second = rest[1], *KV_RESTRICT third = rest[2];
+    switch (source) {
+    case SOURCE_BF16:
+        EACH(i, n) symbols[i] = (uint8_t)kv_exp3_exponent(halves[i]);
+        EACH(i, n) first[i] = (uint8_t)kv_exp3_rest(halves[i]);
+        break;
+    case SOURCE_FP16:
+        EACH(i, n) symbols[i] = (uint8_t)(halves[i] >> 8);
+        EACH(i, n) first[i] = (uint8_t)halves[i];
+        break;
+    case SOURCE_FP32:
+        EACH(i, n) symbols[i] = (uint8_t)(floats[i] >> 23);
+        EACH(i, n) first[i] = (uint8_t)floats[i];
+        EACH(i, n) second[i] = (uint8_t)(floats[i] >> 8);
+        EACH(i, n) third[i] = (uint8_t)kv_exp3_rest(floats[i] >> 16);
+        break;
+    default: memcpy(symbols, values, n);
+    }
+}
+
+TARGET static void NAME(merge_values)(uint32_t source, const uint8_t *KV_RESTRICT symbols,
+    uint8_t *const *rest, uint8_t *KV_RESTRICT values, size_t n) {
+    any16 *KV_RESTRICT halves = (any16 *)(void *)values;
+    any32 *KV_RESTRICT floats = (any32 *)(void *)values;
+    const uint8_t *KV_RESTRICT first = rest[0], *KV_RESTRICT second = rest[1];
+    const uint8_t *KV_RESTRICT third = rest[2];
+    switch (source) {
+    case SOURCE_BF16: NAME(merge_row)(first, symbols, halves, n); break;
+    case SOURCE_FP16:
+        EACH(i, n) halves[i] = (uint16_t)(symbols[i] << 8 | first[i]);
+        break;
+    case SOURCE_FP32:
+        EACH(i, n) {
+            uint32_t high = third[i], sign = (high & 0x80u) << 24;
+            floats[i] = sign | (uint32_t)symbols[i] << 23 | (high & 0x7fu) << 16 |
+                        (uint32_t)second[i] << 8 | first[i];
+        }
+        break;
+    default: memcpy(values, symbols, n);
+    }
+}
+
+TARGET static void NAME(raise_largest)(
+    uint8_t *KV_RESTRICT largest, const uint8_t *KV_RESTRICT symbols, size_t n) {
+    EACH(i, n) largest[i] = largest[i] > symbols[i] ? largest[i] : symbols[i];
+}
+
+/* --- what is marked ------------------------------------------------------------------------------ */
+
 /* Mark which of *count* bytes are *wanted*, a bit each; return how many. The bytes are readable up
  * to a multiple of 64. */
 TARGET static size_t NAME(mark_bytes)(

@@ -47,70 +47,103 @@ static uint8_t filling_of(const uint16_t *frequencies, size_t count) {
     return (uint8_t)most;
 }
 
+/* How many of *count* symbols, which begin *first*, are coded together: TOGETHER whole streams, or
+ * what is left of one. */
+static uint64_t symbols_together(uint64_t first, uint64_t count) {
+    uint64_t left = count - first;
+    return left >= TOGETHER * STREAM_SYMBOLS ? TOGETHER * STREAM_SYMBOLS
+                                             : lesser(STREAM_SYMBOLS, left);
+}
+
+/* Append an encoded stream; return 0 when there is no room. */
+static int put_stream(room *out, any32 *entry, const rans_stream *s) {
+    size_t used = STREAM_SYMBOLS - s->at;
+    *entry = (uint32_t)out->at;
+    uint8_t *stream = give(out, STREAM_HEAD + 2 * used);
+    if (stream == NULL) {
+        return 0;
+    }
+    memset(stream, 0, 16);
+    *words32(stream) = (uint32_t)used;
+    memcpy(stream + 16, s->states, sizeof s->states);
+    memcpy(stream + STREAM_HEAD, s->words + s->at, 2 * used);
+    return 1;
+}
+
 /* Append the streams of a head; return 0 when there is no room. */
 static int put_streams(room *out, any32 *directory, const rans_encoder *table, uint8_t filling,
     const uint8_t *symbols, uint64_t count) {
-    any16 words[STREAM_SYMBOLS];
+    any16 words[TOGETHER][STREAM_SYMBOLS];
     uint8_t last[STREAM_SYMBOLS];
-    uint32_t states[KV_RANS_LANES];
-    for (uint64_t first = 0; first < count; first += STREAM_SYMBOLS) {
-        size_t held = lesser(STREAM_SYMBOLS, count - first), steps = kv_ceil(held, KV_RANS_LANES);
-        const uint8_t *from = symbols + first;
+    rans_stream s[TOGETHER];
+    for (uint64_t first = 0, held; first < count; first += held) {
+        held = symbols_together(first, count);
+        size_t streams = streams_of(held), steps = kv_ceil(held / streams, KV_RANS_LANES);
+        for (size_t k = 0; k < streams; k++) {
+            s[k].symbols = (uint8_t *)(uintptr_t)symbols + first + k * STREAM_SYMBOLS;
+            s[k].words = words[k];
+            s[k].at = STREAM_SYMBOLS;
+            s[k].steps = steps;
+            for (size_t lane = 0; lane < KV_RANS_LANES; lane++) {
+                s[k].states[lane] = KV_RANS_LOW;
+            }
+        }
         if (held % KV_RANS_LANES != 0) {
-            memcpy(last, from, held);
+            memcpy(last, symbols + first, held);
             memset(last + held, filling, steps * KV_RANS_LANES - held);
-            from = last;
+            s[0].symbols = last;
         }
-        size_t used = rans_encode_stream(
-            table, states, words, STREAM_SYMBOLS, from, steps, KV_RANS_LANES);
-        if (used > STREAM_SYMBOLS) {
+        if (!rans_encode_streams(table, s, streams)) {
             return 0;
         }
-        *directory++ = (uint32_t)out->at;
-        uint8_t *stream = give(out, STREAM_HEAD + 2 * used);
-        if (stream == NULL) {
-            return 0;
+        for (size_t k = 0; k < streams; k++) {
+            if (!put_stream(out, directory++, &s[k])) {
+                return 0;
+            }
         }
-        memset(stream, 0, 16);
-        *words32(stream) = (uint32_t)used;
-        memcpy(stream + 16, states, sizeof states);
-        memcpy(stream + STREAM_HEAD, words + STREAM_SYMBOLS - used, 2 * used);
     }
     return 1;
 }
 
-/* Decode one stream to *steps* rows of symbols; return 0 unless it is intact. */
-static int take_stream(const room *in, uint64_t from, uint64_t to, const rans_decoder *table,
-    uint8_t *symbols, size_t steps) {
+/* Find the stream between two offsets; return 0 unless it is one. */
+static int take_stream(const room *in, uint64_t from, uint64_t to, rans_stream *s) {
     if (from % 16 != 0 || from > to || to > in->size || to - from < STREAM_HEAD) {
         return 0;
     }
     const any32 *start = words32(in->base + from);
-    uint64_t count = start[0];
-    if (start[1] != 0 || start[2] != 0 || start[3] != 0 ||
-        kv_pad16(STREAM_HEAD + 2 * count) != to - from) {
-        return 0;
-    }
-    const any16 *words = words16(in->base + from + STREAM_HEAD);
-    return rans_decode_stream(table, start + 4, words, count, symbols, steps, KV_RANS_LANES);
+    s->count = start[0];
+    s->at = 0;
+    s->words = words16(in->base + from + STREAM_HEAD);
+    memcpy(s->states, start + 4, sizeof s->states);
+    return start[1] == 0 && start[2] == 0 && start[3] == 0 &&
+           kv_pad16(STREAM_HEAD + 2 * (uint64_t)s->count) == to - from;
 }
 
-/* Decode the streams of a head into *count* symbols. */
+/* Decode the streams of a head into *count* symbols; return 0 unless all are intact. */
 static int take_streams(const room *in, const any32 *directory, const rans_decoder *table,
     uint8_t filling, uint8_t *symbols, uint64_t count) {
     uint8_t last[STREAM_SYMBOLS];
-    for (uint64_t first = 0; first < count; first += STREAM_SYMBOLS, directory++) {
-        size_t held = lesser(STREAM_SYMBOLS, count - first), steps = kv_ceil(held, KV_RANS_LANES);
-        uint8_t *to = held % KV_RANS_LANES != 0 ? last : symbols + first;
-        if (!take_stream(in, directory[0], directory[1], table, to, steps)) {
-            return 0;
-        }
-        for (size_t i = held; i < steps * KV_RANS_LANES; i++) {
-            if (to[i] != filling) {
+    rans_stream s[TOGETHER];
+    for (uint64_t first = 0, held; first < count; first += held) {
+        held = symbols_together(first, count);
+        size_t streams = streams_of(held), steps = kv_ceil(held / streams, KV_RANS_LANES);
+        int is_short = held % KV_RANS_LANES != 0;
+        for (size_t k = 0; k < streams; k++, directory++) {
+            s[k].symbols = is_short ? last : symbols + first + k * STREAM_SYMBOLS;
+            s[k].steps = steps;
+            if (!take_stream(in, directory[0], directory[1], &s[k])) {
                 return 0;
             }
         }
-        if (to == last) {
+        if (!rans_decode_streams(table, s, streams)) {
+            return 0;
+        }
+        if (is_short) {
+            for (size_t i = held; i < steps * KV_RANS_LANES; i++) {
+                if (last[i] != filling) {
+                    return 0;
+                }
+            }
             memcpy(symbols + first, last, held);
         }
     }

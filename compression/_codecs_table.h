@@ -4,6 +4,9 @@
 #include "_codecs_kernel.h"
 #include "_codecs_planes.h"
 #include "_codecs_heads.h"
+#include "_codecs_ranges.h"
+#include "_codecs_integers.h"
+#include "_codecs_fp8.h"
 #include "_codecs_nvfp4.h"
 #include "_codecs_hq.h"
 #include "_codecs_ecsq.h"
@@ -25,13 +28,13 @@ static const kernel NAME(kernel) = {
                         [KV_HQ3] = NAME(hq_encode)}},
     .decode =
         {[KV_KEYS] = {[KV_FP8] = NAME(fp8_decode),
-                      [KV_INT8] = NAME(int8_decode),
+                      [KV_INT8] = NAME(int8_keys_decode),
                       [KV_INT4] = NAME(int4_keys_decode),
                       [KV_NVFP4] = NAME(nvfp4_decode),
                       [KV_HQ4] = NAME(hq_decode),
                       [KV_HQ3] = NAME(hq_decode)},
          [KV_VALUES] = {[KV_FP8] = NAME(fp8_decode),
-                        [KV_INT8] = NAME(int8_decode),
+                        [KV_INT8] = NAME(int8_values_decode),
                         [KV_INT4] = NAME(int4_values_decode),
                         [KV_NVFP4] = NAME(nvfp4_decode),
                         [KV_HQ4] = NAME(hq_decode),
@@ -42,6 +45,9 @@ static const kernel NAME(kernel) = {
     .gather_marked = NAME(gather_marked),
     .scatter_marked = NAME(scatter_marked),
     .below_largest = NAME(below_largest),
+    .raise_largest = NAME(raise_largest),
+    .split_values = NAME(split_values),
+    .merge_values = NAME(merge_values),
     .merge_row = NAME(merge_row),
     .pack_plane = NAME(pack_plane),
     .unpack_plane = NAME(unpack_plane),

@@ -6,58 +6,6 @@ static int has_exponents(const request *ask) {
     return ask->source == SOURCE_BF16 || ask->source == SOURCE_FP32;
 }
 
-/* The symbol of a value, and its rest planes. */
-static void split_values(const request *ask, const uint8_t *values, uint8_t *symbols,
-    uint8_t *const *rest, uint64_t n) {
-    const any16 *halves = (const any16 *)(const void *)values;
-    const any32 *floats = (const any32 *)(const void *)values;
-    switch (ask->source) {
-    case SOURCE_BF16:
-        for (uint64_t i = 0; i < n; i++) {
-            symbols[i] = (uint8_t)kv_exp3_exponent(halves[i]);
-            rest[0][i] = (uint8_t)kv_exp3_rest(halves[i]);
-        }
-        break;
-    case SOURCE_FP16:
-        for (uint64_t i = 0; i < n; i++) {
-            symbols[i] = (uint8_t)(halves[i] >> 8);
-            rest[0][i] = (uint8_t)halves[i];
-        }
-        break;
-    case SOURCE_FP32:
-        for (uint64_t i = 0; i < n; i++) {
-            symbols[i] = (uint8_t)(floats[i] >> 23);
-            rest[0][i] = (uint8_t)floats[i];
-            rest[1][i] = (uint8_t)(floats[i] >> 8);
-            rest[2][i] = (uint8_t)kv_exp3_rest(floats[i] >> 16);
-        }
-        break;
-    default: memcpy(symbols, values, n);
-    }
-}
-
-static void merge_values(const request *ask, const uint8_t *symbols, uint8_t *const *rest,
-    uint8_t *values, uint64_t n) {
-    any16 *halves = words16(values);
-    any32 *floats = words32(values);
-    switch (ask->source) {
-    case SOURCE_BF16: chosen->merge_row(rest[0], symbols, halves, n); break;
-    case SOURCE_FP16:
-        for (uint64_t i = 0; i < n; i++) {
-            halves[i] = (uint16_t)(symbols[i] << 8 | rest[0][i]);
-        }
-        break;
-    case SOURCE_FP32:
-        for (uint64_t i = 0; i < n; i++) {
-            uint32_t high = rest[2][i], sign = (high & 0x80u) << 24;
-            floats[i] = sign | (uint32_t)symbols[i] << 23 | (high & 0x7fu) << 16 |
-                        (uint32_t)rest[1][i] << 8 | rest[0][i];
-        }
-        break;
-    default: memcpy(values, symbols, n);
-    }
-}
-
 /* Rows of a head that may be taken as one, because nothing lies between them. */
 static uint64_t rows_at_once(const request *ask) {
     int is_flat = ask->token_stride == (int64_t)(ask->width * ask->element);
@@ -70,29 +18,32 @@ static void split_head(const head *h, uint8_t *largest, uint8_t *symbols, uint8_
     uint64_t n = ask->width, rows = rows_at_once(ask);
     for (uint64_t t = 0; t < ask->tokens; t += rows) {
         uint8_t *rest[3] = {planes[0] + t * n, planes[1] + t * n, planes[2] + t * n};
-        split_values(ask, values_at(h, t), symbols + t * n, rest, rows * n);
+        chosen->split_values(ask->source, values_at(h, t), symbols + t * n, rest, rows * n);
     }
     if (!has_exponents(ask)) {
         return;
     }
     memset(largest, 0, n);
     for (uint64_t t = 0; t < ask->tokens; t++) {
-        for (uint64_t c = 0; c < n; c++) {
-            uint8_t symbol = symbols[t * n + c];
-            largest[c] = largest[c] > symbol ? largest[c] : symbol;
-        }
+        chosen->raise_largest(largest, symbols + t * n, n);
     }
     for (uint64_t t = 0; t < ask->tokens; t++) {
-        for (uint64_t c = 0; c < n; c++) {
-            symbols[t * n + c] = (uint8_t)(largest[c] - symbols[t * n + c]);
-        }
+        chosen->below_largest(largest, symbols + t * n, n);
     }
 }
 
 static void count_symbols(const uint8_t *symbols, uint64_t count, uint64_t *counts) {
     uint64_t some[4][SYMBOLS] = {{0}}; /* four, so that equal neighbours do not wait for each other */
-    for (uint64_t i = 0; i < count; i++) {
-        some[i % 4][symbols[i]]++;
+    uint64_t i = 0;
+    for (; i + 8 <= count; i += 8) {
+        uint64_t word = *(const any64 *)(const void *)(symbols + i);
+#pragma GCC unroll 8
+        for (int k = 0; k < 8; k++) {
+            some[k % 4][word >> 8 * k & 0xff]++;
+        }
+    }
+    for (; i < count; i++) {
+        some[0][symbols[i]]++;
     }
     for (int s = 0; s < SYMBOLS; s++) {
         counts[s] += some[0][s] + some[1][s] + some[2][s] + some[3][s];
@@ -204,10 +155,10 @@ static int rans_take(head *h, room *in, uint8_t *values, uint64_t first, uint64_
             for (uint64_t k = 0; k < 3; k++) {
                 found[k] = rest + (i * planes + (k < planes ? k : 0)) * kv_pad16(count) + t * n;
             }
-            for (uint64_t c = 0; has_exponents(ask) && c < n; c++) {
-                row[c] = (uint8_t)(top[c] - row[c]);
+            if (has_exponents(ask)) {
+                chosen->below_largest(top, row, n);
             }
-            merge_values(ask, row, found, values_at(h, t), rows * n);
+            chosen->merge_values(ask->source, row, found, values_at(h, t), rows * n);
         }
     }
     return DONE;
@@ -292,7 +243,7 @@ static int ecsq_encode(head *h, room *out, uint8_t *values) {
     if (!has_sound_table(h->ask)) {
         return BAD_REQUEST;
     }
-    uint8_t *symbols = malloc(count);
+    uint8_t *symbols = malloc(count + 64); /* marks are made of 64 at a time */
     any16 *escapes = malloc(out->size + 2 * count); /* the cap, and what one head can add to it */
     int status = symbols == NULL || escapes == NULL ? NO_MEMORY
                                                     : ecsq_put(h, out, values, symbols, escapes);
@@ -343,7 +294,7 @@ static int ecsq_decode(head *h, room *in, uint8_t *values, uint64_t first, uint6
     if (!has_sound_table(h->ask)) {
         return BAD_REQUEST;
     }
-    uint8_t *symbols = malloc(h->ask->tokens * h->ask->width);
+    uint8_t *symbols = malloc(h->ask->tokens * h->ask->width + 64);
     if (symbols == NULL) {
         return NO_MEMORY;
     }
