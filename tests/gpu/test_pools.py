@@ -9,12 +9,17 @@ import sys
 import numpy as np
 import pytest
 
+from kvstore.bench.gpu import QUICK
+from kvstore.bench.gpu_pool import measure_pool
 from kvstore.gpu.cuda_pools import CudaPools
 from kvstore.gpu.cupy_device import CupyDevice, open_device
 from kvstore.gpu.device import Copy, Memory, Urgency, host_bytes, wait_for
 from kvstore.gpu.pools import Exported, Pool, Pools
 from kvstore.limits import MIB
+from tests.gpu.test_transfers import Bounce
 from tests.support.daemon import REPOSITORY
+from tests.support.device import World, settings
+from tests.support.head_scenes import Pooled, fetch_scene, store_scene
 
 pytestmark = pytest.mark.gpu
 
@@ -110,3 +115,20 @@ def test_what_goes_by_descriptor_outlives_its_owner(device) -> None:
     pool.close()
     assert (move(device, other, None) == pattern(3)).all()
     other.close()
+
+
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("codec", ["int4kv", "hq4"])
+def test_heads_come_where_they_belong(device, codec: str, seed: int) -> None:
+    bounce = Bounce(device)
+    for scene in (store_scene, fetch_scene):
+        world = World(device, seed, window_bytes=4096, put=bounce.put, get=bounce.get, codec=codec)
+        pooled = Pooled(world, settings())
+        assert scene(pooled)
+        pooled.close()
+
+
+@pytest.mark.parametrize("codec", ["raw", "int8kv", "int4kv"])
+def test_what_is_stored_in_a_daemons_pool_is_loaded_from_it(device, codec: str) -> None:
+    speeds = measure_pool(device, QUICK, 1, "0", codec)  # raises where bytes are wrong
+    assert min(speeds) > 0
