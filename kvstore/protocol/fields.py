@@ -40,4 +40,5 @@ PeerName = Annotated[str, Meta(max_length=HOST_NAME_MAX_CHARS)]
 TraceParent = Annotated[str, Meta(max_length=TRACE_PARENT_MAX_CHARS)]
 CounterName = Annotated[str, Meta(min_length=1, max_length=ENGINE_COUNTER_NAME_MAX_CHARS)]
 Count = Annotated[int, Meta(ge=0, le=ENGINE_COUNT_MAX)]
+# By the names of `ENGINE_GPU_COUNTERS`; others say nothing. Since the session began.
 CounterMap = Annotated[dict[CounterName, Count], Meta(max_length=ENGINE_COUNTERS_MAX)]

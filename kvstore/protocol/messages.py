@@ -183,11 +183,7 @@ class Stats(Request, tag=12, frozen=True, gc=False):
 
 
 class Ping(Request, tag=13, frozen=True, gc=False):
-    """Ask for *payload* back, through the same path as every other request.
-
-    *counters* are what the engine's transfers between GPU and daemon have come to since the
-    session began, by their names in metrics.py; names that the daemon does not know say nothing.
-    """
+    """Ask for *payload* back, as any request is answered; tell *counters* of GPU transfers."""
 
     payload: Annotated[bytes, Meta(max_length=PING_PAYLOAD_MAX_BYTES)] = b""
     counters: f.CounterMap = {}

@@ -20,7 +20,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from kvstore.errors import TierError
+from kvstore.compression.container import Flags, open_container
+from kvstore.compression.shapes import CodecId
+from kvstore.errors import ContainerError, TierError
 from kvstore.limits import PROMOTE_QUEUE_CHUNKS_MAX
 from kvstore.store.policy import Ghost
 from kvstore.store.residence import fingerprint
@@ -125,11 +127,11 @@ class Promotions:
 
     def _note(self, slot: int, shard: ShardRecord) -> None:
         """Note a load from the host tier, and ask for what was loaded so before."""
-        digest, heads = self._index.digest(slot), shard.heads
-        mark = _mark(digest, heads)
+        space, digest, heads = self._index.space_of(slot), self._index.digest(slot), shard.heads
+        mark = _mark(space.number, digest, heads)
         span = max(_SPAN_MIN, self._tier.pool.size_bytes // shard.size_bytes)
         if len(self._waiting) < PROMOTE_QUEUE_CHUNKS_MAX and self._seen.take(mark, span):
-            self._waiting[self._index.space_of(slot), digest, heads] = self._loads
+            self._waiting[space, digest, heads] = self._loads
             return
         self._seen.grow(span)
         self._seen.add(mark)
@@ -148,10 +150,10 @@ class Promotions:
 
     async def _promote(self, key: Key, asked: int) -> None:
         """Copy what *key* names into the pool, if it is wanted there still and there is room."""
-        space, digest, heads = key
-        slot = space.find(digest)
-        record = None if slot == NO_SLOT else self._index.shard(slot, heads, _HOST)
-        if record is None or not self._is_wanted(slot, record):
+        space, digest, _ = key
+        is_of_use = await self._is_of_use(key)
+        slot, record = self._find(key)
+        if not is_of_use or record is None or not self._is_wanted(slot, record):
             self._count_dropped()
             return
         shard, tenant = shard_of(self._store, slot, record), self._index.tenant_of(slot)
@@ -195,6 +197,26 @@ class Promotions:
             self._tier.counters.promoted_chunks += 1
             self._tier.counters.promoted_bytes += record.size_bytes
 
+    def _find(self, key: Key) -> tuple[int, ShardRecord | None]:
+        """Return the slot of *key*, and what the host tier has of it."""
+        space, digest, heads = key
+        slot = space.find(digest)
+        return slot, None if slot == NO_SLOT else self._index.shard(slot, heads, _HOST)
+
+    async def _is_of_use(self, key: Key) -> bool:
+        """Return whether devices read what the host tier has of *key* by themselves.
+
+        What a host has to decode is nearer to it where it is.
+        """
+        (space, _, heads), (_, record) = key, self._find(key)
+        if record is None:
+            return False
+        manifest = space.manifest
+        if manifest.codec == "raw" and record.size_bytes == manifest.plain_bytes(heads):
+            return True
+        content = self._store.host.view(record.extent)
+        return await asyncio.to_thread(_is_for_devices, content)
+
     async def _settle(self) -> None:
         """Have room that a failed copy may still go to given back, or the tier left alone."""
         while self._tier.is_in_doubt and self._guard.is_usable:
@@ -217,12 +239,27 @@ class Promotions:
         return self._last_read.get(slot, 0) >= since
 
 
-def _mark(digest: Digest, heads: HeadRange) -> int:
-    """Return 64 bits that recognise a shard.
+def _is_for_devices(content: memoryview) -> bool:
+    """Return whether there are kernels that decode the container *content*."""
+    # What devices have, for those daemons alone that have one.
+    from kvstore.compression.twins import KERNEL_NAMES, VARIABLE_NAMES  # noqa: PLC0415
+
+    try:
+        container = open_container(content)
+    except ContainerError:
+        return False
+    codecs = {section.codec for section in container.sections}
+    is_sealed = container.header.flags & Flags.CHECKSUM
+    return not is_sealed and codecs <= {CodecId.RAW, *KERNEL_NAMES, *VARIABLE_NAMES}
+
+
+def _mark(space: int, digest: Digest, heads: HeadRange) -> int:
+    """Return 64 bits that recognise a shard in namespace number *space*.
 
     Ranks of one engine load a shard each: that is no second load of any.
     """
-    return fingerprint(digest) ^ (heads.start << 16 | heads.stop) * _SPREAD & _MARKS
+    own = space << 32 | heads.start << 16 | heads.stop
+    return fingerprint(digest) ^ own * _SPREAD & _MARKS
 
 
 class _Room:

@@ -18,6 +18,7 @@ from kvstore.compression.policy import CodecPolicy
 from kvstore.gpu.device import Event, StuckError
 from kvstore.gpu.pages import NOWHERE
 from kvstore.hashing import block_digests
+from kvstore.transfer.copies import Runs
 from tests.support.coded_engine import (
     COUNT,
     DIGESTS,
@@ -360,3 +361,24 @@ def test_a_daemon_that_dies_between_encoding_and_commit_is_a_miss(start_daemon, 
         assert store(engine).stored == COUNT
         assert len(load(engine)) == COUNT
         assert engine.on_gpu.off == ""
+
+
+@pytest.mark.parametrize(
+    "space",
+    [(POLICIES["int4kv"], {}), (CodecPolicy(codec="lz4"), {})],
+    ids=["int4kv", "lz4"],
+    indirect=True,
+)
+def test_what_hosts_have_encoded_comes_up_where_devices_decode_it(daemon, space, pool) -> None:
+    is_for_devices = space[1].codec == "int4kv"
+    with engine_of(daemon, space) as engine:
+        sources = [Runs.of_buffer(np.frombuffer(chunk, np.uint8).copy()) for chunk in put(engine)]
+        assert engine.cache.store(DIGESTS, sources).stored == COUNT
+        expected = decoded(space, stored(space), engine.layout.chunk_bytes)
+        assert [load(engine) for _ in range(2)] == [expected, expected]
+        done = "promoted_chunks" if is_for_devices else "promote_chunks_dropped"
+        wait_until(lambda: pool(done) == COUNT)
+        assert pool("loaded_chunks") == 0
+        assert load(engine) == expected
+        assert pool("loaded_chunks") == (COUNT if is_for_devices else 0)
+        assert engine.on_gpu.counters.damaged_chunks == 0

@@ -70,6 +70,11 @@ async def test_loads_that_say_nothing_of_the_pool_bring_nothing_up():
         # So many others have been loaded since that it would not be in the pool any more.
         read(tiers, engine, digests[:1])
         await tiers.settle()
+        # The same digests of another model are other chunks.
+        other = tiers.engine(make_manifest(model="another"))
+        other.put(digests)
+        read(tiers, other, digests[:1])
+        await tiers.settle()
         assert tiers.tier.usage().used_bytes == 0
         assert tiers.tier.counters.promote_chunks_dropped == 0
 
