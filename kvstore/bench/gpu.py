@@ -1,8 +1,8 @@
 """`kvstore bench gpu`: pages on a GPU to the arena and back, beside plain copies of the same run.
 
 Builds the kernels where none are built, checks them against NumPy, and measures, in less than ten
-minutes. Floors are plain asynchronous copies between the same memory: one direction, both at
-once, and on the device. Where there is no GPU it says so and ends with 1.
+minutes: part by part, and what one part cannot do is said in its place. Where there is no GPU it
+says so and ends with 1.
 """
 
 from __future__ import annotations
@@ -13,39 +13,21 @@ import sys
 import threading
 import time
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from kvstore.bench import report
-from kvstore.bench.daemon import BenchDaemon
-from kvstore.bench.gpu_pool import measure_pool
-from kvstore.bench.gpu_rig import (
-    ENGINE_STREAM,
-    GpuShape,
-    Rig,
-    check_stored,
-    host_microseconds,
-    last_words,
-    median_seconds,
-    run_copies,
-    run_lane,
-    together,
-    wait_until,
-    wait_until_registered,
-)
-from kvstore.bench.report import Figures, Verdict
-from kvstore.client.cache import PrefixCache
-from kvstore.client.gpu import DeviceCache
-from kvstore.compression.policy import CodecPolicy
-from kvstore.errors import InternalError, UnavailableError
+from kvstore.bench import gpu_page, report
+from kvstore.bench.gpu_bus import break_even_kib, bus_rows, page_rows, why_not_batched
+from kvstore.bench.gpu_daemon import CODECS, daemon_rows, pool_rows
+from kvstore.bench.gpu_rig import GpuShape, Rig, host_microseconds, last_words, run_lane
 from kvstore.gpu.cupy_device import open_device
-from kvstore.gpu.device import Copy, Urgency
 from kvstore.gpu.devices import find_devices
-from kvstore.gpu.lanes import LoadLane, StoreLane
-from kvstore.limits import MIB
+from kvstore.gpu.lanes import StoreLane
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Iterable, Sequence
 
+    from kvstore.bench.report import Figures
     from kvstore.gpu.device import Device
 
 SHAPES: Final = (
@@ -53,45 +35,19 @@ SHAPES: Final = (
     GpuShape("Llama-8B, 64 tokens", 32, 8, 128, 16, 4, chunks=64),
 )
 QUICK: Final = GpuShape("smoke", 2, 2, 64, 16, 2, chunks=4)
+POOL_CODECS: Final = CODECS
 _ROUNDS: Final = 9
 _MODEL_ROUNDS_MAX: Final = 3
 _BUDGET_SECONDS: Final = 540.0
-CODECS: Final = ("raw", "int8kv", "int4kv")
-_CODED_MIN: Final = {"int4kv": 3.2}
-"""Raw bytes a second, by those of the raw path."""
-_ONE_WAY_MIN: Final = 0.90
-_DUPLEX_MIN: Final = 0.85
-_POOL_MIN: Final = 0.80
-POOL_CODECS: Final = ("raw", "int8kv", "int4kv")
-_FENCE_MICROSECONDS_MAX: Final = 100.0
-_MATMUL_SLOWER_MAX: Final = 0.03
 _MATMUL_SIZE: Final = 8192
 _MATMULS: Final = 40
-_TIMEOUT_SECONDS: Final = 10.0
-
-_COLUMNS: Final = {
-    "shape": "shape",
-    "what": "what",
-    "gb_per_s": "GB/s",
-    "floor": "floor",
-    "floor_gb_per_s": "floor GB/s",
-    "ratio": "ratio",
-    "target": "target",
-    "verdict": "verdict",
-}
-_MODEL_COLUMNS: Final = {
-    "tokens": "prefix, tokens",
-    "what": "what",
-    "first_token_ms": "ms",
-    "faster": "times cold",
-    "moved_by": "moved by",
-    "logits_off": "logits off by",
-    "outcome": "outcome",
-}
 
 
 def main(argv: list[str]) -> int:
-    """Measure and print; return 0 whatever the verdicts, and 1 where there is no GPU."""
+    """Measure and print; return 0 whatever the verdicts, and 1 where there is no GPU.
+
+    Also 1 when a part has failed: the tables name it.
+    """
     options, started_at = _parse(argv), time.monotonic()
     device = open_device(options.device)
     if device is None:
@@ -102,21 +58,26 @@ def main(argv: list[str]) -> int:
             " it needs a CUDA device, CuPy, and kernels or NVRTC to build them\n"
         )
         return 1
+    run = Run(ends_at=started_at + options.budget)
     shapes = (QUICK,) if options.quick else SHAPES
     rounds = options.rounds or (1 if options.quick else _ROUNDS)
-    found_report = measure(device, shapes, rounds, gpu=str(options.device), matmul=_find_matmul())
-    left = options.budget - (time.monotonic() - started_at)
-    found_report["models"] = _measure_model(
-        options.device, min(rounds, _MODEL_ROUNDS_MAX), left, quick=options.quick
+    measure(device, shapes, rounds, gpu=str(options.device), matmul=_find_matmul(), run=run)
+    run.part(
+        "models",
+        "time to first token",
+        lambda: _measure_model(
+            options.device, min(rounds, _MODEL_ROUNDS_MAX), run.left, quick=options.quick
+        ),
     )
-    found_report["targets"] += [
-        verdict.figures() for verdict in _model_verdicts(found_report["models"])
-    ]
+    made = run.report(gpu_page.facts(options.device) | {"device": device.name})
     if options.output == "json":
-        report.print_json(found_report)
+        report.print_json(made)
     else:
-        _print(found_report)
-    return 0
+        print(gpu_page.tables(made))
+    if options.write is not None:
+        page = options.write.read_text()
+        options.write.write_text(gpu_page.filled(page, made))
+    return 1 if run.failed else 0
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -132,10 +93,77 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         type=float,
         metavar="SECONDS",
         default=_BUDGET_SECONDS,
-        help=f"what of the model would take longer is left out (default {_BUDGET_SECONDS:.0f})",
+        help=f"what is not begun by then is left out (default {_BUDGET_SECONDS:.0f})",
     )
     parser.add_argument("--quick", action="store_true", help="one small shape: a smoke test")
+    parser.add_argument(
+        "--write",
+        type=_page,
+        metavar="PAGE",
+        help="put the figures into this page, and keep the rest",
+    )
     return parser.parse_args(argv)
+
+
+def _page(path: str) -> Path:
+    """Return where the page is; refused before anything is measured if it has no room for them."""
+    page = Path(path)
+    try:
+        gpu_page.require_room(page.read_text())
+    except (OSError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"{path}: {error}") from error
+    return page
+
+
+class Run:
+    """The parts of one run: what each has found, and which have failed or were left out."""
+
+    def __init__(
+        self, *, ends_at: float = float("inf"), clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.found: dict[str, list[Figures]] = {"rows": [], "pages": [], "models": []}
+        self.checks: Figures = {}
+        self.failed: list[str] = []
+        self._ends_at = ends_at
+        self._clock = clock
+
+    @property
+    def left(self) -> float:
+        """The seconds that are left."""
+        return self._ends_at - self._clock()
+
+    def part(self, table: str, name: str, call: Callable[[], Iterable[Figures]]) -> None:
+        """Put the rows of *call* into a table; where they end early, a row that says why."""
+        if self.left <= 0:
+            self.found[table].append({"what": name, "verdict": "left out: no time is left"})
+            return
+        try:
+            for row in call():
+                self.found[table].append(row)
+        except Exception as error:  # noqa: BLE001  # whatever it is, the other parts go on
+            self.failed.append(name)
+            reason = f"{type(error).__name__}: {last_words(error)}"
+            self.found[table].append({"what": name, "verdict": reason})
+
+    def note(self, name: str, call: Callable[[], Figures]) -> None:
+        """Put what *call* finds among the checks."""
+
+        def checked() -> Iterable[Figures]:
+            self.checks |= call()
+            return ()
+
+        self.part("rows", name, checked)
+
+    def report(self, machine: Figures) -> Figures:
+        """Return all of it."""
+        return {
+            "machine": report.machine() | machine,
+            **self.found,
+            "checks": self.checks,
+            "targets": [
+                verdict.figures() for verdict in gpu_page.verdicts(self.found, self.checks)
+            ],
+        }
 
 
 def measure(
@@ -145,183 +173,43 @@ def measure(
     *,
     gpu: str = "0",
     matmul: Callable[[int], float] | None = None,
+    run: Run | None = None,
 ) -> Figures:
     """Check and measure; *matmul* returns the seconds of so many products on the device.
 
     *gpu* is *device* as the setting `tiers.device.gpu` has it.
     """
-    rows: list[Figures] = []
-    checks: Figures = {}
+    run = run or Run()
+    run.checks["copies are given"] = why_not_batched(device) or "in batches"
     for shape in shapes:
-        with Rig(device, shape) as rig:
-            started_at = time.perf_counter()
-            rig.check()
-            checks[f"{shape.name}: checked, seconds"] = time.perf_counter() - started_at
-            checks[f"{shape.name}: arena registered, seconds"] = rig.register_seconds
-            rows += _rows(rig, rounds)
-            fence, begin = host_microseconds(rig, rounds)
-            checks[f"{shape.name}: host time of a fence, us"] = fence
-            checks[f"{shape.name}: host time to begin a transfer, us"] = begin
-            if matmul is not None and shape is shapes[0]:
-                checks["matmul beside stores, slower by"] = _matmul_slowdown(rig, matmul)
-        rows += _through_a_daemon(device, shape, rounds)
-        if shape is shapes[0]:
+        is_first = shape is shapes[0]
+        run.part("rows", f"lanes ({shape.name})", partial(bus_rows, device, shape, rounds))
+        run.part("rows", f"a daemon ({shape.name})", partial(daemon_rows, device, shape, rounds))
+        if is_first:
             for codec in POOL_CODECS:
-                rows += _through_a_pool(device, shape, rounds, gpu, codec)
-    return {
-        "machine": report.machine() | {"device": device.name},
-        "rows": rows,
-        "checks": checks,
-        "targets": [verdict.figures() for verdict in _verdicts(rows, checks)],
-    }
+                rows = partial(pool_rows, device, shape, rounds, gpu, codec)
+                run.part("rows", f"device tier, {codec} ({shape.name})", rows)
+            if matmul is not None:
+                slower = partial(_matmul_slowdown, device, shape, matmul)
+                run.note("matmul beside stores", slower)
+            run.part("pages", "pages in one piece", partial(page_rows, device, shape, rounds))
+        run.note(f"host time ({shape.name})", partial(_host_time, device, shape, rounds))
+    measured = [row for row in run.found["pages"] if "page_kib" in row]
+    for what, where in (("store", "host"), ("load", "device")):
+        if measured:
+            name = f"pages skip staging to the {where}, from KiB"
+            run.checks[name] = break_even_kib(measured, what)
+    return run.report({"device": device.name})
 
 
-# --- what is measured ---------------------------------------------------------------------------
-
-
-def _rows(rig: Rig, rounds: int) -> Iterator[Figures]:
-    """Yield lanes beside their floors."""
-    out, back = (rig.device.stream(urgency) for urgency in (Urgency.LOW, Urgency.HIGH))
-    down = partial(run_copies, out, rig.flat(rig.first, to_device=False))
-    up = partial(run_copies, back, rig.flat(rig.second, to_device=True, half=1))
-    across = Copy(rig.second.address, rig.first.address, rig.total_bytes)
-    speed = partial(_speed, rig, rounds)
-    floors = {
-        "pinned copy to the host": speed(down),
-        "pinned copy to the device": speed(up),
-        "both at once": speed(partial(together, down, up), 2),
-        "copy on the device": speed(partial(run_copies, out, [across])),
-    }
-    for name, bare in floors.items():
-        yield _row(rig.shape, f"floor: {name}", bare, name, bare, None)
-    for words in ({}, {"opaque": True}, {"opaque": True, "direct": True}):
-        name = _name_of(**words)
-        store = rig.lane(StoreLane, rig.first, **words)
-        load = rig.lane(LoadLane, rig.second, **words)
-        storing = partial(run_lane, store, rig.moved())
-        loading = partial(run_lane, load, rig.moved(1))
-        storing()
-        run_lane(store, rig.moved(1))
-        target = _ONE_WAY_MIN if not words else None
-        for what, call, floor in (
-            ("store", storing, "pinned copy to the host"),
-            ("load", loading, "pinned copy to the device"),
-        ):
-            yield _row(rig.shape, f"{what}, {name}", speed(call), floor, floors[floor], target)
-        both = speed(partial(together, storing, loading), 2)
-        duplex = _DUPLEX_MIN if not words else None
-        yield _row(rig.shape, f"both, {name}", both, "both at once", floors["both at once"], duplex)
-        store.close()
-        load.close()
-
-
-def _name_of(*, opaque: bool = False, direct: bool = False) -> str:
-    if direct:
-        return "pages as they are, by the copy engine"
-    return "pages as they are, staged" if opaque else "gathered"
-
-
-def _speed(rig: Rig, rounds: int, call: Callable[[], object], times: int = 1) -> float:
-    """Return bytes a second, in GB, of a call that moves all chunks so many *times*."""
-    return times * rig.total_bytes / median_seconds(rounds, call) / 1e9
-
-
-def _row(
-    shape: GpuShape, what: str, speed: float, floor: str, floor_speed: float, target: float | None
-) -> Figures:
-    ratio = speed / floor_speed
-    row: Figures = {
-        "shape": shape.name,
-        "what": what,
-        "gb_per_s": speed,
-        "floor": floor,
-        "floor_gb_per_s": floor_speed,
-        "ratio": ratio,
-        "target": target,
-    }
-    if target is not None:
-        row["verdict"] = Verdict(what, target, ratio, "more").word
-    return row
-
-
-def _through_a_daemon(device: Device, shape: GpuShape, rounds: int) -> Iterator[Figures]:
-    """Yield stores and loads through a daemon of the bench's own, beside plain copies.
-
-    Codecs stand beside the raw path of the same run, in raw bytes a second.
-    """
-    total = shape.chunks * shape.layout(0).chunk_bytes
-    with Rig(device, shape) as rig, _daemon(2 * total) as daemon:
-        stream, raw = device.stream(Urgency.HIGH), dict[str, float]()
-        for codec in CODECS:
-            for what, call in _calls(device, rig, daemon, codec):
-                speed = _speed(rig, rounds, call)
-                name = f"{what} through the daemon, {codec}"
-                if codec == "raw":
-                    raw[what] = speed
-                    flat = rig.flat(rig.second, to_device=what == "load")
-                    floor = f"pinned copy to the {'device' if what == 'load' else 'host'}"
-                    floor_speed = _speed(rig, rounds, partial(run_copies, stream, flat))
-                    yield _row(shape, name, speed, floor, floor_speed, _ONE_WAY_MIN)
-                else:
-                    target = _CODED_MIN.get(codec)
-                    yield _row(shape, name, speed, f"{what}, raw", raw[what], target)
-
-
-def _calls(
-    device: Device, rig: Rig, daemon: BenchDaemon, codec: str
-) -> Iterator[tuple[str, Callable[[], None]]]:
-    """Yield what stores all chunks with *codec*, and what loads them, once they were checked."""
-    shape = rig.shape
-    manifest, digests = shape.manifest(codec), shape.digests()
-    # All layers alike: it is the kernels that are measured, not a policy.
-    policy = CodecPolicy(codec=codec, edge_layers=0)
-    cache = PrefixCache(
-        manifest, socket=daemon.socket, timeout_seconds=_TIMEOUT_SECONDS, policy=policy
-    )
-    wait_until(lambda: cache.is_connected, "a connection to the daemon")
-    first, second = (shape.layout(memory.address) for memory in (rig.first, rig.second))
-    with cache, DeviceCache(cache, device, first) as on_gpu:
-        space = daemon.client.attach(manifest)
-        on_gpu.store(digests[:1], rig.pages[:1])  # has the arena registered
-        wait_until_registered(on_gpu, space)
-        fence = partial(on_gpu.fence, ENGINE_STREAM)
-
-        def store() -> None:
-            space.delete(digests)
-            report_of = on_gpu.store(digests, rig.pages, after=fence())
-            assert report_of.stored == len(digests), report_of
-
-        def load() -> None:
-            found = on_gpu.load(digests, rig.pages, after=fence(), layout=second)
-            assert found == len(digests), found
-
-        store()
-        check_stored(rig, space, policy, digests)
-        if codec != "raw" and on_gpu.counters.host_encoded_chunks:
-            raise InternalError(f"the host has encoded chunks of {codec}")
-        yield "store", store
-        yield "load", load
-        space.delete(digests)
-
-
-def _daemon(total_bytes: int) -> BenchDaemon:
-    return BenchDaemon(2 * total_bytes + 16 * MIB, checksums=True, prefault=True)
-
-
-def _through_a_pool(
-    device: Device, shape: GpuShape, rounds: int, gpu: str, codec: str
-) -> Iterator[Figures]:
-    """Yield a store and a load through the device tier of a daemon; where there is none, why."""
-    names = {what: f"{what}, device tier, {codec}" for what in ("store", "load")}
-    try:
-        found = measure_pool(device, shape, rounds, gpu, codec)
-    except UnavailableError as error:
-        for name in names.values():
-            yield {"shape": shape.name, "what": name, "verdict": last_words(error)}
-        return
-    target = _POOL_MIN if codec == "raw" else None
-    for what, speed in (("store", found.store), ("load", found.load)):
-        yield _row(shape, names[what], speed, "copy on the device", found.floor, target)
+def _host_time(device: Device, shape: GpuShape, rounds: int) -> Figures:
+    with Rig(device, shape) as rig:
+        called, begun = host_microseconds(rig, rounds)
+        return {
+            f"{shape.name}: arena registered, seconds": rig.register_seconds,
+            f"{shape.name}: engine's thread, a store of 32 chunks, us": called,
+            f"{shape.name}: our thread, a transfer, us": begun,
+        }
 
 
 def _measure_model(index: int, rounds: int, seconds: float, *, quick: bool) -> list[Figures]:
@@ -336,25 +224,26 @@ def _measure_model(index: int, rounds: int, seconds: float, *, quick: bool) -> l
     return gpu_model.measure_cuda(index, shape, rounds=rounds, seconds=seconds)
 
 
-def _matmul_slowdown(rig: Rig, matmul: Callable[[int], float]) -> float:
+def _matmul_slowdown(device: Device, shape: GpuShape, matmul: Callable[[int], float]) -> Figures:
     """Return by how much a running offload slows products down."""
     matmul(_MATMULS)
     alone = min(matmul(_MATMULS) for _ in range(3))
-    lane, stop = rig.lane(StoreLane, rig.first), threading.Event()
+    with Rig(device, shape) as rig:
+        lane, stop = rig.lane(StoreLane, rig.first), threading.Event()
 
-    def offload() -> None:
-        while not stop.is_set():
-            run_lane(lane, rig.moved())
+        def offload() -> None:
+            while not stop.is_set():
+                run_lane(lane, rig.moved())
 
-    thread = threading.Thread(target=offload)
-    thread.start()
-    try:
-        beside = min(matmul(_MATMULS) for _ in range(3))
-    finally:
-        stop.set()
-        thread.join()
-        lane.close()
-    return beside / alone - 1
+        thread = threading.Thread(target=offload)
+        thread.start()
+        try:
+            beside = min(matmul(_MATMULS) for _ in range(3))
+        finally:
+            stop.set()
+            thread.join()
+            lane.close()
+    return {"matmul beside stores, slower by": beside / alone - 1}
 
 
 def _find_matmul() -> Callable[[int], float]:
@@ -373,44 +262,3 @@ def _find_matmul() -> Callable[[int], float]:
         return float(cupy.cuda.get_elapsed_time(start, end)) / 1e3
 
     return run
-
-
-# --- how it is shown ----------------------------------------------------------------------------
-
-
-def _verdicts(rows: Sequence[Figures], checks: Figures) -> list[Verdict]:
-    verdicts = [
-        Verdict(f"{row['what']} ({row['shape']})", row["target"], row["ratio"], "more")
-        for row in rows
-        if row.get("target") is not None
-    ]
-    for name, value in checks.items():
-        if name.endswith("a fence, us"):
-            verdicts.append(Verdict(name, _FENCE_MICROSECONDS_MAX, value, "less"))
-        elif name.startswith("matmul"):
-            verdicts.append(Verdict(name, _MATMUL_SLOWER_MAX, value, "less"))
-    return verdicts
-
-
-def _model_verdicts(rows: Sequence[Figures]) -> list[Verdict]:
-    """Judge what is stored raw: the answers are those of the model alone."""
-    return [
-        Verdict(f"logits off by, {row['what']} ({row['tokens']})", 0.0, row["logits_off"], "less")
-        for row in rows
-        if "logits_off" in row and row["what"].endswith("raw")
-    ]
-
-
-def _print(found: Figures) -> None:
-    for key, value in found["machine"].items():
-        print(f"{key}: {value}")
-    report.print_heading("Chunks between pages and host memory, medians")
-    report.print_table(_COLUMNS, found["rows"])
-    report.print_heading("Time to first token, medians")
-    report.print_table(_MODEL_COLUMNS, found.get("models", []))
-    report.print_heading("Checks and host time")
-    rows = [{"what": name, "value": value} for name, value in found["checks"].items()]
-    report.print_table({"what": "what", "value": "value"}, rows)
-    report.print_heading("Targets")
-    columns = {"target": "target", "limit": "limit", "measured": "measured", "verdict": "verdict"}
-    report.print_table(columns, found["targets"])

@@ -6,10 +6,12 @@ import statistics
 import threading
 import time
 from dataclasses import dataclass
+from queue import SimpleQueue
 from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 
+from kvstore.bench.report import Verdict
 from kvstore.client.gpu_steps import groups_of, pipeline
 from kvstore.compression.chunks import ChunkCodec
 from kvstore.compression.container import POSITION_MAX
@@ -28,6 +30,7 @@ from kvstore.transfer.native import address_of
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from kvstore.bench.report import Figures
     from kvstore.client.gpu import DeviceCache
     from kvstore.client.sync import Space
     from kvstore.compression.policy import CodecPolicy
@@ -42,6 +45,8 @@ ENGINE_STREAM: Final = 0
 _SEED: Final = 7
 _PATIENCE_SECONDS: Final = 20.0
 _REASON_CHARACTERS_MAX: Final = 200
+_CALL_CHUNKS: Final = 32
+_CALLS_A_ROUND: Final = 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,19 +107,18 @@ class GpuShape:
         chunk_tokens = self.page_tokens * self.pages_per_chunk
         return chunk_digests(list(range(self.chunks * chunk_tokens)), chunk_tokens)
 
-    def opaque_layout(self, base: int) -> PageLayout:
-        """Return the layout of the same pages as they lie, each in one piece."""
-        layer_bytes = self.chunks * self.pages_per_chunk * self.page_bytes
-        row = min(self.page_bytes, 1024)
+    def paged_layout(self, base: int, page_bytes: int) -> PageLayout:
+        """Return the layout of the same memory cut into pages of one piece each."""
+        row = min(page_bytes, 1024)
         return PageLayout(
-            planes=tuple(base + layer * layer_bytes for layer in range(self.layers)),
+            planes=(base,),
             heads=1,
-            page_tokens=self.page_bytes // row,
-            pages_per_chunk=self.pages_per_chunk,
+            page_tokens=page_bytes // row,
+            pages_per_chunk=self.layout(0).chunk_bytes // page_bytes,
             row_bytes=row,
-            page_stride=self.page_bytes,
+            page_stride=page_bytes,
             token_stride=row,
-            head_stride=self.page_bytes,
+            head_stride=page_bytes,
         )
 
 
@@ -126,8 +130,8 @@ class Rig:
         self.device = device
         self.shape = shape
         self.counters = DeviceCounters()
-        chunk = shape.layout(0).chunk_bytes
-        self.total_bytes = shape.chunks * chunk
+        self.chunk_bytes = shape.layout(0).chunk_bytes
+        self.total_bytes = shape.chunks * self.chunk_bytes
         self.first = device.allocate(self.total_bytes)
         self.second = device.allocate(self.total_bytes)
         self.arena = Arena.create(max(2 * self.total_bytes, 1 << 20), huge_pages=False)
@@ -177,7 +181,7 @@ class Rig:
 
     def flat(self, memory: Memory, *, to_device: bool, half: int = 0) -> list[Copy]:
         """Return plain copies, as large as chunks, between *memory* and a half of the arena."""
-        size = self.total_bytes // self.shape.chunks
+        size = self.chunk_bytes
         host = self.base + half * self.total_bytes
         copies = []
         for start in range(0, self.total_bytes, size):
@@ -189,21 +193,34 @@ class Rig:
 
     def moved(self, half: int = 0) -> list[Moved]:
         """Return all chunks, with places in a half of the arena."""
-        size = self.total_bytes // self.shape.chunks
+        size = self.chunk_bytes
         start = self.base + half * self.total_bytes
         return [Moved(pages, start + n * size) for n, pages in enumerate(self.pages)]
 
+    def paged(self, page_bytes: int) -> list[Moved]:
+        """Return all chunks in pages of *page_bytes*, in no order, with places in the arena."""
+        count = self.total_bytes // page_bytes
+        order = np.random.default_rng(_SEED).permutation(count).reshape(self.shape.chunks, -1)
+        starts = range(self.base, self.base + self.total_bytes, self.chunk_bytes)
+        return [Moved(*one) for one in zip(order.tolist(), starts, strict=True)]
+
     def lane(
-        self, kind: type[Lane], memory: Memory, *, opaque: bool = False, direct: bool = False
+        self, kind: type[Lane], memory: Memory, *, page_bytes: int = 0, direct: bool = False
     ) -> Lane:
-        """Return a lane between *memory* and the arena."""
-        make = self.shape.opaque_layout if opaque else self.shape.layout
-        layout = make(memory.address)
+        """Return a lane between *memory*, or pages of one piece each in it, and the arena."""
+        base = memory.address
+        layout = (
+            self.shape.paged_layout(base, page_bytes) if page_bytes else self.shape.layout(base)
+        )
         settings = LaneSettings(
             staging_bytes=max(LaneSettings().staging_bytes, 4 * layout.chunk_bytes),
             direct_page_min_bytes=1 if direct else None,
         )
         return kind(self.device, layout, self.windows, self.counters, settings)
+
+    def speed(self, rounds: int, call: Callable[[], object], times: int = 1) -> float:
+        """Return bytes a second, in GB, of a call that moves all chunks so many *times*."""
+        return times * self.total_bytes / median_seconds(rounds, call) / 1e9
 
     def check(self) -> None:
         """Store the first pages, load them into the second, and store those.
@@ -217,7 +234,7 @@ class Rig:
         store = self.lane(StoreLane, self.first)
         digests = run_lane(store, self.moved())
         _require(np.array_equal(halves[0], self.expected()), "chunks are not what the pages hold")
-        size = self.total_bytes // self.shape.chunks
+        size = self.chunk_bytes
         for number, found in enumerate(digests):
             chunk = halves[0][number * size : (number + 1) * size]
             _require(np.array_equal(found, block_digests(chunk.data)), "digests are wrong")
@@ -242,7 +259,7 @@ def check_stored(rig: Rig, space: Space, policy: CodecPolicy, digests: Sequence[
 
     Of the first chunks and the last; errors in section tables may differ in their last bits.
     """
-    size = rig.total_bytes // rig.shape.chunks
+    size = rig.chunk_bytes
     chosen = sorted({0, 1, len(digests) - 1})
     plain, heads = rig.expected(), space.manifest.all_heads
     with space.load(digests) as loaded:
@@ -339,9 +356,17 @@ def median_seconds(rounds: int, call: Callable[[], object]) -> float:
 
 
 def host_microseconds(rig: Rig, rounds: int) -> tuple[float, float]:
-    """Return what a fence costs the engine's thread, and what a begun transfer costs ours."""
-    engine = rig.device.engine_stream(ENGINE_STREAM)
-    fence = median_seconds(rounds, lambda: Fence.of(engine))
+    """Return what a store costs the engine's thread, and what a begun transfer costs ours.
+
+    The engine's thread takes a fence and hands on digests and pages; all else is another's.
+    """
+    device, given = rig.device, SimpleQueue[Any]()
+    digests, pages = list(range(_CALL_CHUNKS)), [list(some) for some in rig.pages[:_CALL_CHUNKS]]
+
+    def call() -> None:
+        given.put((digests, pages, Fence.of(device.engine_stream(ENGINE_STREAM))))
+
+    called = median_seconds(rounds * _CALLS_A_ROUND, call)
     lane = rig.lane(StoreLane, rig.first)
     chunks = rig.moved()[: lane.chunks_per_transfer]
     begun: list[float] = []
@@ -354,7 +379,31 @@ def host_microseconds(rig: Rig, rounds: int) -> tuple[float, float]:
 
     median_seconds(rounds, once)
     lane.close()
-    return fence * 1e6, statistics.median(begun[1:]) * 1e6
+    return called * 1e6, statistics.median(begun[1:]) * 1e6
+
+
+def speed_row(
+    shape: GpuShape,
+    what: str,
+    speed: float,
+    floor: str,
+    floor_speed: float,
+    target: float | None = None,
+) -> Figures:
+    """Return a row of the table: GB/s beside a floor, judged where there is a target."""
+    ratio = speed / floor_speed
+    row: Figures = {
+        "shape": shape.name,
+        "what": what,
+        "gb_per_s": speed,
+        "floor": floor,
+        "floor_gb_per_s": floor_speed,
+        "ratio": ratio,
+        "target": target,
+    }
+    if target is not None:
+        row["verdict"] = Verdict(what, target, ratio, "more").word
+    return row
 
 
 def last_words(error: Exception) -> str:

@@ -68,13 +68,16 @@ def print_heading(text: str) -> None:
 
 def print_table(columns: Mapping[str, str], rows: Sequence[Figures]) -> None:
     """Print *rows* as a Markdown table; *columns* maps field names to headings."""
+    print(table(columns, rows))
+
+
+def table(columns: Mapping[str, str], rows: Sequence[Figures]) -> str:
+    """Return *rows* as a Markdown table; *columns* maps field names to headings."""
     cells = [[_text(row.get(field)) for field in columns] for row in rows]
     lines = [list(columns.values()), *cells]
     widths = [max(len(line[at]) for line in lines) for at in range(len(columns))]
-    print(_line(lines[0], widths))
-    print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    for line in cells:
-        print(_line(line, widths))
+    under = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
+    return "\n".join([_line(lines[0], widths), under, *(_line(line, widths) for line in cells)])
 
 
 def print_verdicts(verdicts: Sequence[Verdict]) -> None:

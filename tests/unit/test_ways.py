@@ -39,8 +39,9 @@ class Timed(Standin):
         self.now = 0.0
         super().__init__(np.random.default_rng(0), eager=True, clock=lambda: self.now)
         self._copy_seconds = copy_seconds
-        for name in ("raw_gather", "raw_scatter"):
-            self.twins = {**self.twins, name: self._slow(name, kernel_seconds)}
+        moving = [name for name in TWINS if name.endswith(("_gather", "_scatter"))]
+        slow = {name: self._slow(name, kernel_seconds) for name in moving}
+        self.twins = {**self.twins, **slow}
 
     def pieces_of(self, copies):
         def take() -> None:
