@@ -30,6 +30,7 @@ NEVER_BETTER: Final = frozenset(
         *(700, 702, 710, 714, 715, 716, 717, 718, 719, 721, 999),  # what a kernel broke
     ]
 )
+GENERATION: Final = 75
 REGISTERED_AT_ITS_ADDRESS: Final = 91
 HAS_VIRTUAL_MEMORY: Final = 102
 HAS_DESCRIPTORS: Final = 103
@@ -40,6 +41,9 @@ READ_WRITE: Final = 3
 RECOMMENDED: Final = 1
 IN_STREAM_ORDER: Final = 1
 BESIDE_COMPUTE: Final = 1
+_GENERATION_MAX: Final = 9
+"""Of GPUs that are given batches, by the number of their architecture: Hopper. On Blackwell others
+have seen drivers crash and hang in batches, and no engine is risked for a few calls less."""
 _DEFAULT_STREAMS: Final = frozenset({0, 1})
 """The default stream of old, by its two handles: it takes no batches."""
 
@@ -158,6 +162,8 @@ class BatchedCopies:
             self._tells_where = True
         if self._calls is None:
             return "the driver has no cuMemcpyBatchAsync: it came with CUDA 12.8"
+        if driver.attribute(GENERATION) > _GENERATION_MAX:
+            return "drivers are known to crash in batches on GPUs of this generation"
         if not driver.attribute(REGISTERED_AT_ITS_ADDRESS):
             # A single copy takes the host's address for such memory; a batch faults on it.
             return "the device knows registered memory by another address than the host does"

@@ -50,6 +50,7 @@ LAYOUTS = {
 NUMBERS = {
     "CUDA_SUCCESS": (cuda_driver.SUCCESS, 0),
     "CUDA_ERROR_OUT_OF_MEMORY": (cuda_driver.OUT_OF_MEMORY, 2),
+    "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR": (cuda_driver.GENERATION, 75),
     "CU_DEVICE_ATTRIBUTE_CAN_USE_HOST_POINTER_FOR_REGISTERED_MEM": (
         cuda_driver.REGISTERED_AT_ITS_ADDRESS,
         91,
@@ -172,7 +173,7 @@ class Scripted:
     """A driver of one of the two versions that moves what a batch says in host memory."""
 
     def __init__(self, version: int = 13) -> None:
-        self.attributes = {91: 1}
+        self.attributes = {75: 9, 91: 1}
         self.statuses: list[int] = []
         self.batches: list[int] = []
         if version:
@@ -276,12 +277,14 @@ def test_a_batch_that_breaks_the_device_is_no_refusal() -> None:
         ("no driver", "there is no driver library"),
         ("an old driver", "came with CUDA 12.8"),
         ("other addresses", "another address than the host"),
+        ("a GPU on which they crash", "known to crash"),
         ("a driver that fails", "cuInit: error 999"),
     ],
 )
 def test_where_there_are_no_batches_it_says_why(why: str, reason: str) -> None:
     driver = Scripted(0 if why == "an old driver" else 13)
     driver.attributes |= {
+        75: 10 if why == "a GPU on which they crash" else 9,
         91: int(why != "other addresses"),
         0: 999 * (why == "a driver that fails"),
     }
