@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from kvstore.errors import ChecksumError, ReservationError
-from kvstore.gpu.device import wait_for
 from kvstore.limits import KIB, MIB
 from kvstore.store.explanation import explain
 from kvstore.store.history import Fate
@@ -304,7 +303,7 @@ async def test_whatever_is_done_the_laws_hold_and_every_byte_is_right(seed):
             engine = engines[int(rng.integers(2))]
             digests = prompts[int(rng.integers(3))]
             digests = digests[: int(rng.integers(1, 7))]
-            match int(rng.integers(9)):
+            match int(rng.integers(10)):
                 case 0 | 1 | 2:
                     tiers.put(engine, digests)
                 case 3:
@@ -323,10 +322,15 @@ async def test_whatever_is_done_the_laws_hold_and_every_byte_is_right(seed):
                 case 7:
                     heads = HeadRange(0, 2)
                     tiers.put(engine, digests[:1], heads=heads)
+                case 8:
+                    # What is copied up or down from now on is under way through what follows.
+                    tiers.device.stall()
                 case _:
+                    tiers.device.resume()
                     await tiers.settle()
             tiers.store.check()
             await asyncio.sleep(0)
+        tiers.device.resume()
         for digests in prompts:
             whole = engines[0].hits(digests)
             got = await tiers.load(engines[0], digests)
