@@ -31,7 +31,7 @@ from kvstore.gpu.device import (
 )
 from kvstore.gpu.kernels import CODECS, StreamOf, find_built
 
-SOURCES_OF: Final = {"raw": "raw", "xxh3": "xxh3", **CODECS}
+SOURCES_OF: Final = {"raw": "raw", "spans": "spans", "xxh3": "xxh3", **CODECS}
 """What names of kernels begin with, and the source of each."""
 
 _BLOCKS_PER_MULTIPROCESSOR: Final = {Urgency.HIGH: 8, Urgency.LOW: 2}

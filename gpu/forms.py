@@ -16,23 +16,37 @@ from kvstore.gpu.pages import VECTOR_BYTES, PageLayout
 
 GATHER: Final = "raw_gather"
 SCATTER: Final = "raw_scatter"
+LAY: Final = "spans_lay"
+DIGEST: Final = "xxh3_blocks"
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Launch:
-    """One kernel over some sections of all chunks of a transfer.
+    """Kernels over some sections of all chunks of a transfer.
 
-    *gather* brings them from pages to staging, *scatter* back; one that is empty is not needed.
-    *chunks* is what both are told, but for the number of chunks. Encoders *report*. What
-    *is_padding* lies in no page: the gather makes zeros of it.
+    Those of *gather* bring them from pages to staging, one behind the other, those of *scatter*
+    back; where there are none, nothing is needed. *chunks* is what all are told, but for the number
+    of chunks. Encoders *report*; decoders that say what is damaged *check*. What *is_padding* lies
+    in no page: the gather makes zeros of it.
+
+    Sections of variable rate are first *measure*d, which leaves *scratch_bytes* a chunk to the
+    gather. A *coding* is what kernels of ecsq read of their preset.
     """
 
-    gather: str
-    scatter: str
+    gather: tuple[str, ...]
+    scatter: tuple[str, ...]
     sections: NDArray[Any]
     chunks: Chunks
+    measure: tuple[str, ...] = ()
     reports: bool = False
+    checks: bool = False
     is_padding: bool = False
+    scratch_bytes: int = 0
+    coding: NDArray[Any] | None = None
+
+    def says(self, *, encodes: bool) -> bool:
+        """Whether its kernels report in this direction."""
+        return self.reports if encodes else self.checks
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
@@ -41,6 +55,10 @@ class Form:
 
     *size_bytes* is a multiple of 16. The first *head_bytes* are the host's: it writes them behind
     a store, and reads them before a load.
+
+    Where *spans* are known, chunks are of *size_bytes* at most, and their sections lie where spans
+    of their own say: *spans* is what is known of them before they are encoded, where the first
+    begins and how long those of fixed rate are.
     """
 
     layout: PageLayout
@@ -50,11 +68,21 @@ class Form:
     head_bytes: int = 0
     reported: tuple[int, ...] = ()
     """The sections that encoders report of, in the order of the launches."""
+    spans: NDArray[Any] | None = None
 
     @property
-    def reports(self) -> int:
-        """How many sections encoders report of."""
-        return len(self.reported)
+    def varies(self) -> bool:
+        """Whether chunks have sizes of their own, known behind their encoders."""
+        return self.spans is not None
+
+    @property
+    def scratch_bytes(self) -> int:
+        """What kernels note of one chunk."""
+        return sum(launch.scratch_bytes for launch in self.launches)
+
+    def said(self, *, encodes: bool) -> int:
+        """Return how many sections are reported of, in one direction."""
+        return sum(len(launch.sections) for launch in self.launches if launch.says(encodes=encodes))
 
 
 def plain_form(layout: PageLayout) -> Form:
@@ -67,12 +95,15 @@ def plain_form(layout: PageLayout) -> Form:
         width=layout.row_bytes // VECTOR_BYTES,
         extra=layout.head_bytes,
     )
-    launch = Launch(gather=GATHER, scatter=SCATTER, sections=layout.sections(), chunks=told)
+    launch = Launch(
+        gather=(GATHER,), scatter=(SCATTER,), sections=layout.sections(), chunks=told
+    )
     return Form(layout=layout, size_bytes=layout.chunk_bytes, launches=(launch,), is_plain=True)
 
 
-def batch_for(layout: PageLayout, launch: Launch, count: int, places: Places) -> NDArray[Any]:
-    """Return the argument of a kernel of *launch* over *count* chunks."""
+def batch_for(form: Form, launch: Launch, count: int, places: Places) -> NDArray[Any]:
+    """Return the argument of the kernels of *launch* over *count* chunks."""
+    layout = form.layout
     pages = Pages(
         page_tokens=1 if launch.is_padding else layout.page_tokens,
         page_count=1 if launch.is_padding else layout.pages_per_chunk,
@@ -80,4 +111,6 @@ def batch_for(layout: PageLayout, launch: Launch, count: int, places: Places) ->
         token_stride=layout.token_stride,
         head_stride=layout.head_stride,
     )
-    return batch_of(replace(launch.chunks, chunk_count=count), pages, places)
+    spans = 0 if form.spans is None else len(form.spans)
+    told = replace(launch.chunks, chunk_count=count, span_count=spans)
+    return batch_of(told, pages, places)

@@ -141,7 +141,9 @@ def kernel_names(codec: str, side: str, direction: str, dtype: str) -> list[str]
 
 def scratch_bytes(codec: str, chunks: Chunks) -> int:
     """Return how much scratch memory measuring and placing take; 0 for fixed rates."""
-    return chunks.chunk_count * chunks.section_count * 4 * _scratch_words(codec, chunks)
+    each = 4 * _scratch_words(codec, chunks)
+    # Each section's begins at a multiple of sixteen bytes, see spans.cuh.
+    return chunks.chunk_count * chunks.section_count * (each + -each % STRIDE_STEP_BYTES)
 
 
 def _scratch_words(codec: str, chunks: Chunks) -> int:

@@ -12,6 +12,8 @@ to it:
 | a scatter, or a decoder, takes what a copy has brought | `LoadLane._behind_copy` |
 | pages are written when the engine has stopped reading them | `_behind_engine` |
 | the engine goes on behind a load that was given up | `LoadLane._engine_behind` |
+| sizes of what is encoded are read when they have come | `Encoding.measured` |
+| a copy takes what an encoder has placed, behind its sizes | `StoreLane._behind_gather` |
 | staging is used again when its transfer has ended | `Transfer.finish` |
 | digests and reports of encoders are read when they have come | `Lane._join`, `Transfer.finish` |
 | host memory is used again when no copy touches it | `Transfer.is_over` |
@@ -22,7 +24,8 @@ end. Not thread-safe: one thread a lane.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,10 +47,10 @@ from kvstore.gpu.device import (
     host_bytes,
     wait_for,
 )
-from kvstore.gpu.forms import Form, plain_form
+from kvstore.gpu.forms import DIGEST, LAY, Form, plain_form
 from kvstore.gpu.pages import NOWHERE, PageLayout
-from kvstore.gpu.staging import Ring, Told
-from kvstore.gpu.transfers import Moved, Transfer, UnderWay
+from kvstore.gpu.staging import Ring, Slot, Told
+from kvstore.gpu.transfers import Encoding, Moved, Transfer, UnderWay
 from kvstore.gpu.ways import MEASURED, Least, Ways
 from kvstore.gpu.windows import HostMemory
 from kvstore.limits import (
@@ -111,7 +114,7 @@ class Lane:
 
     def capacity(self, form: Form) -> int:
         """Return how many chunks of *form* one transfer can take: none, if it is too large."""
-        return self.ring.capacity(form.size_bytes)
+        return self.ring.capacity(form)
 
     @property
     def can_begin(self) -> bool:
@@ -132,26 +135,20 @@ class Lane:
         `finish`. Raises `DeviceLostError` when the lane is off, `LimitError` when no slot is free
         or *chunks* are more than its capacity, and `RequestError` for wrong pages.
         """
-        if self.off:
-            raise DeviceLostError(self.off)
         form = form or self.plain
-        self._check(chunks, form)
-        transfer = Transfer(self, self.ring.take(), chunks, form, checksums=checksums)
+        transfer = Transfer(self, self._slot_for(chunks, form), chunks, form, checksums=checksums)
         transfer.fence = after
         way = transfer.way = self._ways.choose(transfer, self.host)
-        try:
+
+        def give() -> None:
             if way.counts:
                 self._behind_engine(self._copies, transfer)
                 transfer.began = self._copies.record()
             (self._give_direct if way.is_direct else self._give)(transfer)
-            self.counters.direct_chunks += len(chunks) if way.is_direct else 0
-        except DeviceError as error:
-            transfer.error = error
-        # Also what was given before a call failed has to end before its memory is used again.
-        try:
-            transfer.done = self._join()
-        except DeviceError as error:
-            transfer.error = transfer.error or error
+
+        self._attempt(transfer, give, self._join)
+        if way.is_direct and transfer.error is None:
+            self.counters.direct_chunks += len(chunks)
         return transfer
 
     def close(self) -> None:
@@ -182,12 +179,38 @@ class Lane:
 
     # --- what they are made of ------------------------------------------------------------------
 
+    def _attempt(
+        self,
+        transfer: Transfer,
+        give: Callable[[], None],
+        ending: Callable[[], Event],
+    ) -> None:
+        """Have *give* give the device its work, and note what stands for the end of it."""
+        try:
+            give()
+        except DeviceError as error:
+            transfer.error = error
+        # Also what was given before a call failed has to end before its memory is used again.
+        transfer.done = None
+        try:
+            transfer.done = ending()
+        except DeviceError as error:
+            transfer.error = transfer.error or error
+
+    def _slot_for(self, chunks: Sequence[Moved], form: Form) -> Slot:
+        if self.off:
+            raise DeviceLostError(self.off)
+        self._check(chunks, form)
+        return self.ring.take()
+
     def _check(self, chunks: Sequence[Moved], form: Form) -> None:
         form.layout.check_pages([chunk.pages for chunk in chunks])
         if len(chunks) > self.capacity(form):
             raise LimitError(f"{len(chunks)} chunks in one transfer of {self.capacity(form)}")
         if not form.is_plain and any(NOWHERE in chunk.pages for chunk in chunks):
             raise RequestError("coded chunks with pages that are nowhere")
+        if any(chunk.size_bytes > form.size_bytes for chunk in chunks):
+            raise LimitError(f"chunks of more than {form.size_bytes} bytes")
 
     def _tell(self, transfer: Transfer) -> Told:
         """Bring what the kernels read to the device; return what they are told."""
@@ -197,9 +220,22 @@ class Lane:
             chunk.address if chunk.on_device else slot.chunk(number, size)
             for number, chunk in enumerate(transfer.chunks)
         ]
-        told = slot.tell(transfer.form, pages, places, reports=self.encodes)
+        form, chunks = transfer.form, transfer.chunks
+        told = slot.tell(
+            form,
+            pages,
+            places,
+            encodes=self.encodes,
+            scratch=self.ring.scratch() if form.scratch_bytes else 0,
+            spans=[chunk.spans for chunk in chunks if chunk.spans is not None],
+            sizes=transfer.sizes,
+        )
         self._kernels.copy([told.upload])
         return told
+
+    def _launch(self, kernels: Sequence[str], batch: NDArray[Any]) -> None:
+        for kernel in kernels:
+            self._kernels.launch(kernel, batch)
 
     def _tell_pieces(self, transfer: Transfer) -> NDArray[Any]:
         """Bring places to the device; return the argument that digests chunks where pages lie."""
@@ -210,11 +246,12 @@ class Lane:
 
     def _results(self, transfer: Transfer, digest: NDArray[Any]) -> None:
         """Have checksums taken if they are wanted, and bring what kernels have found."""
-        count, size = len(transfer.chunks), 0
+        copies = [] if transfer.form.is_plain else transfer.slot.found_copies()
         if transfer.checksums:
-            self._kernels.launch("xxh3_blocks", digest)
-            size = transfer.form.size_bytes
-        if copies := transfer.slot.result_copies(count, size):
+            self._kernels.launch(DIGEST, digest)
+            count, size = len(transfer.chunks), transfer.form.size_bytes
+            copies += transfer.slot.digest_copies(count, size)
+        if copies:
             self._kernels.copy(copies)
 
     def _runs(self, transfer: Transfer, number: int, start: int = 0) -> list[Copy]:
@@ -226,7 +263,7 @@ class Lane:
         if transfer.chunks[number].on_device:
             return []
         address = transfer.chunks[number].address + start
-        at, size = slot.chunk(number, whole) + start, whole - start
+        at, size = slot.chunk(number, whole) + start, transfer.sizes[number] - start
         runs = self.host.pinned_runs(address, size)
         if not runs:
             transfer.bounced.append(number)
@@ -240,7 +277,8 @@ class Lane:
         whole = transfer.form.size_bytes
         for number in transfer.bounced:
             places = transfer.chunks[number].address, transfer.slot.bounce(number, whole)
-            host, pinned = (host_bytes(place + start, whole - start) for place in places)
+            size = transfer.sizes[number] - start
+            host, pinned = (host_bytes(place + start, size) for place in places)
             yield host, pinned
 
     def _piece_runs(self, transfer: Transfer) -> list[Copy]:
@@ -259,7 +297,7 @@ class Lane:
 
     def _coded(self, transfer: Transfer) -> int:
         """Return how many chunks of *transfer* were encoded or decoded."""
-        return 0 if transfer.form.is_plain else len(transfer.chunks)
+        return 0 if transfer.form.is_plain else transfer.count
 
     # --- how it went ------------------------------------------------------------------------------
 
@@ -306,21 +344,65 @@ class StoreLane(Lane):
     urgency = Urgency.LOW
     encodes = True
 
+    def encode(
+        self, chunks: Sequence[Moved], after: Fence | None, form: Form, *, checksums: bool = True
+    ) -> Encoding:
+        """Give the device what encodes *chunks* of a *form* that varies, and finds their sizes.
+
+        Their addresses are not known yet: see `Encoding.deliver`. Raises as `begin` does.
+        """
+        slot = self._slot_for(chunks, form)
+        transfer = Encoding(self, slot, chunks, form, checksums=checksums)
+        transfer.fence = after
+        # Nothing of it is in the other stream, where copies of those before it go on.
+        self._attempt(transfer, partial(self._give_encoder, transfer), self._kernels.record)
+        return transfer
+
+    def deliver(self, transfer: Encoding) -> None:
+        """Give the device what brings the chunks of *transfer* to their rooms."""
+        self._attempt(transfer, partial(self._give_rooms, transfer), self._join)
+
     def _give(self, transfer: Transfer) -> None:
-        launches, head = transfer.form.launches, transfer.form.head_bytes
         told = self._tell(transfer)
-        out = [
-            Copy(source=copy.target, target=copy.source, size_bytes=copy.size_bytes)
-            for number in range(len(transfer.chunks))
-            for copy in self._runs(transfer, number, head)
-        ]
+        out = self._out(transfer)
         self._behind_engine(self._kernels, transfer)
-        for launch, batch in zip(launches, told.batches, strict=True):
-            self._kernels.launch(launch.gather, batch)
-        transfer.pages_free = self._kernels.record()
-        self._behind_gather()
+        self._gather(transfer, told)
+        self._behind_gather(transfer)
         self._copies.copy(out)
         self._results(transfer, told.digest)
+
+    def _give_encoder(self, transfer: Encoding) -> None:
+        launches, told = transfer.form.launches, self._tell(transfer)
+        transfer.digest = told.digest
+        self._behind_engine(self._kernels, transfer)
+        for launch, batch in zip(launches, told.batches, strict=True):
+            self._launch(launch.measure, batch)
+        self._kernels.launch(LAY, told.batches[0])
+        self._kernels.copy(transfer.slot.found_copies())
+        transfer.measured_at = self._kernels.record()
+        self._gather(transfer, told)
+
+    def _give_rooms(self, transfer: Encoding) -> None:
+        assert transfer.digest is not None, "it was measured"
+        self._kernels.copy([transfer.slot.tell_sizes(transfer.sizes)])
+        self._behind_gather(transfer)
+        self._copies.copy(self._out(transfer))
+        self._results(transfer, transfer.digest)
+
+    def _gather(self, transfer: Transfer, told: Told) -> None:
+        for launch, batch in zip(transfer.form.launches, told.batches, strict=True):
+            self._launch(launch.gather, batch)
+        transfer.pages_free = self._kernels.record()
+
+    def _out(self, transfer: Transfer) -> list[Copy]:
+        """Return the copies from staging to where chunks belong, but for their heads."""
+        head = transfer.form.head_bytes
+        return [
+            Copy(source=copy.target, target=copy.source, size_bytes=copy.size_bytes)
+            for number, size in enumerate(transfer.sizes)
+            if size
+            for copy in self._runs(transfer, number, head)
+        ]
 
     def _give_direct(self, transfer: Transfer) -> None:
         self._behind_engine(self._copies, transfer)
@@ -335,15 +417,16 @@ class StoreLane(Lane):
             self._behind_engine(self._kernels, transfer)
             self._results(transfer, batch)
 
-    def _behind_gather(self) -> None:
-        self._copies.wait(self._kernels.record())
+    def _behind_gather(self, transfer: Transfer) -> None:
+        if transfer.pages_free is not None:
+            self._copies.wait(transfer.pages_free)
 
     def note_success(self, transfer: Transfer) -> None:
         """Bring what went through pinned memory to where it belongs, and count."""
         super().note_success(transfer)
         for host, pinned in self._bounces(transfer, transfer.form.head_bytes):
             host[:] = pinned
-        self.counters.chunks_stored += len(transfer.chunks)
+        self.counters.chunks_stored += transfer.count
         self.counters.encoded_chunks += self._coded(transfer)
 
 
@@ -363,8 +446,7 @@ class LoadLane(Lane):
         self._behind_copy()
         self._behind_engine(self._kernels, transfer)
         for launch, batch in zip(transfer.form.launches, told.batches, strict=True):
-            if launch.scatter:
-                self._kernels.launch(launch.scatter, batch)
+            self._launch(launch.scatter, batch)
         self._results(transfer, told.digest)
 
     def _give_direct(self, transfer: Transfer) -> None:

@@ -93,11 +93,14 @@ class PageLayout:
 
 
 def digest_batch(
-    count: int, size_bytes: int, *, pieces: int, starts: int, digests: int
+    count: int, size_bytes: int, *, pieces: int, starts: int, digests: int, sizes: int = 0
 ) -> NDArray[Any]:
-    """Return the argument of xxh3_blocks: chunks of *size_bytes*, each in so many *pieces*."""
+    """Return the argument of xxh3_blocks: chunks of *size_bytes*, each in so many *pieces*.
+
+    They are shorter where there are *sizes*: the address of a uint64 for each.
+    """
     batch = np.zeros(1, dtype=BATCH)
-    batch["containers"], batch["reports"] = starts, digests
+    batch["containers"], batch["reports"], batch["table"] = starts, digests, sizes
     batch["chunk_count"], batch["page_count"] = count, pieces
     batch["page_stride"], batch["extra"] = size_bytes // pieces, size_bytes
     return batch

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvstore.errors import LimitError, RequestError
-from kvstore.gpu.batches import REPORT, SECTION, Places
+from kvstore.gpu.batches import CODING, REPORT, SECTION, SPAN, Places
 from kvstore.gpu.counters import DeviceCounters
 from kvstore.gpu.device import Copy, Device, DeviceMemoryError, Memory, host_bytes
 from kvstore.gpu.forms import Form, batch_for
@@ -22,6 +22,7 @@ from kvstore.hashing import Digests64, block_count
 from kvstore.limits import (
     CHECKSUM_SIZE_BYTES,
     CHUNKS_PER_TRANSFER_MAX,
+    DEVICE_SCRATCH_BYTES,
     STAGED_PER_PLAIN_MAX,
 )
 
@@ -29,6 +30,10 @@ _ALIGNMENT: Final = 256
 _PART_ALIGNMENT: Final = 16
 _SECTIONS_PER_PLANE: Final = 4
 """What is coded of a plane, its sinks, its tail, and what pads them."""
+_CODINGS_MAX: Final = 2
+_HEAD_BYTES: Final = 320
+_HEAD_BYTES_PER_PLANE: Final = 280
+"""What a container in which nothing has become smaller takes beside its values, at most."""
 
 
 class Geometry(NamedTuple):
@@ -41,12 +46,17 @@ class Geometry(NamedTuple):
 class Told(NamedTuple):
     """What kernels are told: the arguments of the launches of a form, and of the digest.
 
-    *upload* brings to the device what they point to.
+    *upload* brings to the device what they point to. Where there are spans, any argument of
+    *batches* says where they are.
     """
 
     batches: list[NDArray[Any]]
     digest: NDArray[Any]
     upload: Copy
+
+
+_NOTHING_SAID: Final = np.zeros(0, dtype=REPORT)
+_NO_SPANS: Final = np.zeros(0, dtype=SPAN)
 
 
 class Slot:
@@ -57,13 +67,15 @@ class Slot:
 
     def __init__(self, device: Device, layout: PageLayout, chunks: int) -> None:
         self._device = device
-        self.room_bytes = chunks * _stride(layout.chunk_bytes)
+        head_bytes = _HEAD_BYTES + _HEAD_BYTES_PER_PLANE * len(layout.planes)
+        self.room_bytes = chunks * _stride(layout.chunk_bytes + head_bytes)
         self.most = min(chunks * STAGED_PER_PLAIN_MAX, CHUNKS_PER_TRANSFER_MAX)
         most = max(self.most, chunks)
         blocks = block_count(self.room_bytes) + most
         self._digest_bytes = padded(blocks * CHECKSUM_SIZE_BYTES)
         self._words_bytes = self._digest_bytes + _words_bytes(layout, chunks, most)
-        self._reports = 0, 0
+        self._said = self._spanned = 0, 0
+        self._sizes_at = 0
         self._owned: list[Memory] = []
         self._bounce: Memory | None = None
         try:
@@ -106,35 +118,70 @@ class Slot:
         pages: Sequence[Sequence[int]],
         places: Sequence[int],
         *,
-        reports: bool,
+        encodes: bool,
+        scratch: int = 0,
+        spans: Sequence[NDArray[Any]] = (),
+        sizes: Sequence[int] = (),
     ) -> Told:
         """Lay down what kernels read to move chunks of *form* between *pages* and *places*.
 
         These are the page table, the places of the chunks, and the sections of every launch.
+        Chunks of a form that varies have *spans* and *sizes* of their own, if they are known.
         """
         count = len(pages)
+        said = np.zeros(count * form.said(encodes=encodes), dtype=REPORT)
         parts = {
             "pages": np.array(pages, dtype="<i4"),
             "nowhere": np.full(count, NOWHERE, dtype="<i4"),
             "chunks": np.array(places, dtype="<u8"),
         }
-        parts |= {str(n): launch.sections for n, launch in enumerate(form.launches)}
-        where, upload = self._write(parts, reports=count * form.reports if reports else 0)
-        batches, report = [], where["reports"]
+        if form.spans is not None:
+            parts["sizes"] = np.array(sizes or [0] * count, dtype="<u8")
         for number, launch in enumerate(form.launches):
-            table = where["nowhere" if launch.is_padding else "pages"]
+            parts[str(number)] = launch.sections
+            if launch.coding is not None:
+                parts[f"coding {number}"] = launch.coding
+        known = _NO_SPANS if form.spans is None else np.stack(spans or [form.spans] * count)
+        where, upload = self._write(parts, said, known)
+        digest = digest_batch(
+            count,
+            form.size_bytes,
+            pieces=1,
+            starts=where["chunks"],
+            digests=self._words.address,
+            sizes=where.get("sizes", 0),
+        )
+        return Told(self._batches(form, count, where, scratch, encodes=encodes), digest, upload)
+
+    def _batches(
+        self, form: Form, count: int, where: Mapping[str, int], scratch: int, *, encodes: bool
+    ) -> list[NDArray[Any]]:
+        """Return the arguments of the launches of *form*, when all they read is laid down."""
+        batches, report = [], where["said"]
+        for number, launch in enumerate(form.launches):
             read = Places(
                 sections=where[str(number)],
-                pages=table,
+                pages=where["nowhere" if launch.is_padding else "pages"],
                 containers=where["chunks"],
                 reports=report,
+                spans=0 if form.spans is None else where["spans"],
+                scratch=scratch,
             )
-            batches.append(batch_for(form.layout, launch, count, read))
-            report += launch.reports * count * len(launch.sections) * REPORT.itemsize
-        digest = digest_batch(
-            count, form.size_bytes, pieces=1, starts=where["chunks"], digests=self._words.address
-        )
-        return Told(batches, digest, upload)
+            batch = batch_for(form, launch, count, read)
+            if launch.coding is not None:
+                batch["table"] = where[f"coding {number}"]
+            batches.append(batch)
+            if launch.says(encodes=encodes):
+                report += count * len(launch.sections) * REPORT.itemsize
+            scratch += count * launch.scratch_bytes
+        return batches
+
+    def tell_sizes(self, sizes: Sequence[int]) -> Copy:
+        """Lay down how long the chunks that were told of are; return what uploads it."""
+        told = np.array(sizes, dtype="<u8").view(np.uint8)
+        at = self._sizes_at
+        host_bytes(self._host_words.address + at, told.nbytes)[:] = told
+        return Copy(self._words.address + at, self._host_words.address + at, told.nbytes)
 
     def tell_pieces(self, layout: PageLayout, pages: Sequence[Sequence[int]]) -> Told:
         """Lay down what the digest of chunks that stay in their *pages* reads."""
@@ -150,35 +197,43 @@ class Slot:
         return Told([], digest, upload)
 
     def _write(
-        self, parts: Mapping[str, NDArray[Any]], *, reports: int = 0
+        self,
+        parts: Mapping[str, NDArray[Any]],
+        said: NDArray[Any] = _NOTHING_SAID,
+        spans: NDArray[Any] = _NO_SPANS,
     ) -> tuple[dict[str, int], Copy]:
         """Lay *parts* down for the device; return where they will be, and the copy for that.
 
-        Before them are as many *reports*, all zero; the first is called "reports". Raises
-        `LimitError` when that is more than there is room for.
+        Before them is what comes back: reports, "said", and "spans". Raises `LimitError` when all
+        is more than there is room for.
         """
-        empty = {"reports": np.zeros(reports, dtype=REPORT)}
         start = at = self._digest_bytes
-        self._reports = start, reports
         places = {}
-        for name, part in (empty | dict(parts)).items():
+        for name, part in ({"said": said, "spans": spans} | dict(parts)).items():
             raw = np.ascontiguousarray(part).view(np.uint8).ravel()
             if at + raw.nbytes > self._words_bytes:
                 raise LimitError(f"what kernels read of a transfer exceeds {self._words_bytes}")
             places[name] = self._words.address + at
             host_bytes(self._host_words.address + at, raw.nbytes)[:] = raw
             at += padded(raw.nbytes)
-        return places, Copy(
-            self._words.address + start, self._host_words.address + start, at - start
+        first = self._words.address
+        self._said = places["said"] - first, said.size
+        self._spanned = places["spans"] - first, spans.size
+        self._sizes_at = places.get("sizes", first) - first
+        return places, Copy(first + start, self._host_words.address + start, at - start)
+
+    def found_copies(self) -> list[Copy]:
+        """Return the copies that bring reports and spans to the host."""
+        return self._to_host(
+            (self._said[0], self._said[1] * REPORT.itemsize),
+            (self._spanned[0], self._spanned[1] * SPAN.itemsize),
         )
 
-    def result_copies(self, chunks: int, size_bytes: int) -> list[Copy]:
-        """Return the copies that bring digests of *chunks* chunks, and reports, to the host."""
-        at, reports = self._reports
-        parts = [
-            (0, chunks * block_count(size_bytes) * CHECKSUM_SIZE_BYTES),
-            (at, reports * REPORT.itemsize),
-        ]
+    def digest_copies(self, chunks: int, size_bytes: int) -> list[Copy]:
+        """Return the copies that bring the digests of *chunks* chunks to the host."""
+        return self._to_host((0, chunks * block_count(size_bytes) * CHECKSUM_SIZE_BYTES))
+
+    def _to_host(self, *parts: tuple[int, int]) -> list[Copy]:
         return [
             Copy(self._host_words.address + start, self._words.address + start, size)
             for start, size in parts
@@ -192,11 +247,15 @@ class Slot:
         return words.view("<u8").reshape(chunks, blocks).copy()
 
     def read_reports(self) -> NDArray[Any]:
-        """Return the reports that were brought to the host, in the order they were asked for."""
-        at, count = self._reports
-        return (
-            host_bytes(self._host_words.address + at, count * REPORT.itemsize).view(REPORT).copy()
-        )
+        """Return the reports that were brought to the host, in the order of the launches."""
+        return self._read(*self._said, REPORT)
+
+    def read_spans(self) -> NDArray[Any]:
+        """Return the spans that were brought to the host, those of each chunk in their order."""
+        return self._read(*self._spanned, SPAN)
+
+    def _read(self, at: int, count: int, kind: np.dtype[Any]) -> NDArray[Any]:
+        return host_bytes(self._host_words.address + at, count * kind.itemsize).view(kind).copy()
 
 
 def padded(size_bytes: int) -> int:
@@ -212,9 +271,11 @@ def _words_bytes(layout: PageLayout, chunks: int, most: int) -> int:
     """Return what kernels are told at most, and report."""
     sections = _SECTIONS_PER_PLANE * len(layout.planes)
     pieces = chunks * layout.pieces_per_chunk * 8 if layout.token_stride == layout.row_bytes else 0
-    of_chunks = most * (layout.pages_per_chunk * 4 + 4 + 8 + len(layout.planes) * REPORT.itemsize)
-    paddings = (sections + _SECTIONS_PER_PLANE) * _PART_ALIGNMENT
-    return max(pieces, of_chunks) + sections * SECTION.itemsize + paddings
+    found = len(layout.planes) * (REPORT.itemsize + SPAN.itemsize)
+    of_chunks = most * (layout.pages_per_chunk * 4 + 4 + 8 + 8 + found)
+    paddings = (sections + 2 * _SECTIONS_PER_PLANE) * _PART_ALIGNMENT
+    codings = _CODINGS_MAX * padded(CODING.itemsize)
+    return max(pieces, of_chunks) + sections * SECTION.itemsize + codings + paddings
 
 
 class Ring:
@@ -245,6 +306,8 @@ class Ring:
             made = self._try(device, layout, shape)
         counters.smaller_rings += shape != wanted
         self.shape = shape
+        self._device = device
+        self._scratch: Memory | None = None
         self._free = made
         self._all = list(made)
 
@@ -275,9 +338,24 @@ class Ring:
         """How large one slot is."""
         return self._all[0].room_bytes
 
-    def capacity(self, size_bytes: int) -> int:
-        """Return how many chunks of *size_bytes* one transfer can take."""
-        return self._all[0].capacity(size_bytes)
+    def capacity(self, form: Form) -> int:
+        """Return how many chunks of *form* one transfer can take: none, if it is too large."""
+        if form.is_plain:
+            return self.shape.chunks
+        noted = (
+            DEVICE_SCRATCH_BYTES // form.scratch_bytes if form.scratch_bytes else self._all[0].most
+        )
+        return min(self._all[0].capacity(form.size_bytes), noted)
+
+    def scratch(self) -> int:
+        """Return where kernels note what they need of one transfer, made when first needed.
+
+        All transfers have it in common: their kernels run in one stream. Raises
+        `DeviceMemoryError`.
+        """
+        if self._scratch is None:
+            self._scratch = self._device.allocate(DEVICE_SCRATCH_BYTES)
+        return self._scratch.address
 
     @property
     def free_slots(self) -> int:
@@ -297,6 +375,9 @@ class Ring:
 
     def close(self) -> None:
         """Free the slots that are not in use. The others are left to the end of the process."""
+        if self._scratch is not None and len(self._free) == len(self._all):
+            self._scratch.free()
+            self._scratch = None
         for slot in self._free:
             slot.free()
         self._free = []

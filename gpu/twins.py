@@ -11,7 +11,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from kvstore.gpu.batches import SECTION
+from kvstore.gpu.batches import SECTION, SPAN
 from kvstore.hashing import block_count, block_digests
 
 Step = Callable[[], None]
@@ -19,10 +19,26 @@ MemoryAt = Callable[[int, int], NDArray[np.uint8]]
 Twin = Callable[[NDArray[Any], MemoryAt], list[Step]]
 
 _VECTOR_BYTES: Final = 16
+_SECTION_UNIT_BYTES: Final = 256
 
 
 def _read(memory: MemoryAt, address: int, dtype: DTypeLike, count: int) -> NDArray[Any]:
     return memory(address, count * np.dtype(dtype).itemsize).view(dtype)
+
+
+def section_starts(batch: NDArray[Any], memory: MemoryAt) -> list[list[int]]:
+    """Return where sections begin, `[chunk][section]`: in their spans, where there are some."""
+    told = batch[0]
+    chunks, spans = int(told["chunk_count"]), int(told["span_count"])
+    sections = _read(memory, int(told["sections"]), SECTION, int(told["section_count"]))
+    containers = _read(memory, int(told["containers"]), "<u8", chunks)
+    if not told["spans"]:
+        return [[int(start + section["offset"]) for section in sections] for start in containers]
+    found = _read(memory, int(told["spans"]), SPAN, chunks * spans).reshape(chunks, spans)
+    return [
+        [int(start + row[int(section["span"])]["offset"]) for section in sections]
+        for start, row in zip(containers, found, strict=True)
+    ]
 
 
 def _copy_rows(batch: NDArray[Any], memory: MemoryAt, *, to_pages: bool) -> list[Step]:
@@ -31,20 +47,19 @@ def _copy_rows(batch: NDArray[Any], memory: MemoryAt, *, to_pages: bool) -> list
     chunks, pages = int(told["chunk_count"]), int(told["page_count"])
     sections = _read(memory, int(told["sections"]), SECTION, int(told["section_count"]))
     table = _read(memory, int(told["pages"]), "<i4", chunks * pages).reshape(chunks, pages)
-    containers = _read(memory, int(told["containers"]), "<u8", chunks)
+    places = section_starts(batch, memory)
     heads, tokens, size = int(told["heads"]), int(told["tokens"]), int(told["page_tokens"])
     row = int(told["width"]) * _VECTOR_BYTES
     first = int(told["first_token"])
     steps: list[Step] = []
 
-    def add(section: np.void, container: int, page: int, number: int) -> None:
+    def add(section: np.void, place: int, page: int, number: int) -> None:
         start = max(0, page * size - first)
         stop = min(tokens, (page + 1) * size - first)
 
         def move() -> None:
             for head in range(heads):
-                flat = container + int(section["offset"]) + head * int(told["extra"])
-                flat += int(told["table"])
+                flat = place + head * int(told["extra"]) + int(told["table"])
                 for token in range(start, stop):
                     at = int(section["plane"]) + number * int(told["page_stride"])
                     at += (first + token - page * size) * int(told["token_stride"])
@@ -60,9 +75,9 @@ def _copy_rows(batch: NDArray[Any], memory: MemoryAt, *, to_pages: bool) -> list
         steps.append(move)
 
     for chunk in range(chunks):
-        for section in sections:
+        for section, place in zip(sections, places[chunk], strict=True):
             for page in range(pages):
-                add(section, int(containers[chunk]), page, int(table[chunk, page]))
+                add(section, place, page, int(table[chunk, page]))
     return steps
 
 
@@ -76,6 +91,27 @@ def raw_scatter(batch: NDArray[Any], memory: MemoryAt) -> list[Step]:
     return _copy_rows(batch, memory, to_pages=True)
 
 
+def spans_lay(batch: NDArray[Any], memory: MemoryAt) -> list[Step]:
+    """Lay measured sections one behind the other, with zeros between them: a step a container."""
+    told = batch[0]
+    chunks, count = int(told["chunk_count"]), int(told["span_count"])
+    containers = _read(memory, int(told["containers"]), "<u8", chunks)
+    found = _read(memory, int(told["spans"]), SPAN, chunks * count).reshape(chunks, count)
+
+    def lay(spans: NDArray[Any], container: int) -> Step:
+        def run() -> None:
+            at = int(spans[0]["offset"])
+            for span in spans:
+                span["offset"], size = at, int(span["size"])
+                end, after = (size + -size % unit for unit in (_VECTOR_BYTES, _SECTION_UNIT_BYTES))
+                memory(container + at + end, after - end)[:] = 0
+                at += after
+
+        return run
+
+    return [lay(spans, int(start)) for spans, start in zip(found, containers, strict=True)]
+
+
 def xxh3_blocks(batch: NDArray[Any], memory: MemoryAt) -> list[Step]:
     """Digest every 64 KiB block of chunks that lie in pieces: a step a chunk."""
     told = batch[0]
@@ -85,15 +121,19 @@ def xxh3_blocks(batch: NDArray[Any], memory: MemoryAt) -> list[Step]:
     starts = starts.reshape(chunks, pieces).copy()
     found = _read(memory, int(told["reports"]), "<u8", chunks * block_count(size))
     found = found.reshape(chunks, -1)
+    sizes = [size] * chunks
+    if told["table"]:
+        sizes = _read(memory, int(told["table"]), "<u8", chunks).tolist()
 
     def digest(chunk: int) -> Step:
         def run() -> None:
-            lengths = [min(piece, size - at * piece) for at in range(pieces)]
+            lengths = [max(0, min(piece, sizes[chunk] - at * piece)) for at in range(pieces)]
             parts = [
                 memory(int(start), length)
                 for start, length in zip(starts[chunk], lengths, strict=True)
             ]
-            found[chunk] = block_digests(np.concatenate(parts).tobytes())
+            digests = block_digests(np.concatenate(parts).tobytes())
+            found[chunk, : len(digests)] = digests
 
         return run
 
@@ -103,5 +143,6 @@ def xxh3_blocks(batch: NDArray[Any], memory: MemoryAt) -> list[Step]:
 TWINS: Final[Mapping[str, Twin]] = {
     "raw_gather": raw_gather,
     "raw_scatter": raw_scatter,
+    "spans_lay": spans_lay,
     "xxh3_blocks": xxh3_blocks,
 }

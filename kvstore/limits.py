@@ -157,6 +157,8 @@ STAGING_SIZE_MAX_BYTES: Final = 8 * GIB
 STAGING_SLOTS: Final = 4
 # How many encoded chunks share the staging of one that is plain, at most.
 STAGED_PER_PLAIN_MAX: Final = 8
+# What kernels of codecs of variable rate note of the chunks of one transfer, on the device.
+DEVICE_SCRATCH_BYTES: Final = 16 * MIB
 # The arena is registered in windows: one call for all of it would hold up the engine's own calls.
 REGISTER_STEP_BYTES: Final = 256 * MIB
 # Pages of so many bytes, each in one piece, are moved by the copy engine one by one, unless it was

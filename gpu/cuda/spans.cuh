@@ -12,9 +12,11 @@
 
 #define KV_PIECE_MARKS 15u
 
-/* The scratch of a section, which has *words* words there. */
+/* The scratch of a section, which has *words* words there, and begins at a multiple of sixteen bytes:
+ * parameters are read in vectors. */
 KV_INLINE uint32_t *scratch_of(const Batch &batch, const Place &at, uint64_t words) {
-    return batch.scratch + ((uint64_t)at.chunk * batch.section_count + at.section) * words;
+    uint64_t section = (uint64_t)at.chunk * batch.section_count + at.section;
+    return batch.scratch + section * (kv_pad16(4 * words) / 4);
 }
 
 KV_INLINE uint32_t size_of_piece(uint32_t entry) { return entry & ~KV_PIECE_MARKS; }

@@ -2,7 +2,8 @@
  *
  * A chunk of `extra` bytes lies in `page_count` pieces of `page_stride` bytes, the last of which
  * may be shorter; `containers` has their addresses, `[chunk][piece]`, and the digests go to
- * `reports`, as uint64 `[chunk][block]`. Sizes and addresses are multiples of 16.
+ * `reports`, as uint64 `[chunk][block]`. Sizes and addresses are multiples of 16. Where `table` is
+ * not zero, it has the address of the sizes of chunks, uint64 each, and `extra` is the largest.
  */
 #include "batch.cuh"
 #include "xxh3.cuh"
@@ -88,12 +89,21 @@ KV_INLINE uint64_t digest_of_few(const Batch &batch, uint32_t chunk, uint32_t at
     return kv_xxh3_of_few(words, size);
 }
 
+KV_INLINE uint32_t size_of(const Batch &batch, uint32_t chunk) {
+    const uint64_t *sizes = (const uint64_t *)batch.table;
+    return (uint32_t)(sizes == nullptr ? batch.extra : sizes[chunk]);
+}
+
 extern "C" __global__ void __launch_bounds__(KV_BOUNDS) xxh3_blocks(const Batch batch) {
     uint32_t blocks = (uint32_t)kv_ceil(batch.extra, BLOCK_BYTES);
     uint32_t warp = blockIdx.x * KV_WARPS + threadIdx.x / 32;
     for (uint32_t i = warp; i < batch.chunk_count * blocks; i += gridDim.x * KV_WARPS) {
         uint32_t chunk = i / blocks, at = i % blocks * BLOCK_BYTES;
-        uint32_t size = smaller(BLOCK_BYTES, (uint32_t)batch.extra - at);
+        uint32_t whole = size_of(batch, chunk);
+        if (at >= whole) { /* the same for all lanes of a warp */
+            continue;
+        }
+        uint32_t size = smaller(BLOCK_BYTES, whole - at);
         uint64_t hash = 0;
         if (size > KV_XXH3_MEDIUM) { /* the same for all lanes of a warp */
             hash = digest_of(batch, chunk, at, size);

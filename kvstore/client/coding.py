@@ -183,31 +183,38 @@ class Coding:
         return self._codec.policy.checksum
 
     def head_of(
-        self, found: Sequence[Encoded], *, is_first: bool, stored: memoryview | None = None
+        self,
+        found: Sequence[Encoded],
+        *,
+        is_first: bool,
+        sections: Sequence[Section] | None = None,
+        stored: memoryview | None = None,
     ) -> bytes:
         """Return the head of a chunk whose sections another has encoded, by `plan`.
 
-        *found* says of each section what that came to; *stored*, the chunk, is needed where
-        `seals_payload`. Raises `UnfitError` when a section has more error than it may.
+        *found* says of each section what that came to, *sections* where they are, if not where it
+        was planned; *stored*, the chunk, is needed where `seals_payload`. Raises `UnfitError` when
+        a section has more error than it may.
         """
         plan, policy = self.plan(is_first=is_first), self._codec.policy
         entries: list[Section] = []
-        for section, encoded in zip(sections_of(plan), found, strict=True):
+        for section, encoded in zip(sections or sections_of(plan), found, strict=True):
             error = 0.0 if section.codec in LOSSLESS else encoded.relative_error
             if not encoded.is_fit or error > policy.bound(section.codec):
                 raise UnfitError(f"a section of {section.codec.name.lower()} has error {error:.3g}")
             entries.append(replace(section, relative_error=error))
         header = replace(plan.header, first_position=_position(is_first=is_first))
+        size = size_of(entries)
         digest = None
         if self.seals_payload:
             assert stored is not None, "a payload that is sealed is seen"
-            digest = payload_digest(stored[header.payload_offset : plan.size_bytes])
+            digest = payload_digest(stored[header.payload_offset : size])
         reports = (
-            SectionReport(one.codec, one.codec, one.size_bytes, one.relative_error)
-            for one in entries
+            SectionReport(nominal, one.codec, one.size_bytes, one.relative_error)
+            for nominal, one in zip(plan.codecs, entries, strict=True)
         )
         with self._counting:
-            self._counters.record(EncodeReport(plan.size_bytes, header.raw_bytes, tuple(reports)))
+            self._counters.record(EncodeReport(size, header.raw_bytes, tuple(reports)))
         return head_of(header, entries, digest=digest)
 
     def _encode(self, source: Runs, target: memoryview, *, is_first: bool) -> EncodeReport:
@@ -252,6 +259,11 @@ def sections_of(plan: Plan) -> list[Section]:
         found.append(Section(codec, at, size))
         at = next_section(at + size)
     return found
+
+
+def size_of(sections: Sequence[Section]) -> int:
+    """Return how long a container of *sections* is."""
+    return next_section(max(section.end for section in sections))
 
 
 def sections_in(plain: Bytes, header: Header) -> list[Values]:

@@ -23,6 +23,7 @@ from kvstore.client.gpu_pool import PooledSpaces
 from kvstore.client.gpu_steps import Arenas, Held, groups_of
 from kvstore.client.gpu_stores import Storing, Wanted, gather_to_host
 from kvstore.client.gpu_telling import Telling
+from kvstore.client.gpu_variable import Line, StoringMeasured, ToEncode
 from kvstore.client.sync import NOTHING_STORED, StoreReport, report_of
 from kvstore.errors import RequestError
 from kvstore.gpu.counters import DeviceCounters
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from kvstore.client.coding import Coding
     from kvstore.client.sync import Space
     from kvstore.gpu.device import Device
+    from kvstore.gpu.forms import Form
     from kvstore.gpu.pages import PageLayout
     from kvstore.types import Digest
 
@@ -230,11 +232,12 @@ class DeviceCache:
             for some, plan in zip(asked.pages, plans, strict=True)
         ]
         report, left = NOTHING_STORED, list(range(len(digests)))
-        if any(forms):
+        if any(form is not None and form.varies for form in forms):
+            report, left = self._store_measured(digests, asked, parent, space, coding, forms)
+        elif any(forms):
             sizes = [plan.size_bytes for plan in plans]
             heads = self._cache.heads
-            # The host has to see a payload that is sealed, and encodes what there are no forms for.
-            into = space if coding.seals_payload else self._pooled.of(space)
+            into = self._space_for(coding, space)
             vacancies = into.take_room(digests, parent=parent, heads=heads, sizes=sizes)
             wanted = [
                 Wanted(n, vacancy, form, is_first=not (parent or n))
@@ -246,6 +249,32 @@ class DeviceCache:
         for numbers in self._host_groups(left):
             report = report.plus(self._store_from_host(numbers, digests, asked, parent, space))
         return report._replace(refused=len(digests) - report.stored - report.present)
+
+    def _store_measured(
+        self,
+        digests: Sequence[Digest],
+        asked: Asked,
+        parent: Digest | None,
+        space: Space,
+        coding: Coding,
+        forms: Sequence[Form | None],
+    ) -> tuple[StoreReport, list[int]]:
+        """Encode chunks whose sizes are known behind that; return which are left to the host."""
+        todo = [
+            ToEncode(number, form, is_first=not (parent or number))
+            for number, form in enumerate(forms)
+            if form is not None and form.varies
+        ]
+        others = set(range(len(digests))) - {one.number for one in todo}
+        line = Line(digests, parent, self._cache.heads)
+        into = self._space_for(coding, space)
+        with StoringMeasured(asked, into, coding, line) as storing:
+            storing.run(todo)
+        return storing.report, sorted({*storing.left, *others})
+
+    def _space_for(self, coding: Coding, space: Space) -> Space:
+        """Return where encoded chunks go. The host has to see a payload that it seals."""
+        return space if coding.seals_payload else self._pooled.of(space)
 
     def _host_groups(self, numbers: Sequence[int]) -> Iterator[list[int]]:
         """Cut *numbers* into runs of chunks that follow each other, and fit host memory."""

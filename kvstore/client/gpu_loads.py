@@ -9,6 +9,7 @@ import numpy as np
 
 from kvstore.client.chunks import copy_chunk
 from kvstore.client.gpu_calls import Call
+from kvstore.client.gpu_forms import Stored
 from kvstore.client.gpu_steps import Outcome, alike, groups_of, land, pipeline
 from kvstore.errors import ChecksumError, ContainerError, KVStoreError
 from kvstore.gpu.device import DeviceError
@@ -22,6 +23,9 @@ from kvstore.transfer.native import address_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+    from typing import Any
+
+    from numpy.typing import NDArray
 
     from kvstore.client.chunks import LoadedChunks, StoredChunk, StoredShard
     from kvstore.client.gpu_calls import Asked
@@ -39,7 +43,13 @@ class _Source(NamedTuple):
     address: int
     form: Form
     shard: StoredShard | None
+    spans: NDArray[Any] | None = None
     room: object = None
+
+    @property
+    def moved(self) -> tuple[int, NDArray[Any] | None]:
+        """How long it is, and where its sections lie, if that is not in the form."""
+        return (self.shard.size_bytes if self.shard and self.form.varies else 0), self.spans
 
     @property
     def is_pooled(self) -> bool:
@@ -73,7 +83,7 @@ class Loading(Call):
 
         def begin(group: list[_Source]) -> Transfer:
             moved = [
-                Moved(self._pages[one.number], one.address, on_device=one.is_pooled)
+                Moved(self._pages[one.number], one.address, one.is_pooled, *one.moved)
                 for one in group
             ]
             form = group[0].form
@@ -103,9 +113,11 @@ class Loading(Call):
     def _source(self, number: int, chunk: StoredChunk, pages: Sequence[int]) -> _Source:
         shard, plain = chunk.shards[0], self._forms.plain
         if shard.heads == chunk.heads:
-            form = self._form_of(number, shard, pages)
-            if form is not None:
-                return _Source(number, self._arena.at(shard.offset), form, shard)
+            stored = self._stored_of(number, shard, pages)
+            if stored is not None:
+                return _Source(
+                    number, self._arena.at(shard.offset), stored.form, shard, stored.spans
+                )
         self._parts.counters.host_decoded_chunks += 1
         room = np.empty(plain.size_bytes, dtype=np.uint8)
         if shard.is_pooled:
@@ -113,13 +125,13 @@ class Loading(Call):
             copy_chunk(self._space.attached, chunk, Runs.of_buffer(room), verify=False)
         else:
             self._loaded.copy_one(chunk, Runs.of_buffer(room))
-        return _Source(number, address_of(room.data), plain, None, room)
+        return _Source(number, address_of(room.data), plain, None, room=room)
 
-    def _form_of(self, number: int, shard: StoredShard, pages: Sequence[int]) -> Form | None:
+    def _stored_of(self, number: int, shard: StoredShard, pages: Sequence[int]) -> Stored | None:
         """Return how the device reads *shard*, if it can."""
         if shard.is_plain:
             plain = self._forms.plain
-            return plain if shard.size_bytes == plain.size_bytes else None
+            return Stored(plain) if shard.size_bytes == plain.size_bytes else None
         if NOWHERE in pages:
             return None
         return self._forms.of_stored(self._head_of(number, shard), shard.size_bytes)
@@ -177,12 +189,14 @@ class Loading(Call):
         outcome = land(transfer, self._parts.held, self._keep)
         if outcome is not Outcome.LANDED:
             return False
-        found = transfer.digests
         for position, source in enumerate(group):
+            found = transfer.digests_of(position)
             try:
                 if found is not None and source.shard is not None:
-                    source.shard.check(found[position])
-            except ChecksumError as error:
+                    source.shard.check(found)
+                if transfer.reports is not None and transfer.reports[position]["broken"].any():
+                    raise ContainerError(f"section of chunk {source.number}: cannot be decoded")
+            except (ChecksumError, ContainerError) as error:
                 self.damage = error
                 return False
             self.whole += 1

@@ -170,10 +170,18 @@ class Outcome(Enum):
     """Something may be: what it touches is let go of when it is over."""
 
 
-def land(transfer: UnderWay, held: Held, keep: Callable[[], Callable[[], None]]) -> Outcome:
-    """Wait for *transfer*. If it may still be under way then, *keep* what it touches."""
+def land(
+    transfer: UnderWay,
+    held: Held,
+    keep: Callable[[], Callable[[], None]],
+    wait: Callable[[], object] | None = None,
+) -> Outcome:
+    """Wait for *transfer*, or *wait* for a part of it.
+
+    If it may still be under way when that has failed, *keep* what it touches.
+    """
     try:
-        transfer.finish()
+        (wait or transfer.finish)()
     except (StuckError, DeviceLostError) as error:
         log.error("a transfer was given up", extra={"reason": str(error)})
         held.add(transfer, keep())

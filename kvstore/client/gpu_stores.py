@@ -5,12 +5,10 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
-import numpy as np
-
 from kvstore.client.coding import Scratch
+from kvstore.client.gpu_forms import encoded_of
 from kvstore.client.gpu_heads import Headed, HeadedCall
 from kvstore.client.gpu_steps import Outcome, alike, land, pipeline
-from kvstore.compression.shapes import Encoded
 from kvstore.errors import UnfitError
 from kvstore.gpu.transfers import Moved
 from kvstore.transfer.copies import Runs
@@ -120,13 +118,10 @@ class Storing(HeadedCall):
     def _head_of(self, one: Wanted, form: Form, reports: Iterable[Any]) -> bytes:
         """Return the head of a chunk that is encoded; raises `UnfitError`."""
         assert self._coding is not None, "what is not plain was encoded"
-        sections = [Encoded(0)] * len(self._coding.plan(is_first=one.is_first).codecs)
-        for index, report in zip(form.reported, reports, strict=True):
-            error, energy = float(report["error"]), float(report["energy"])
-            is_fit = not report["broken"] and bool(np.isfinite((error, energy)).all())
-            sections[index] = Encoded(0, error, energy, is_fit)
+        sections = len(self._coding.plan(is_first=one.is_first).codecs)
+        found = encoded_of(form, reports, sections)
         stored = one.vacancy.view if self._coding.seals_payload else None
-        return self._coding.head_of(sections, is_first=one.is_first, stored=stored)
+        return self._coding.head_of(found, is_first=one.is_first, stored=stored)
 
     def _leave(self, wanted: Sequence[Wanted]) -> None:
         """Leave chunks to the host."""

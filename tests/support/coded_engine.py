@@ -21,7 +21,7 @@ from kvstore.compression.chunks import ChunkCodec, decode
 from kvstore.compression.container import POSITION_MAX, open_container
 from kvstore.compression.floats import narrow
 from kvstore.compression.policy import CodecPolicy
-from kvstore.compression.shapes import SourceType
+from kvstore.compression.shapes import SourceType, source_type
 from kvstore.gpu.device import Event
 from kvstore.types import Digest
 from tests.support.daemon import Daemon
@@ -53,15 +53,17 @@ def engine_of(daemon: Daemon, space: CodedSpace, **words: Any) -> DeviceEngine:
     return DeviceEngine(daemon.socket, manifest=attached.manifest, policy=policy, **words)
 
 
-def values(number: int, size_bytes: int) -> bytes:
-    """Return KV that codecs are made for, as bfloat16."""
-    noise = np.random.default_rng(number).standard_normal(size_bytes // 2).astype(np.float32)
-    return narrow(noise, SourceType.BFLOAT16).tobytes()
+def values(number: int, size_bytes: int, source: SourceType = SourceType.BFLOAT16) -> bytes:
+    """Return KV that codecs are made for."""
+    count = size_bytes // source.size_bytes
+    noise = np.random.default_rng(number).standard_normal(count).astype(np.float32)
+    return narrow(noise, source).tobytes()
 
 
 def put(engine: DeviceEngine, count: int = COUNT) -> list[bytes]:
     """Have the pages hold values; return them."""
-    made = [values(number, engine.layout.chunk_bytes) for number in range(count)]
+    source = source_type(engine.cache.manifest.dtype)
+    made = [values(number, engine.layout.chunk_bytes, source) for number in range(count)]
     for number, payload in enumerate(made):
         engine.put(number, payload)
     return made

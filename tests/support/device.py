@@ -13,9 +13,11 @@ import numpy as np
 
 from kvstore.client.gpu_forms import Forms
 from kvstore.compression.chunks import ChunkCodec, decode
+from kvstore.compression.container import next_section, open_container
 from kvstore.compression.floats import narrow
 from kvstore.compression.policy import CodecPolicy
 from kvstore.compression.shapes import SourceType
+from kvstore.gpu.batches import SPAN
 from kvstore.gpu.counters import DeviceCounters
 from kvstore.gpu.device import Copy, Device, Fence, Memory, StuckError, host_bytes
 from kvstore.gpu.lanes import Lane, LaneSettings
@@ -75,7 +77,7 @@ class World:
         )
         self._heads = self.manifest.all_heads
         size = self.layout.chunk_bytes
-        forms = Forms(self.layout, self.manifest, self._heads, size_max_bytes=size)
+        forms = Forms(self.layout, self.manifest, self._heads, size_max_bytes=2 * size)
         self._chunk_codec = ChunkCodec(
             self.manifest, CodecPolicy(codec=codec, edge_layers=0, sinks=1)
         )
@@ -83,10 +85,11 @@ class World:
         found = forms.plain if codec == "raw" else forms.of_plan(self._plan)
         assert found is not None, "kernels have the codec"
         self.form = found
+        self.place_bytes = max(size, found.size_bytes)
         self._kept: list[Memory] = []
-        self._room = np.full(8 * self.layout.chunk_bytes + 4096, RUBBISH, np.uint8)
+        self._room = np.full(8 * self.place_bytes + 4096, RUBBISH, np.uint8)
         skip = -self._room.ctypes.data % 4096
-        self.arena = self._room[skip : skip + 8 * self.layout.chunk_bytes]
+        self.arena = self._room[skip : skip + 8 * self.place_bytes]
         self.counters = DeviceCounters()
         # By default windows end inside chunks. A GPU registers whole pages.
         self.windows = Windows(
@@ -121,7 +124,8 @@ class World:
             return content.ravel(), []
         room = np.full(self.form.size_bytes, RUBBISH, np.uint8)
         report = self._chunk_codec.encode(content.ravel().data, room.data, self._heads)
-        return room, [section.relative_error for section in report.sections]
+        errors = [section.relative_error for section in report.sections]
+        return room[: report.size_bytes], errors
 
     def decoded(self, stored: np.ndarray) -> np.ndarray:
         """Return what pages hold once *stored* was loaded."""
@@ -189,11 +193,18 @@ class World:
 
     def place(self, number: int) -> np.ndarray:
         """Return the bytes of place *number* of the arena."""
-        size = self.layout.chunk_bytes
+        size = self.place_bytes
         return self.arena[number * size : (number + 1) * size]
 
     def moved(self, pages: list[int], number: int) -> Moved:
-        return Moved(pages, self.place(number).ctypes.data)
+        """Return a chunk of *pages*, and of place *number* as it is there, if its form varies."""
+        place = self.place(number)
+        if not self.form.varies or place[0] == RUBBISH:
+            return Moved(pages, place.ctypes.data)
+        found = open_container(place.data)
+        spans = np.array([(one.offset, one.size_bytes) for one in found.sections], dtype=SPAN)
+        size = next_section(int((spans["offset"] + spans["size"]).max()))
+        return Moved(pages, place.ctypes.data, size_bytes=size, spans=spans)
 
     def lane(self, kind: type[Lane], settings: LaneSettings) -> Lane:
         return kind(self.device, self.layout, self.windows, self.counters, settings)
@@ -295,8 +306,11 @@ def load_scene(world: World, lane: Lane, *, transfers: int = 4) -> bool:
         for place in places:
             world.place(place)[:] = RUBBISH  # the lease ends, and something evicts it
         ok = True
-        for stored, found in zip(contents, digests, strict=True):
+        for number, stored in enumerate(contents):
+            found = transfer.digests_of(number)
             ok &= bool(np.array_equal(found, block_digests(stored.tobytes())))
+        if transfer.reports is not None:
+            ok &= not transfer.reports["broken"].any()
         for pages, stored, seen, before in watched:
             ok &= bool(np.array_equal(world.chunk_in(pages), world.decoded(stored)))
             held = world.get(seen.address, world.layout.chunk_bytes)

@@ -16,6 +16,7 @@ import numpy as np
 from kvstore.client.cache import PrefixCache
 from kvstore.client.gpu import DeviceCache
 from kvstore.compression.policy import CodecPolicy
+from kvstore.compression.shapes import source_type
 from kvstore.compression.twins import CODEC_TWINS
 from kvstore.errors import KVStoreError
 from kvstore.gpu.device import Event, Fence, StuckError
@@ -80,7 +81,7 @@ class DeviceEngine:
         )
         wait_until(lambda: self.cache.is_connected, what="connected")
         self.heads = heads or manifest.all_heads
-        row = manifest.head_dim * 2
+        row = manifest.head_dim * source_type(manifest.dtype).size_bytes
         self.page_bytes = self.heads.width * PAGE_TOKENS * row
         count = chunks * EACH
         planes = manifest.layers * 2

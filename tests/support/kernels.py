@@ -42,8 +42,8 @@ from kvstore.gpu.kernels import (
 )
 from kvstore.types import HeadRange
 
-CODECS = {**KERNEL_NAMES, CodecId.NVFP4_COMPAT: "compat"}
-"""Kernels' names of codecs."""
+CODECS = KERNEL_NAMES
+"""Kernels' names of codecs of fixed rate."""
 BLOCKS = 3
 """Fewer than there are parts, so that blocks take several."""
 TABLES = {CodecId.HQ4: HQ4.table_id, CodecId.HQ3: HQ3.table_id}

@@ -25,9 +25,10 @@ from kvstore.compression.shapes import (
     padded,
     section_cap_bytes,
 )
-from kvstore.compression.tables import PRESETS, Preset
+from kvstore.compression.tables import PRESETS
+from kvstore.compression.twins import VARIABLE_NAMES, coding_of
 from kvstore.errors import ContainerError
-from kvstore.gpu.batches import CODING, REPORT, SECTION, SPAN, Chunks, Places
+from kvstore.gpu.batches import REPORT, SECTION, SPAN, Chunks, Places
 from kvstore.gpu.kernels import checked_batch, scratch_bytes
 from kvstore.types import HeadRange
 from tests.support.kernels import CHUNKS, PAGE_TOKENS, SECTIONS, Kernels, Scene
@@ -35,7 +36,6 @@ from tests.support.kernels import CHUNKS, PAGE_TOKENS, SECTIONS, Kernels, Scene
 FIRST, OTHER, UNIT = 512, 720, 256
 """Where payloads begin, the size of what lies between two sections, and what sections begin at."""
 SPANS = (0, 2)
-NAMES = {CodecId.EXP3: "exp3", CodecId.RANS: "rans", CodecId.ECSQ: "ecsq"}
 BF16, FP16, FP32 = SourceType.BFLOAT16, SourceType.FLOAT16, SourceType.FLOAT32
 CASES = [
     (CodecId.EXP3, BF16, Kind.K, (1, 71, 80), "spread"),
@@ -59,7 +59,7 @@ CASES = [
     (CodecId.ECSQ, FP16, Kind.V, (2, 71, 112), "zeros among"),
 ]
 """Streams that end within a step, heads of several streams, sections that are not fit."""
-DAMAGED = [*((codec, Kind.K) for codec in NAMES), (CodecId.ECSQ, Kind.V)]
+DAMAGED = [*((codec, Kind.K) for codec in VARIABLE_NAMES), (CodecId.ECSQ, Kind.V)]
 ECSQ = PRESETS[2]
 
 
@@ -85,14 +85,6 @@ def values_by_chance(
         chosen = rng.random(form if flavour == "rare" else form[:2]) < 0.1
         found[chosen] = rng.integers(0, 1 << 8 * source.size_bytes, found.shape)[chosen]
     return found
-
-
-def coding_of(preset: Preset, kind: Kind) -> np.ndarray:
-    """Return what kernels are told of a preset."""
-    made = np.zeros(1, dtype=CODING)
-    made["delta"], made["bound"], made["kind"] = preset.deltas[kind], preset.bounds[kind], kind
-    made["frequencies"][0, : len(preset.frequencies[kind])] = preset.frequencies[kind]
-    return made
 
 
 @dataclass
@@ -122,7 +114,7 @@ class VariableScene(Scene):
         made = cls(
             codec=codec,
             shape=shape,
-            source=NAMES[codec],
+            source=VARIABLE_NAMES[codec],
             coder=REFERENCE[codec],
             planes=values_by_chance(flavour, source, (SECTIONS, pages, *inner, width), rng),
             table=rng.permutation(pages)[: CHUNKS * page_count]

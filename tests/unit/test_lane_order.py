@@ -15,9 +15,10 @@ import pytest
 
 from kvstore.compression.twins import CODEC_TWINS
 from kvstore.gpu.device import Event, Fence
+from kvstore.gpu.forms import Form
 from kvstore.gpu.lanes import Lane, LaneSettings, LoadLane, StoreLane
 from kvstore.gpu.standin import Standin
-from kvstore.gpu.transfers import Moved, Transfer
+from kvstore.gpu.transfers import Encoding, Moved, Transfer
 from tests.support.device import (
     World,
     abandoned_load_scene,
@@ -27,6 +28,7 @@ from tests.support.device import (
     settings,
     store_scene,
 )
+from tests.support.device_measured import measured_scene, sizes_scene
 
 SEEDS = range(60)
 WAYS: dict[str, dict[str, Any]] = {
@@ -40,6 +42,12 @@ CODED: dict[str, dict[str, Any]] = {
     "coded, bounced": {"direct": False, "registered": False, "codec": "hq4"},
 }
 
+VARYING: dict[str, dict[str, Any]] = {
+    "measured": {"registered": True, "codec": "exp3"},
+    "measured, bounced": {"registered": False, "codec": "exp3"},
+    "measured, as it is": {"registered": True, "codec": "rans"},
+}
+
 Scene = Callable[[World, Lane, Standin], bool]
 
 
@@ -48,6 +56,7 @@ def plain(scene: Callable[..., bool], **words: bool) -> Scene:
 
 
 STORE, LOAD = plain(store_scene), plain(load_scene)
+MEASURED, SIZES = plain(measured_scene), plain(sizes_scene)
 
 
 def slow_bus_scene(world: World, lane: Lane, device: Standin) -> bool:
@@ -62,11 +71,25 @@ def slow_bus_scene(world: World, lane: Lane, device: Standin) -> bool:
     return bool(np.array_equal(world.chunk_in([3, 5]), world.decoded(stored)))
 
 
+def slow_bus_measured_scene(world: World, lane: StoreLane, device: Standin) -> bool:
+    """Store what is measured first while copies stand still, whenever somebody waits."""
+
+    def wait(event: Event) -> None:
+        device.stall(lane._copies)
+        device.drain()
+        device.resume()
+        while not event.is_done():
+            pass
+
+    lane.settings = lane.settings._replace(wait=wait)
+    return measured_scene(world, lane)
+
+
 def play(
     scene: Scene, kind: type[Lane], seed: int, *, way: str = "staged", told: LaneSettings
 ) -> bool:
     device = Standin(np.random.default_rng(seed), twins=CODEC_TWINS)
-    words = (WAYS | CODED)[way]
+    words = (WAYS | CODED | VARYING)[way]
     world = World(device, seed, registered=words["registered"], codec=words.get("codec", "raw"))
     lane = world.lane(kind, told)
     good = scene(world, lane, device)
@@ -106,6 +129,22 @@ def test_loads_do_not_wait_on_the_bus_for_kernels_of_those_before() -> None:
 @pytest.mark.parametrize("way", CODED)
 @pytest.mark.parametrize(("scene", "kind"), [(STORE, StoreLane), (LOAD, LoadLane)])
 def test_what_is_encoded_arrives_as_the_host_would_have_it(
+    scene: Scene, kind: type[Lane], way: str
+) -> None:
+    bad = [seed for seed in CODED_SEEDS if not play(scene, kind, seed, way=way, told=settings())]
+    assert bad == []
+
+
+@pytest.mark.parametrize(
+    ("scene", "kind", "way"),
+    [
+        *((MEASURED, StoreLane, way) for way in VARYING),
+        (slow_bus_measured_scene, StoreLane, "measured"),
+        (LOAD, LoadLane, "measured"),
+        (LOAD, LoadLane, "measured, bounced"),
+    ],
+)
+def test_what_is_measured_first_arrives_as_the_host_would_have_it(
     scene: Scene, kind: type[Lane], way: str
 ) -> None:
     bad = [seed for seed in CODED_SEEDS if not play(scene, kind, seed, way=way, told=settings())]
@@ -207,6 +246,60 @@ CODED_MUTANTS: dict[str, tuple[Scene, type[Lane], LaneSettings]] = {
     ),
     "a report is read before the event": (plain(reports_scene), StoreLane, HASTY),
 }
+
+
+def encode_and_give_back(
+    lane: StoreLane, chunks: list[Moved], after: Fence | None, form: Form
+) -> Encoding:
+    encoding = StoreLane.encode(lane, chunks, after, form)
+    encoding._end()
+    return encoding
+
+
+ONE_SLOT = settings(slots=1)
+MEASURED_MUTANTS: dict[str, tuple[Scene, type[Lane], LaneSettings]] = {
+    "sizes are read before they have come": (SIZES, StoreLane, HASTY),
+    "values are measured before they are computed": (
+        SIZES,
+        broken(StoreLane, _behind_engine=nothing),
+        PATIENT,
+    ),
+    "a copy takes what is measured and not placed yet": (
+        MEASURED,
+        broken(StoreLane, _behind_gather=nothing),
+        PATIENT,
+    ),
+    "a block is reused when it is measured and not placed yet": (
+        plain(measured_scene, reuse_waits=False),
+        StoreLane,
+        PATIENT,
+    ),
+    "staging is used again between sizes and copies": (
+        MEASURED,
+        broken(StoreLane, encode=encode_and_give_back),
+        ONE_SLOT,
+    ),
+    "a chunk is committed before its copy has arrived": (
+        slow_bus_measured_scene,
+        broken(StoreLane, _join=lambda lane: lane._kernels.record()),
+        PATIENT,
+    ),
+}
+
+
+@pytest.mark.parametrize("mutant", MEASURED_MUTANTS)
+def test_a_rule_of_measuring_that_is_broken_is_noticed(mutant: str) -> None:
+    scene, kind, told = MEASURED_MUTANTS[mutant]
+    assert any(not _survives(scene, kind, seed, told, "exp3") for seed in SEEDS)
+
+
+def test_sizes_are_right_when_they_are_known() -> None:
+    bad = [
+        seed
+        for seed in CODED_SEEDS
+        if not play(SIZES, StoreLane, seed, way="measured", told=PATIENT)
+    ]
+    assert bad == []
 
 
 @pytest.mark.parametrize("mutant", CODED_MUTANTS)

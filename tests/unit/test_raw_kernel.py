@@ -58,7 +58,8 @@ class Scene:
             pages=self._put(table),
             containers=self._put(np.array(chunks, dtype="<u8")),
         )
-        self.batch = batch_for(self.layout, plain_form(self.layout).launches[0], CHUNKS, places)
+        form = plain_form(self.layout)
+        self.batch = batch_for(form, form.launches[0], CHUNKS, places)
 
     def _put(self, content: np.ndarray) -> int:
         start, raw = self._at, np.ascontiguousarray(content).view(np.uint8).ravel()
