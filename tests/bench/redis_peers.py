@@ -25,8 +25,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -42,7 +40,8 @@ from kvstore.transfer import copies
 from kvstore.transfer.arena import Arena
 from kvstore.transfer.copies import Runs
 from kvstore.types import Digest, HeadRange, NamespaceId, Place
-from tests.support.redis import RedisServer, free_port
+from tests.bench.lmcache_server import Ports, environment, lmcache_server
+from tests.support.redis import RedisServer
 from tests.support.waiting import wait_until
 
 CHUNKS, CHUNK_TOKENS, PAGE_TOKENS = 4, 256, 16
@@ -51,7 +50,6 @@ PAGE_BYTES = PAGE_TOKENS * HEADS * HEAD_DIM * DTYPE_BYTES
 CHUNK_PAGES = CHUNK_TOKENS // PAGE_TOKENS
 CHUNK_BYTES = 2 * LAYERS * CHUNK_PAGES * PAGE_BYTES
 TOTAL_BYTES = CHUNKS * CHUNK_BYTES
-READY_SECONDS = 120.0
 
 assert CHUNK_BYTES == 32 * MIB
 
@@ -110,6 +108,7 @@ class Ours:
     ) -> None:
         view = self._views[chunk]
         blocks = await asyncio.to_thread(copies.gather, view, engine.runs(chunk), checksums=True)
+        assert blocks is not None
         key = ShardKey(namespace, digest, HeadRange(0, HEADS))
         shard = Shard(key, None, CHUNK_BYTES, root_of(blocks))
         assert await self._tier.write(shard, view) is not None
@@ -118,6 +117,7 @@ class Ours:
         view = self._views[chunk]
         assert await self._tier.read(shard, Place(0), view)
         blocks = await asyncio.to_thread(copies.scatter, engine.runs(chunk), view, checksums=True)
+        assert blocks is not None
         assert root_of(blocks) == shard.root
 
 
@@ -128,24 +128,22 @@ class Theirs:
         self._program = str(program)
         self._redis_port = port
         self._log = directory / "lmcache.log"
-        self._port, self._http_port = free_port(), free_port()
-        quiet = {"LMCACHE_TRACK_USAGE": "false", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
-        self._env = os.environ | quiet | {"LMCACHE_LOG_LEVEL": "WARNING", "OMP_NUM_THREADS": "1"}
+        self._env = environment(threads=1)
 
     def round(self, number: int) -> tuple[float, float]:
         """Return the seconds of one store and of one load."""
         with redis.Redis(port=self._redis_port) as client:
             client.flushdb()
-            with self._server():
-                stored = self._store(number, client)
-        with self._server():
-            lines = list(self._drive(number))
+            with self._server() as ports:
+                stored = self._store(number, client, ports)
+        with self._server() as ports:
+            lines = list(self._drive(number, ports))
         look_up = _milliseconds(lines, rf"/cold\] LOOKUP: {CHUNKS}/{CHUNKS} .*\(([\d.]+) ms")
         retrieve = _milliseconds(lines, r"/cold\] RETRIEVE: retrieved .*?([\d.]+) ms")
         return stored, look_up + retrieve
 
-    def _store(self, number: int, client: redis.Redis) -> float:
-        for line in self._drive(number):
+    def _store(self, number: int, client: redis.Redis, ports: Ports) -> float:
+        for line in self._drive(number, ports):
             if "STORE: stored" in line:
                 ended = time.perf_counter()
                 wait_until(lambda: client.dbsize() >= CHUNKS, what="all keys are in Redis")
@@ -153,13 +151,13 @@ class Theirs:
                 return drained + _milliseconds([line], r"([\d.]+) ms")
         raise AssertionError(f"LMCache stored nothing; {self._log}")
 
-    def _drive(self, number: int) -> Iterator[str]:
+    def _drive(self, number: int, ports: Ports) -> Iterator[str]:
         shape = f"(2,{BLOCKS},{PAGE_TOKENS},{HEADS},{HEAD_DIM}):bfloat16:{LAYERS}"
         command = [
             *(self._program, "bench", "server", "--mode", "cpu"),
             *("--transfer-mode", "lmcache_driven", "--kvcache-shape-spec", shape),
-            *("--rpc-url", f"tcp://127.0.0.1:{self._port}"),
-            *("--url", f"http://localhost:{self._http_port}"),
+            *("--rpc-url", f"tcp://127.0.0.1:{ports.engines}"),
+            *("--url", f"http://localhost:{ports.http}"),
             *("--num-tokens", str(CHUNKS * CHUNK_TOKENS), "--interval", "0.1"),
             *("--start", str(number), "--end", str(number + 1)),
         ]
@@ -173,31 +171,12 @@ class Theirs:
             yield from driver.stdout
 
     @contextlib.contextmanager
-    def _server(self) -> Iterator[None]:
+    def _server(self) -> Iterator[Ports]:
         tier = f'{{"type":"resp","host":"127.0.0.1","port":{self._redis_port},"num_workers":2}}'
-        command = [
-            *(self._program, "server", "--host", "127.0.0.1", "--port", str(self._port)),
-            *("--http-port", str(self._http_port), "--l1-size-gb", "1", "--no-l1-use-lazy"),
-            *("--eviction-policy", "LRU", "--supported-transfer-mode", "auto"),
-            *("--max-cpu-workers", "2", "--shm-name", f"bench{os.getpid()}"),
-            *("--l2-adapter", tier),
-        ]
-        with self._log.open("a") as log:
-            server = subprocess.Popen(command, stdout=log, stderr=log, env=self._env)
-        try:
-            wait_until(self._is_ready, seconds=READY_SECONDS, what=f"LMCache serves; {self._log}")
-            yield
-        finally:
-            server.terminate()
-            server.wait()
-
-    def _is_ready(self) -> bool:
-        url = f"http://127.0.0.1:{self._http_port}/healthcheck"
-        try:
-            with urllib.request.urlopen(url, timeout=1) as answer:
-                return bool(answer.status == 200)
-        except (urllib.error.URLError, OSError):
-            return False
+        more = ("--l2-adapter", tier)
+        program = Path(self._program)
+        with lmcache_server(program, self._log, self._env, l1_gib=1, more=more) as (ports, _):
+            yield ports
 
 
 def _milliseconds(lines: Sequence[str], pattern: str) -> float:
