@@ -13,6 +13,7 @@ import torch
 from transformers import DynamicCache
 
 from deploy.demo.daemon import running_daemon
+from kvstore.client.sync import Client
 from kvstore.compression.twins import CODEC_TWINS
 from kvstore.connectors.huggingface import PrefixReuse
 from kvstore.connectors.huggingface_device import Opened
@@ -177,6 +178,28 @@ def test_a_model_on_a_gpu_shares_with_one_in_host_memory(make, codec, writer_is_
     ):
         assert not counters or counters[moved] >= 9
         assert not counters or counters[coded] == (codec != "raw") * counters[moved]
+
+
+def test_models_on_a_gpu_share_the_daemons_pool_in_encoded_form():
+    settings = ["tiers.host.capacity=64MiB"]
+    settings += ["tiers.device.gpu=standin", "tiers.device.capacity=16MiB"]
+    model, ids, devices = models.llama(), prompt(150, seed=22), [standin(4), standin(5)]
+    writer, reader = ({"open_device": lambda _, it=it: opened(it)} for it in devices)
+    found = []
+    with running_daemon(settings) as started:
+        pooled = Daemon(*started)
+        with pooled.open(model, codec="int8kv", **writer) as prefixes:
+            remember(prefixes, model, ids[:, :144])
+        for words in (reader, {}):
+            with pooled.open(model, codec="int8kv", **words) as prefixes:
+                past = prefixes.begin(ids)
+                assert past.report.reused_tokens == 144
+                found.append(compute(model, ids, past))
+        with Client.connect(pooled.socket) as client:
+            (tier,) = [tier for tier in client.stats().tiers if tier.tier == "device"]
+    assert torch.equal(*found)
+    assert tier.counters["stored_chunks"] == tier.counters["loaded_chunks"] == 9
+    assert 0 < tier.counters["stored_bytes"] == tier.counters["loaded_bytes"]
 
 
 def test_where_the_gpu_fails_the_prompt_is_computed(shared):
