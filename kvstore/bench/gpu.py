@@ -61,7 +61,14 @@ def main(argv: list[str]) -> int:
     run = Run(ends_at=started_at + options.budget)
     shapes = (QUICK,) if options.quick else SHAPES
     rounds = options.rounds or (1 if options.quick else _ROUNDS)
-    measure(device, shapes, rounds, gpu=str(options.device), matmul=_find_matmul(), run=run)
+    measure(
+        device,
+        shapes,
+        rounds,
+        gpu=str(options.device),
+        matmul=_find_matmul(options.device),
+        run=run,
+    )
     run.part(
         "models",
         "time to first token",
@@ -246,19 +253,22 @@ def _matmul_slowdown(device: Device, shape: GpuShape, matmul: Callable[[int], fl
     return {"matmul beside stores, slower by": beside / alone - 1}
 
 
-def _find_matmul() -> Callable[[int], float]:
+def _find_matmul(index: int) -> Callable[[int], float]:
     """Return what runs products of half precision with CuPy and returns their seconds."""
-    import cupy
-
-    side: Any = cupy.ones((_MATMUL_SIZE, _MATMUL_SIZE), dtype=cupy.float16)
+    sides: list[Any] = []
 
     def run(count: int) -> float:
-        start, end = cupy.cuda.Event(), cupy.cuda.Event()
-        start.record()
-        for _ in range(count):
-            cupy.matmul(side, side)
-        end.record()
-        end.synchronize()
-        return float(cupy.cuda.get_elapsed_time(start, end)) / 1e3
+        import cupy
+
+        with cupy.cuda.Device(index):
+            if not sides:
+                sides.append(cupy.ones((_MATMUL_SIZE, _MATMUL_SIZE), dtype=cupy.float16))
+            start, end = cupy.cuda.Event(), cupy.cuda.Event()
+            start.record()
+            for _ in range(count):
+                cupy.matmul(sides[0], sides[0])
+            end.record()
+            end.synchronize()
+            return float(cupy.cuda.get_elapsed_time(start, end)) / 1e3
 
     return run

@@ -149,10 +149,7 @@ def beside_lmcache(found: Figures) -> str:
         return max((row[way] for row in pages if row.get(way) is not None), default=None)
 
     largest: Figures = max(pages, key=lambda row: int(row["page_kib"]), default={})
-    evens = [
-        found["checks"].get(f"pages skip staging to the {to}, from KiB")
-        for to in ("host", "device")
-    ]
+    evens = [_even(found["checks"], to) for to in ("host", "device")]
     shared, both = speeds.get("both, plain, in one stream"), speeds.get("both, gathered")
     ours = (
         text("{:.1f} GB/s in two, {:.1f} plain in one", both, shared),
@@ -161,11 +158,16 @@ def beside_lmcache(found: Figures) -> str:
             "{:.1f} GB/s out, {:.1f} in, pages of {:.0f} KiB",
             *(largest.get(key) for key in ("store, staged", "load, staged", "page_kib")),
         ),
-        text("{:.0f} KiB out, {:.0f} in", *evens),
+        f"{evens[0]} out, {evens[1]} in" if pages else NOT_MEASURED,
     )
     columns = {"theirs": "LMCache, documented", "ours": "ours"}
     rows = [{"theirs": theirs, "ours": mine} for theirs, mine in zip(_LMCACHE, ours, strict=True)]
     return report.table(columns, rows)
+
+
+def _even(checks: Figures, to: str) -> str:
+    size = checks.get(f"pages skip staging to the {to}, from KiB")
+    return "none at any size" if size is None else f"{size:.0f} KiB"
 
 
 # --- the page -------------------------------------------------------------------------------
