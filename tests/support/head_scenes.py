@@ -131,11 +131,14 @@ def stuck_scene(pooled: Pooled) -> bool:
     """Give up heads that are stuck; their room is used again when they are over, not before."""
     world, device = pooled.world, pooled.world.device
     assert isinstance(device, Standin), "no other can be told to be stuck"
+    pooled.store_heads.fetch([pooled.place(0)], world.form.head_bytes).finish()  # has its stream
     _, pages = pooled.compute(2)
     transfer = pooled.encode(pages)
     transfer.finish()
     assert transfer.reports is not None
     heads = [pooled.head_of(reports) for reports in transfer.reports]
+    if world.rng.integers(2):
+        device.stall()
     step = pooled.store_heads.put([pooled.place(0), pooled.place(1)], heads, pooled.size)
     device.stall()
     try:
