@@ -65,19 +65,20 @@ def space(daemon, request):
 def pool(daemon):
     """Return what the pool has had done to it since then."""
     with daemon.connect() as client:
-
-        def tier():
-            (found,) = [one for one in client.stats().tiers if one.tier == "device"]
-            return found
-
-        before = tier()
+        before = _device_tier(client)
 
         def since(name: str) -> int:
+            now = _device_tier(client)
             if name == "used_bytes":
-                return tier().used_bytes - before.used_bytes
-            return tier().counters[name] - before.counters[name]
+                return now.used_bytes - before.used_bytes
+            return now.counters[name] - before.counters[name]
 
         yield since
+
+
+def _device_tier(client):
+    (found,) = [one for one in client.stats().tiers if one.tier == "device"]
+    return found
 
 
 def put_there(engine: DeviceEngine, containers: list[bytes]) -> None:
@@ -103,7 +104,10 @@ def place_of(engine: DeviceEngine, number: int) -> tuple[np.ndarray, int]:
         return pooled.attached.pool.view, shard.offset - pooled.attached.arena.size_bytes
 
 
-CASES = [("int8kv", "blocks"), ("int4kv", "blocks"), ("hq3", "one block"), ("fp8", "one block")]
+CASES = [
+    *(("int8kv", "blocks"), ("int4kv", "blocks"), ("hq3", "one block"), ("fp8", "one block")),
+    *(("exp3", "blocks"), ("ecsq-mid", "one block")),
+]
 
 
 @pytest.mark.parametrize(
@@ -306,37 +310,42 @@ def test_an_engine_killed_between_encoding_and_commit_leaves_nothing(daemon, spa
         assert client.attach(manifest).lookup(DIGESTS).hits == 0
 
 
-def test_what_came_from_the_pool_is_encoded_again_for_a_tier_below(
-    start_daemon, tmp_path, request
+def test_what_came_from_the_pool_is_encoded_again_for_a_tier_below_and_comes_up_as_that(
+    start_daemon, tmp_path
 ) -> None:
-    daemon = start_daemon(
-        SETTINGS
-        | {
-            "tiers.disk.path": tmp_path / "disk",
-            "tiers.disk.capacity": "16MiB",
-            "tiers.disk.codec": "int4kv",
-        }
-    )
-    manifest = make_manifest(model=request.node.name, codec="int8kv", layers=6)
-    with daemon.connect() as client:
-        space = client.attach(manifest), POLICIES["int8kv"]
-        with engine_of(daemon, space) as engine:
-            put(engine)
-            assert store(engine).stored == COUNT
-            assert len(load(engine)) == COUNT
-            assert daemon.stop() == 0
-            assert load(engine) == []
-            daemon.launch()
-            daemon.wait_ready()
-            wait_until(lambda: engine.cache.is_connected, what="connected again")
-            found = load(engine)
-            assert len(found) == COUNT
-            assert engine.on_gpu.counters.damaged_chunks == 0
-    with daemon.connect() as client:
-        again = client.attach(manifest), POLICIES["int8kv"]
-        containers = stored(again)
-        assert {open_container(one).header.codec.name for one in containers} == {"INT4KV"}
-        assert found == decoded(again, containers, engine.layout.chunk_bytes)
+    below = {
+        "tiers.disk.path": tmp_path / "disk",
+        "tiers.disk.capacity": "16MiB",
+        "tiers.disk.codec": "int4kv",
+    }
+    daemon = start_daemon(SETTINGS | below)
+    policies = [POLICIES["int8kv"], CodecPolicy(codec="raw")]
+    manifests = [make_manifest(codec=policy.codec, layers=6) for policy in policies]
+    for manifest, policy in zip(manifests, policies, strict=True):
+        with daemon.connect() as client:
+            space = client.attach(manifest), policy
+            with engine_of(daemon, space) as engine:
+                put(engine)
+                assert store(engine).stored == COUNT
+    assert daemon.stop() == 0
+    daemon.launch()
+    daemon.wait_ready()
+    for manifest, policy in zip(manifests, policies, strict=True):
+        with daemon.connect() as client:
+            space = client.attach(manifest), policy
+            containers = stored(space)
+            assert {open_container(one).header.codec.name for one in containers} == {"INT4KV"}
+            expected = decoded(space, containers, manifest.plain_bytes(manifest.all_heads))
+            with engine_of(daemon, space) as engine:
+
+                def is_up(client=client, engine=engine, expected=expected) -> bool:
+                    before = _device_tier(client).counters["loaded_chunks"]
+                    assert load(engine) == expected
+                    return _device_tier(client).counters["loaded_chunks"] == before + COUNT
+
+                wait_until(is_up, what="it is loaded from the pool, in the form of the disk")
+                assert engine.on_gpu.counters.host_decoded_chunks == 0
+                assert engine.on_gpu.counters.damaged_chunks == 0
 
 
 @pytest.mark.parametrize(

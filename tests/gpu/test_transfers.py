@@ -26,6 +26,7 @@ from kvstore.gpu.lanes import LoadLane, StoreLane
 from kvstore.gpu.pages import digest_batch
 from kvstore.hashing import block_count, block_digests
 from tests.support.device import World, load_scene, settings, store_scene
+from tests.support.device_measured import measured_scene
 
 pytestmark = pytest.mark.gpu
 
@@ -61,10 +62,13 @@ class Bounce:
 
 
 @pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("way", ["staged", "direct", "bounced", "int4kv", "int8kv", "hq4"])
+@pytest.mark.parametrize(
+    "way", ["staged", "direct", "bounced", "int4kv", "int8kv", "hq4", "nvfp4-compat", "exp3"]
+)
 def test_what_arrives_is_what_was_there(device: Device, way: str, seed: int) -> None:
     bounce = Bounce(device)
-    for kind, scene in ((StoreLane, store_scene), (LoadLane, load_scene)):
+    stores = measured_scene if way == "exp3" else store_scene
+    for kind, scene in ((StoreLane, stores), (LoadLane, load_scene)):
         world = World(
             device,
             seed,
@@ -148,4 +152,4 @@ def test_waiting_has_an_end(device: Device) -> None:
 def test_the_benchmark_runs(device: Device) -> None:
     found = bench.measure(device, [bench.QUICK], 1)
     assert all(row["gb_per_s"] > 0 for row in found["rows"] if "floor" in row)
-    assert bench._measure_model(0, 1, 120.0, quick=True)
+    assert list(bench._measure_model(0, 1, 120.0, quick=True))
