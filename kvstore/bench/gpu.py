@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from kvstore.bench import gpu_page, report
 from kvstore.bench.gpu_bus import break_even_kib, bus_rows, page_rows, why_not_batched
-from kvstore.bench.gpu_daemon import CODECS, daemon_rows, pool_rows
+from kvstore.bench.gpu_daemon import daemon_rows, pool_rows
 from kvstore.bench.gpu_rig import GpuShape, Rig, host_microseconds, last_words, run_lane
 from kvstore.gpu.cupy_device import open_device
 from kvstore.gpu.devices import find_devices
@@ -35,7 +35,7 @@ SHAPES: Final = (
     GpuShape("Llama-8B, 64 tokens", 32, 8, 128, 16, 4, chunks=64),
 )
 QUICK: Final = GpuShape("smoke", 2, 2, 64, 16, 2, chunks=4)
-POOL_CODECS: Final = CODECS
+POOL_CODECS: Final = ("raw", "int8kv", "int4kv")
 _ROUNDS: Final = 9
 _MODEL_ROUNDS_MAX: Final = 3
 _BUDGET_SECONDS: Final = 540.0
@@ -219,7 +219,7 @@ def _host_time(device: Device, shape: GpuShape, rounds: int) -> Figures:
         }
 
 
-def _measure_model(index: int, rounds: int, seconds: float, *, quick: bool) -> list[Figures]:
+def _measure_model(index: int, rounds: int, seconds: float, *, quick: bool) -> Iterable[Figures]:
     """Return the rows of a model on GPU number *index*, or what is missing for them."""
     lacking = [name for name in ("torch", "transformers") if not importlib.util.find_spec(name)]
     if lacking:

@@ -109,12 +109,15 @@ class Way(NamedTuple):
 WAYS: Final = (Way("host", "raw"), Way("device", "raw"), Way("host", "int8kv"))
 
 
-def measure_cuda(index: int, shape: ModelShape, *, rounds: int, seconds: float) -> list[Figures]:
+def measure_cuda(
+    index: int, shape: ModelShape, *, rounds: int, seconds: float
+) -> Iterator[Figures]:
     """Measure on GPU number *index*."""
     if not torch.cuda.is_available():
-        return [{"what": "not measured", "outcome": "this PyTorch has no CUDA device"}]
+        yield {"what": "not measured", "outcome": "this PyTorch has no CUDA device"}
+        return
     place = torch.device("cuda", index)
-    return measure_model(shape, place, open_cuda, str(index), rounds=rounds, seconds=seconds)
+    yield from measure_model(shape, place, open_cuda, str(index), rounds=rounds, seconds=seconds)
 
 
 def measure_model(
@@ -126,22 +129,25 @@ def measure_model(
     rounds: int,
     seconds: float,
     ways: Sequence[Way] = WAYS,
-) -> list[Figures]:
-    """Return rows by prefix: cold, then each way. What was left out says why.
+) -> Iterator[Figures]:
+    """Yield rows by prefix: cold, then each way. What was left out says why.
 
     *gpu* is where the daemon has its pool. Nothing is begun that would take longer than what is
-    left of *seconds*, as far as can be foreseen. Raises `InternalError` when what is loaded is not
-    what was stored, or differs by more than its codec may.
+    left of *seconds*, as far as can be foreseen. Raises `InternalError` behind all rows when what
+    was loaded is not what was stored, or differs by more than its codec may: a row says where.
     """
     ends_at = time.monotonic() + seconds
     try:
         bench = _ModelBench(shape, place, open_device, rounds, ends_at)
     except torch.OutOfMemoryError as error:
-        return [{"what": "not measured", "outcome": last_words(error)}]
+        yield {"what": "not measured", "outcome": last_words(error)}
+        return
     rows = [bench.cold(tokens) for tokens in shape.prefixes]
     for way in ways:
         rows += bench.rows(way, gpu)
-    return sorted(rows, key=lambda row: int(row["tokens"]))
+    yield from sorted(rows, key=lambda row: int(row["tokens"]))
+    if bench.wrong:
+        raise InternalError(bench.wrong[0])
 
 
 class _ModelBench:
@@ -160,6 +166,8 @@ class _ModelBench:
         self._ends_at = ends_at
         self._model = _build(shape, place)
         self._cold_seconds: dict[int, float] = {}
+        self.wrong: list[str] = []
+        """What was loaded and was not what it should have been."""
 
     def cold(self, tokens: int) -> Figures:
         """Return the row of the model alone."""
@@ -205,6 +213,9 @@ class _ModelBench:
                 stored += tokens // self._shape.chunk_tokens
                 yield self._row(way, tokens) | self._loaded(way, tokens, prefixes, daemon, stored)
             except (UnavailableError, torch.OutOfMemoryError) as error:
+                yield self._row(way, tokens, last_words(error))
+            except InternalError as error:
+                self.wrong.append(str(error))
                 yield self._row(way, tokens, last_words(error))
 
     def _loaded(

@@ -51,7 +51,7 @@ _PAGES: Final = {
     },
     "verdict": "",
 }
-_MODELS: Final = {
+MODELS: Final = {
     "tokens": "prefix, tokens",
     "what": "what",
     "first_token_ms": "ms",
@@ -128,7 +128,7 @@ def tables(found: Figures) -> str:
     parts = (
         ("Chunks between pages and host memory, medians", _ROWS, found["rows"]),
         ("Pages in one piece, GB/s, medians, without checksums", _PAGES, found["pages"]),
-        ("Time to first token, medians", _MODELS, found["models"]),
+        ("Time to first token, medians", MODELS, found["models"]),
         ("Checks and host time", {"what": "what", "value": "value"}, checks),
         ("Targets", _TARGETS, found["targets"]),
     )

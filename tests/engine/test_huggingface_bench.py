@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from kvstore.bench import gpu, gpu_model
+from kvstore.bench import gpu_model, gpu_page, report
+from kvstore.bench.gpu import Run
 from kvstore.bench.gpu_model import TINY, Way
 from kvstore.compression.twins import CODEC_TWINS
 from kvstore.connectors.huggingface_device import Opened
@@ -27,7 +29,7 @@ class BorrowedMemory(Standin):
         return host_bytes(address, size_bytes)
 
 
-def measure(*ways: Way, seconds: float = 600.0) -> list[dict[str, object]]:
+def rows_of(*ways: Way, seconds: float = 600.0) -> Iterator[dict[str, object]]:
     device = BorrowedMemory(np.random.default_rng(1), twins=CODEC_TWINS, eager=True)
     return gpu_model.measure_model(
         TINY,
@@ -38,6 +40,10 @@ def measure(*ways: Way, seconds: float = 600.0) -> list[dict[str, object]]:
         seconds=seconds,
         ways=ways,
     )
+
+
+def measure(*ways: Way, seconds: float = 600.0) -> list[dict[str, object]]:
+    return list(rows_of(*ways, seconds=seconds))
 
 
 def test_every_prefix_is_timed_cold_and_from_each_tier_and_compared(capsys):
@@ -53,9 +59,25 @@ def test_every_prefix_is_timed_cold_and_from_each_tier_and_compared(capsys):
         assert pooled["moved_by"] == coded["moved_by"] == "device"
         assert (pooled["outcome"], pooled["logits_off"]) == ("KV equal", 0.0)
         assert coded["outcome"].endswith("0.02 allowed")
-    assert [verdict.is_met for verdict in gpu._model_verdicts(rows)] == [True, True]
-    gpu.report.print_table(gpu._MODEL_COLUMNS, rows)
+    verdicts = gpu_page.verdicts({"rows": [], "models": rows}, {})
+    assert [verdict.is_met for verdict in verdicts] == [True, True]
+    report.print_table(gpu_page.MODELS, rows)
     assert "| device tier, raw " in capsys.readouterr().out
+
+
+def test_what_is_not_what_was_stored_is_told_behind_all_rows(monkeypatch):
+    def compare(way: Way, tokens: int, *_: object) -> str:
+        if tokens == TINY.prefixes[0]:
+            raise InternalError(f"{way.name} is wrong")
+        return "KV equal"
+
+    monkeypatch.setattr(gpu_model, "compare", compare)
+    run = Run()
+    run.part("models", "all of it", lambda: rows_of(Way("host", "raw")))
+    told = [row.get("outcome") for row in run.found["models"]]
+    assert told == [None, "host tier, raw is wrong", None, "KV equal", None]
+    assert run.found["models"][-1]["verdict"] == "InternalError: host tier, raw is wrong"
+    assert run.failed == ["all of it"]
 
 
 def test_what_there_is_no_time_for_says_so():

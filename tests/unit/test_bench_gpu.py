@@ -31,7 +31,7 @@ def test_it_measures_every_row_beside_its_floor(device, monkeypatch) -> None:
     found = gpu.measure(device, [TINY], 1, gpu="standin", matmul=float, run=run)
     assert run.failed == []
     names = [row["what"] for row in found["rows"]]
-    through = [f"through the daemon, {codec}" for codec in gpu.CODECS]
+    through = [f"through the daemon, {codec}" for codec in gpu_daemon.CODECS]
     through += [f"device tier, {codec}" for codec in gpu.POOL_CODECS]
     assert [name.replace(" through", ", through") for name in names] == [
         "floor: pinned copy to the host",
