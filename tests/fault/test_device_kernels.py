@@ -50,6 +50,19 @@ def twins(tmp_path_factory) -> HostTwins:
 
 @pytest.mark.parametrize(("name", "dtype"), CASES)
 def test_kernels_store_and_load_what_the_host_would(daemon, twins, name: str, dtype: str) -> None:
+    store_and_load(daemon, twins, name, dtype)
+
+
+def test_kernels_do_so_in_a_pool_and_put_heads_there(twins, tmp_path) -> None:
+    settings = {"tiers.device.gpu": "standin", "tiers.device.capacity": "16MiB"}
+    with Daemon(tmp_path, settings) as daemon, daemon.connect() as client:
+        for name in ("int4kv", "exp3"):
+            store_and_load(daemon, twins, name, "bfloat16")
+        (pool,) = [tier for tier in client.stats().tiers if tier.tier == "device"]
+        assert pool.counters["stored_chunks"] == pool.counters["loaded_chunks"] == 2 * COUNT
+
+
+def store_and_load(daemon: Daemon, twins: HostTwins, name: str, dtype: str) -> None:
     policy = POLICIES[name]
     manifest = make_manifest(model=f"{name} {dtype}", codec=policy.codec, dtype=dtype)
     device = Standin(np.random.default_rng(len(name)), twins=twins)
