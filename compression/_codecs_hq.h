@@ -4,24 +4,29 @@
  * whole rows are added and nothing is shuffled. Loops over channels of one token need rows again.
  */
 
-/* Code a run of channels; the values become the centroids that the codes stand for. */
-TARGET static void NAME(hq4_codes)(
-    float *KV_RESTRICT row, float factor, uint8_t *KV_RESTRICT codes, size_t n) {
-    EACH(i, n) {
-        float u = kv_mul(row[i], factor);
-        uint32_t index = kv_hq4_index(kv_abs(u)), is_negative = u < 0.0f;
-        codes[i] = (uint8_t)(index | is_negative << 3);
-        row[i] = kv_hq_signed(kv_hq4_centroid(index), is_negative);
+/* Code channels of sixteen tokens, of which each has its own factor: codes, and the centroids that they
+ * stand for. Index and centroid are those of kv_hq4_index and kv_hq4_centroid, with the same comparisons. */
+INLINE void NAME(hq4_codes)(const float *KV_RESTRICT columns, const float *KV_RESTRICT factors,
+    uint32_t *KV_RESTRICT codes, float *KV_RESTRICT found, size_t channels) {
+    EACH(c, channels) {
+        EACH(i, GROUP) {
+            float u = kv_mul(columns[GROUP * c + i], factors[i]);
+            uint32_t index = kv_hq4_index(kv_abs(u)), is_negative = u < 0.0f;
+            codes[GROUP * c + i] = index | is_negative << 3;
+            found[GROUP * c + i] = kv_hq_signed(kv_hq4_centroid(index), is_negative);
+        }
     }
 }
 
-TARGET static void NAME(hq3_codes)(
-    float *KV_RESTRICT row, float factor, uint8_t *KV_RESTRICT codes, size_t n) {
-    EACH(i, n) {
-        float u = kv_mul(row[i], factor);
-        uint32_t index = kv_hq3_index(kv_abs(u)), is_negative = u < 0.0f;
-        codes[i] = (uint8_t)(index | is_negative << 2);
-        row[i] = kv_hq_signed(kv_hq3_centroid(index), is_negative);
+INLINE void NAME(hq3_codes)(const float *KV_RESTRICT columns, const float *KV_RESTRICT factors,
+    uint32_t *KV_RESTRICT codes, float *KV_RESTRICT found, size_t channels) {
+    EACH(c, channels) {
+        EACH(i, GROUP) {
+            float u = kv_mul(columns[GROUP * c + i], factors[i]);
+            uint32_t index = kv_hq3_index(kv_abs(u)), is_negative = u < 0.0f;
+            codes[GROUP * c + i] = index | is_negative << 2;
+            found[GROUP * c + i] = kv_hq_signed(kv_hq3_centroid(index), is_negative);
+        }
     }
 }
 
@@ -109,24 +114,31 @@ TARGET static void NAME(transform)(float *columns, size_t n) {
 
 /* --- encoding -------------------------------------------------------------------------------------- */
 
-/* What K is relative to, and sums over tokens. */
+/* What K is relative to, in V ones for deviations, and the energy of channels. */
 typedef struct {
-    float means[BLOCK], sigmas[BLOCK], inverses[BLOCK], error[BLOCK], energy[BLOCK];
+    float means[BLOCK], sigmas[BLOCK], inverses[BLOCK], energy[BLOCK];
 } NAME(hq_state);
 
-/* Read sixteen tokens from *first*, zeros beyond *end*: as they are, and as they are transformed. */
+/* Sixteen tokens: as they are transformed, before and after, and the centroids of their codes. */
+typedef struct {
+    float rows[GROUP * (BLOCK + APART)], before[GROUP * BLOCK], after[GROUP * BLOCK];
+    float found[GROUP * BLOCK], norms[GROUP], alphas[GROUP];
+    uint32_t codes[GROUP * BLOCK];
+} NAME(hq_tokens);
+
+/* Read sixteen tokens from *first*, zeros beyond *end*, as they are transformed. */
 TARGET static void NAME(hq_read)(
-    head *h, NAME(hq_state) *state, size_t first, size_t end, float *originals, float *rows) {
+    head *h, NAME(hq_state) *state, size_t first, size_t end, float *rows) {
     size_t n = h->ask->width, pitch = NAME(pitch_of)(n);
-    memset(rows, 0, GROUP * pitch * sizeof *rows);
-    for (size_t t = 0; t < GROUP && first + t < end; t++) {
-        float *original = originals + t * pitch, *row = rows + t * pitch;
-        NAME(read_row)(h, first + t, original);
-        NAME(add_squares)(original, state->energy, n);
-        if (first + t < h->ask->sinks) {
+    for (size_t t = 0; t < GROUP; t++) {
+        float *row = rows + t * pitch;
+        if (first + t < h->ask->sinks || first + t >= end) {
+            memset(row, 0, 16 * kv_ceil(n, 16) * sizeof *row);
             continue;
         }
-        memcpy(row, original, n * sizeof *row);
+        NAME(load_row)(h->ask->source, values_at(h, first + t), row, n);
+        memset(row + n, 0, (16 * kv_ceil(n, 16) - n) * sizeof *row);
+        NAME(add_squares)(row, state->energy, n);
         if (h->ask->kind == KV_KEYS) {
             NAME(subtract_row)(row, state->means, n);
             NAME(scale_row)(row, state->inverses, n);
@@ -135,71 +147,111 @@ TARGET static void NAME(hq_read)(
     }
 }
 
-/* Code a transformed token of *norm*; its row becomes the centroids. */
-TARGET static void NAME(hq_token)(const head *h, float *row, float norm, uint8_t *codes) {
+/* Code tokens that are transformed. */
+TARGET static void NAME(hq_code)(const head *h, NAME(hq_tokens) *g) {
     size_t n = h->ask->width;
-    float gain = kv_div(1.0f, norm < KV_HQ_LEAST_NORM ? 1.0f : norm);
+    float factors[GROUP];
     for (size_t first = 0, block; first < n; first += block) {
         block = power_of_two_below(n - first);
-        float factor = kv_mul(gain, kv_sqrt(kv_div((float)n, (float)block)));
-        if (h->ask->codec == KV_HQ4) {
-            NAME(hq4_codes)(row + first, factor, codes + first, block);
-        } else {
-            NAME(hq3_codes)(row + first, factor, codes + first, block);
+        float spread = kv_sqrt(kv_div((float)n, (float)block));
+        EACH(i, GROUP) {
+            float norm = g->norms[i] < KV_HQ_LEAST_NORM ? 1.0f : g->norms[i];
+            factors[i] = kv_mul(kv_div(1.0f, norm), spread);
         }
-    }
-    if (norm < KV_HQ_LEAST_NORM) {
-        memset(codes, 0, n);
+        size_t at = GROUP * first;
+        if (h->ask->codec == KV_HQ4) {
+            NAME(hq4_codes)(g->after + at, factors, g->codes + at, g->found + at, block);
+        } else {
+            NAME(hq3_codes)(g->after + at, factors, g->codes + at, g->found + at, block);
+        }
     }
 }
 
-/* What a transformed row of centroids stands for, before K's deviations and means. */
-TARGET static void NAME(hq_expand)(const head *h, float *row, float alpha) {
+/* The factors of tokens whose centroids have the norms *found*: as they are stored, and in g->alphas. */
+TARGET static void NAME(hq_factors)(
+    head *h, NAME(hq_tokens) *g, const float *found, any16 *stored, size_t count) {
+    for (size_t t = 0; t < GROUP; t++) {
+        uint16_t alpha = 0;
+        if (t < count && !(g->norms[t] < KV_HQ_LEAST_NORM)) {
+            alpha = kv_half_of_float(kv_div(g->norms[t], found[t]));
+            h->is_broken |= kv_half_is_broken(alpha);
+        }
+        if (t < count) {
+            stored[t] = alpha;
+        }
+        g->alphas[t] = kv_float_of_half(alpha);
+    }
+}
+
+/* Squares of what the codes of *channels* lose: *found*, of each token in its own scale, less *exact* in
+ * one for all, and weighed. They take the place of *found*. */
+INLINE void NAME(hq_squares)(float *KV_RESTRICT found, const float *KV_RESTRICT scale,
+    const float *KV_RESTRICT exact, float whole, const float *KV_RESTRICT weights, size_t channels) {
+    EACH(c, channels) {
+        float weight = weights[c];
+        EACH(i, GROUP) {
+            float value = kv_mul(found[GROUP * c + i], scale[i]);
+            float missed = kv_mul(kv_sub(value, kv_mul(exact[GROUP * c + i], whole)), weight);
+            found[GROUP * c + i] = kv_mul(missed, missed);
+        }
+    }
+}
+
+/* Add what the codes lose. A transform keeps distances but for its factor, so that of V is seen without
+ * going back; channels of K do not weigh the same. */
+TARGET static void NAME(hq_lost)(head *h, const float *weights, NAME(hq_tokens) *g) {
     size_t n = h->ask->width;
+    float scale[GROUP];
+    if (h->ask->kind == KV_KEYS) {
+        NAME(transform)(g->found, n);
+    }
     for (size_t first = 0, block; first < n; first += block) {
         block = power_of_two_below(n - first);
-        NAME(scale_by)(row + first, kv_mul(alpha, kv_div(1.0f, kv_sqrt((float)block))), block);
+        float shrunk = kv_div(1.0f, kv_sqrt((float)block)), *found = g->found + GROUP * first;
+        if (h->ask->kind == KV_KEYS) {
+            EACH(i, GROUP) scale[i] = kv_mul(g->alphas[i], shrunk);
+            NAME(hq_squares)(
+                found, scale, g->before + GROUP * first, 1.0f, weights + first, block);
+        } else {
+            NAME(hq_squares)(
+                found, g->alphas, g->after + GROUP * first, shrunk, weights + first, block);
+        }
     }
-    NAME(flip_signs)(row, h->flips, n);
+    h->error += NAME(sum_of)(g->found, GROUP * n);
+}
+
+/* Turn codes to rows of bytes; those of tokens that are as good as zero are zero. */
+TARGET static void NAME(hq_write)(
+    const head *h, NAME(hq_tokens) *g, uint8_t *KV_RESTRICT codes, size_t count) {
+    size_t n = h->ask->width, pitch = NAME(pitch_of)(n);
+    float columns[GROUP * GROUP];
+    for (size_t c = 0; c < n; c += GROUP) {
+        memcpy(columns, g->codes + GROUP * c, sizeof columns);
+        NAME(turn_rows)(columns, GROUP, g->rows + c, pitch);
+    }
+    for (size_t t = 0; t < count; t++, codes += n) {
+        const any32 *KV_RESTRICT row = (const any32 *)(void *)(g->rows + t * pitch);
+        uint8_t mask = g->norms[t] < KV_HQ_LEAST_NORM ? 0 : 0xff;
+        EACH(i, n) codes[i] = (uint8_t)row[i] & mask;
+    }
 }
 
 /* Code tokens [first, end), at most sixteen, and store their factors. */
 TARGET static void NAME(hq_group)(
     head *h, NAME(hq_state) *state, size_t first, size_t end, uint8_t *codes) {
-    size_t n = h->ask->width, pitch = NAME(pitch_of)(n);
-    float originals[GROUP * (BLOCK + APART)], rows[GROUP * (BLOCK + APART)];
-    float columns[GROUP * BLOCK], norms[GROUP], found[GROUP];
-    NAME(hq_read)(h, state, first, end, originals, rows);
-    NAME(to_columns)(rows, columns, n);
-    NAME(hq_norms)(columns, norms, n);
-    NAME(transform)(columns, n);
-    NAME(to_rows)(columns, rows, n);
-    for (size_t t = 0; t < end - first; t++) {
-        NAME(hq_token)(h, rows + t * pitch, norms[t], codes + t * n);
-    }
-    NAME(to_columns)(rows, columns, n);
-    NAME(hq_norms)(columns, found, n);
-    NAME(transform)(columns, n);
-    NAME(to_rows)(columns, rows, n);
-    for (size_t t = 0; t < end - first; t++) {
-        float *row = rows + t * pitch;
-        uint16_t alpha = 0;
-        if (!(norms[t] < KV_HQ_LEAST_NORM)) {
-            alpha = kv_half_of_float(kv_div(norms[t], found[t]));
-            h->is_broken |= kv_half_is_broken(alpha);
-        }
-        part16(h, 2)[first + t] = alpha;
-        if (first + t < h->ask->sinks) {
-            continue;
-        }
-        NAME(hq_expand)(h, row, kv_float_of_half(alpha));
-        if (h->ask->kind == KV_KEYS) {
-            NAME(scale_row)(row, state->sigmas, n);
-            NAME(add_rows)(row, state->means, n);
-        }
-        NAME(subtract_row)(row, originals + t * pitch, n);
-        NAME(add_squares)(row, state->error, n);
-    }
+    size_t n = h->ask->width, count = end - first;
+    float found[GROUP];
+    NAME(hq_tokens) g;
+    NAME(hq_read)(h, state, first, end, g.rows);
+    NAME(to_columns)(g.rows, g.before, n);
+    NAME(hq_norms)(g.before, g.norms, n);
+    memcpy(g.after, g.before, GROUP * n * sizeof *g.after);
+    NAME(transform)(g.after, n);
+    NAME(hq_code)(h, &g);
+    NAME(hq_norms)(g.found, found, n);
+    NAME(hq_factors)(h, &g, found, part16(h, 2) + first, count);
+    NAME(hq_lost)(h, state->sigmas, &g);
+    NAME(hq_write)(h, &g, codes, count);
 }
 
 TARGET static void NAME(hq_pack)(head *h, const uint8_t *codes, size_t first, size_t count) {
@@ -216,26 +268,37 @@ TARGET static void NAME(hq_encode)(head *h) {
     size_t n = h->ask->width, tokens = h->ask->tokens;
     NAME(hq_state) state;
     uint8_t codes[(KV_TILE + 8) * BLOCK];
-    memset(state.error, 0, n * sizeof *state.error);
-    memset(state.energy, 0, n * sizeof *state.energy);
     if (h->ask->kind == KV_KEYS) {
         NAME(take_means)(h, part16(h, 3), state.means);
         NAME(take_deviations)(h, state.means, part16(h, 4), state.sigmas);
         EACH(i, n) state.inverses[i] = kv_inverse(state.sigmas[i]);
+    } else {
+        EACH(i, n) state.sigmas[i] = 1.0f;
     }
     for (size_t first = 0; first < tokens; first += KV_TILE) {
         size_t count = lesser(KV_TILE, tokens - first);
         memset(codes + count * n, 0, 8 * n);
+        memset(state.energy, 0, n * sizeof *state.energy);
         for (size_t t = 0; t < count; t += GROUP) {
             size_t end = first + lesser(t + GROUP, count);
             NAME(hq_group)(h, &state, first + t, end, codes + t * n);
         }
         NAME(hq_pack)(h, codes, first, count);
-        NAME(add_up)(h, state.error, state.energy);
+        h->energy += NAME(sum_of)(state.energy, n);
     }
 }
 
 /* --- decoding -------------------------------------------------------------------------------------- */
+
+/* What a transformed row of centroids stands for, before K's deviations and means. */
+TARGET static void NAME(hq_expand)(const head *h, float *row, float alpha) {
+    size_t n = h->ask->width;
+    for (size_t first = 0, block; first < n; first += block) {
+        block = power_of_two_below(n - first);
+        NAME(scale_by)(row + first, kv_mul(alpha, kv_div(1.0f, kv_sqrt((float)block))), block);
+    }
+    NAME(flip_signs)(row, h->flips, n);
+}
 
 TARGET static void NAME(hq_unpack)(const head *h, uint8_t *codes, size_t first, size_t count) {
     size_t n = h->ask->width;

@@ -1,5 +1,24 @@
 /* nvfp4, a head at a time; see _codecs_heads.h. */
 
+/* kv_e2m1_nearest of a size. */
+INLINE float NAME(nvfp4_nearest)(float size) {
+    float capped = NAME(held_above_zero)(size, KV_E2M1_MAX);
+    int32_t bits = (int32_t)kv_bits_of_float(capped);
+    float magic = bits < 0x40800000 ? KV_MAGIC : 2.0f * KV_MAGIC; /* below 4, and below 2 */
+    magic = bits < 0x40000000 ? 0.5f * KV_MAGIC : magic;
+    return kv_sub(kv_add(capped, magic), magic);
+}
+
+/* kv_nvfp4_code, in integers. */
+INLINE uint32_t NAME(nvfp4_code)(float scaled) {
+    uint32_t bits = kv_bits_of_float(NAME(held_above_zero)(kv_abs(scaled), KV_E2M1_MAX));
+    uint32_t normal = (bits + 0x1fffffu + ((bits >> 22) & 1u) - (126u << 23)) >> 22;
+    float size = kv_float_of_bits(bits);
+    uint32_t small = kv_rint_bits(kv_add(size, size)) & 3u;
+    uint32_t sign = kv_bits_of_float(scaled) > 0x80000000u ? 8u : 0u;
+    return sign | (bits < 0x3f800000u ? small : normal & 7u);
+}
+
 /* Blocks lie beside each other, the 16 values of each below one another: n columns, n a multiple of
  * 16. What each loses with a given scale, summed as a tree in the order of the format. */
 TARGET static void NAME(nvfp4_errors)(
@@ -11,7 +30,7 @@ TARGET static void NAME(nvfp4_errors)(
         for (size_t r = 0; r < 16; r++) {
             EACH(i, GROUP) {
                 float size = sizes[r * pitch + c + i];
-                float nearest = kv_e2m1_nearest(kv_mul(size, inverses[c + i]));
+                float nearest = NAME(nvfp4_nearest)(kv_mul(size, inverses[c + i]));
                 float missed = kv_sub(size, kv_mul(nearest, units[c + i]));
                 squares[r][i] = kv_mul(missed, missed);
             }
@@ -45,7 +64,10 @@ TARGET static void NAME(nvfp4_choose)(
     memcpy(largest, sizes, n * sizeof *largest);
     for (size_t r = 1; r < 16; r++) {
         const float *KV_RESTRICT row = sizes + r * NAME(pitch_of)(n);
-        EACH(i, n) largest[i] = kv_max(largest[i], row[i]);
+        EACH(i, n) {
+            int32_t size = kv_size_bits(row[i]), most = kv_size_bits(largest[i]);
+            largest[i] = kv_float_of_bits((uint32_t)(size > most ? size : most));
+        }
     }
     NAME(nvfp4_try)(sizes, largest, 6.0f, tensor, scales, errors, n);
     NAME(nvfp4_try)(sizes, largest, 4.0f, tensor, other, fours, n);
@@ -59,7 +81,7 @@ TARGET static void NAME(nvfp4_choose)(
 TARGET static void NAME(nvfp4_codes)(
     const float *KV_RESTRICT row, const float *KV_RESTRICT inverses, uint8_t *KV_RESTRICT codes,
     size_t n) {
-    EACH(i, n) codes[i] = (uint8_t)kv_nvfp4_code(kv_mul(row[i], inverses[i]));
+    EACH(i, n) codes[i] = (uint8_t)NAME(nvfp4_code)(kv_mul(row[i], inverses[i]));
 }
 
 TARGET static void NAME(nvfp4_values)(
@@ -94,7 +116,9 @@ TARGET static float NAME(nvfp4_tensor)(head *h, const float *means) {
     for (size_t t = h->ask->sinks; t < tokens; t++) {
         NAME(read_row)(h, t, row);
         NAME(add_squares)(row, energy, n);
-        NAME(read_centred)(h, t, means, row);
+        if (h->ask->kind == KV_KEYS) {
+            NAME(subtract_row)(row, means, n);
+        }
         NAME(add_squares)(row, rest, n);
         int32_t size = NAME(size_of_row)(row, n);
         largest = largest > size ? largest : size;
@@ -116,7 +140,7 @@ TARGET static void NAME(sizes_of_row)(
 TARGET static void NAME(nvfp4_keys_block)(
     head *h, const float *rows, float tensor, uint8_t *scales, uint8_t *codes) {
     size_t n = h->ask->width, wide = 16 * kv_ceil(n, 16), pitch = NAME(pitch_of)(n);
-    float sizes[16 * (BLOCK + APART)], inverses[BLOCK], errors[BLOCK], sum = 0.0f;
+    float sizes[16 * (BLOCK + APART)], inverses[BLOCK], errors[BLOCK];
     uint8_t found[BLOCK];
     for (size_t r = 0; r < 16; r++) {
         NAME(sizes_of_row)(rows + r * pitch, sizes + r * pitch, wide);
@@ -126,8 +150,7 @@ TARGET static void NAME(nvfp4_keys_block)(
     for (size_t r = 0; r < 16; r++) {
         NAME(nvfp4_codes)(rows + r * pitch, inverses, codes + r * n, n);
     }
-    EACH(i, n) sum += errors[i];
-    h->error += sum;
+    h->error += NAME(sum_of)(errors, n);
 }
 
 /* Code up to 16 tokens of V, whose blocks are along channels: sixteen blocks of sixteen tokens are
@@ -144,11 +167,7 @@ TARGET static void NAME(nvfp4_values_block)(
         NAME(sizes_of_row)(sizes + r * pitch, sizes + r * pitch, 16 * blocks);
     }
     NAME(nvfp4_choose)(sizes, tensor, found, inverses, errors, 16 * blocks);
-    for (size_t b = 0; b < blocks; b++) {
-        float sum = 0.0f;
-        EACH(i, GROUP) sum += errors[16 * b + i];
-        h->error += sum;
-    }
+    h->error += NAME(sum_of)(errors, 16 * blocks);
     for (size_t t = 0; t < count; t++) {
         for (size_t b = 0; b < blocks; b++) {
             scales[t * blocks + b] = found[16 * b + t];
