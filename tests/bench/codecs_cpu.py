@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, NamedTuple
 
@@ -21,6 +21,7 @@ from kvstore.compression import native
 from kvstore.compression.reference import REFERENCE
 from kvstore.compression.registry import find_codec
 from kvstore.compression.shapes import (
+    CodecId,
     Kind,
     SectionCoder,
     SectionShape,
@@ -31,7 +32,7 @@ from kvstore.compression.tables import coding_shape
 from kvstore.types import HeadRange
 
 NAMES: Final = (
-    *("exp3", "rans", "int8kv", "fp8", "int4kv", "nvfp4", "hq4", "hq3"),
+    *("exp3", "rans", "int8kv", "fp8", "k8v4", "int4kv", "nvfp4", "hq4", "hq3"),
     *("ecsq-hi", "ecsq-mid", "ecsq-lo"),
 )
 _HEADS: Final = 8
@@ -87,22 +88,33 @@ def _measure_each(names: Iterable[str], sizes: Sizes, *, with_numpy: bool) -> It
         timer = _Timer(pool, sizes.rounds)
         copy = timer.speed(values, lambda index: np.copyto(copied[index], values[index]))
         for name in names:
-            spec = find_codec(name)
-            codec = spec.sections[Kind.K]
-            shape = SectionShape(
-                Kind.K, SourceType.BFLOAT16, _HEADS, sizes.tokens, sizes.dim, table=spec.table_id
-            )
-            shape = coding_shape(codec, shape)
-            compiled = native.find(codec, shape)
-            if compiled is not None:
-                found = _measure(compiled, shape, values, section_cap_bytes(codec, shape), timer)
+            sides = [_side(name, kind, sizes) for kind in Kind]
+            compiled = [native.find(side.codec, side.shape) for side in sides]
+            coders = [coder for coder in compiled if coder is not None]
+            if len(coders) == len(sides):
+                found = _measure(coders, sides, values, timer)
                 yield Speed(name, native.KERNEL, *found, copy, sizes.threads)
             if with_numpy:
                 few = values[:_NUMPY_SECTIONS]
-                cap = section_cap_bytes(codec, shape)
                 slow = _Timer(pool, min(_NUMPY_ROUNDS, sizes.rounds))
-                found = _measure(REFERENCE[codec], shape, few, cap, slow)
+                found = _measure([REFERENCE[side.codec] for side in sides], sides, few, slow)
                 yield Speed(name, "numpy", *found, copy, sizes.threads)
+
+
+class _Side(NamedTuple):
+    """What sections of K or of V are coded with."""
+
+    codec: CodecId
+    shape: SectionShape
+
+
+def _side(name: str, kind: Kind, sizes: Sizes) -> _Side:
+    spec = find_codec(name)
+    codec = spec.sections[kind]
+    shape = SectionShape(
+        kind, SourceType.BFLOAT16, _HEADS, sizes.tokens, sizes.dim, table=spec.table_id
+    )
+    return _Side(codec, coding_shape(codec, shape))
 
 
 class _Timer:
@@ -123,21 +135,27 @@ class _Timer:
 
 
 def _measure(
-    coder: SectionCoder, shape: SectionShape, values: Bf16, cap: int, timer: _Timer
+    coders: Sequence[SectionCoder], sides: Sequence[_Side], values: Bf16, timer: _Timer
 ) -> tuple[float, float, float]:
-    """Return bits per value, and GB/s of encoding and decoding."""
-    sections: list[NDArray[Any]] = [np.empty(cap, np.uint8) for _ in values]
-    decoded = np.empty_like(values)
+    """Return bits per value, and GB/s of encoding and decoding: every other section is V."""
+    caps = [section_cap_bytes(side.codec, side.shape) for side in sides]
+    sections: list[NDArray[Any]] = [
+        np.zeros(caps[index % len(sides)], np.uint8) for index in range(len(values))
+    ]
+    decoded = np.zeros_like(values)
     sizes = [0] * len(values)
-    heads = HeadRange(0, shape.heads)
+    heads = HeadRange(0, _HEADS)
 
     def encode(index: int) -> None:
-        found = coder.encode(shape, values[index], sections[index])
+        side = index % len(sides)
+        found = coders[side].encode(sides[side].shape, values[index], sections[index])
         assert found.is_fit
         sizes[index] = found.size_bytes
 
     def decode(index: int) -> None:
-        coder.decode(shape, sections[index][: sizes[index]], decoded[index], heads)
+        side = index % len(sides)
+        section = sections[index][: sizes[index]]
+        coders[side].decode(sides[side].shape, section, decoded[index], heads)
 
     encoding, decoding = timer.speed(values, encode), timer.speed(values, decode)
     return 8 * sum(sizes) / values.size, encoding, decoding
