@@ -31,7 +31,7 @@ from kvstore.gpu.device import (
 )
 from kvstore.gpu.kernels import CODECS, StreamOf, find_built
 
-SOURCES_OF: Final = {"raw": "raw", "spans": "spans", "xxh3": "xxh3", **CODECS}
+SOURCES_OF: Final = {"raw": "raw", "whole": "whole", "spans": "spans", "xxh3": "xxh3", **CODECS}
 """What names of kernels begin with, and the source of each."""
 
 _BLOCKS_PER_MULTIPROCESSOR: Final = {Urgency.HIGH: 8, Urgency.LOW: 2}
@@ -54,8 +54,8 @@ class CupyMemory:
         self._pinned = pinned
 
     def free(self) -> None:
-        """Give it back."""
-        with self._device.entered() as runtime:
+        """Give it back. Of a context that is gone, memory is gone with it."""
+        with contextlib.suppress(DeviceLostError), self._device.entered() as runtime:
             (runtime.freeHost if self._pinned else runtime.free)(self.address)
 
 

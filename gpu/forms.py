@@ -16,6 +16,9 @@ from kvstore.gpu.pages import VECTOR_BYTES, PageLayout
 
 GATHER: Final = "raw_gather"
 SCATTER: Final = "raw_scatter"
+WHOLE_GATHER: Final = "whole_gather"
+WHOLE_SCATTER: Final = "whole_scatter"
+"""Those of plain chunks: they take checksums on the way."""
 LAY: Final = "spans_lay"
 DIGEST: Final = "xxh3_blocks"
 
@@ -96,7 +99,10 @@ def plain_form(layout: PageLayout) -> Form:
         extra=layout.head_bytes,
     )
     launch = Launch(
-        gather=(GATHER,), scatter=(SCATTER,), sections=layout.sections(), chunks=told
+        gather=(WHOLE_GATHER,),
+        scatter=(WHOLE_SCATTER,),
+        sections=layout.sections(),
+        chunks=told,
     )
     return Form(layout=layout, size_bytes=layout.chunk_bytes, launches=(launch,), is_plain=True)
 

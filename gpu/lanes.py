@@ -230,6 +230,8 @@ class Lane:
             spans=[chunk.spans for chunk in chunks if chunk.spans is not None],
             sizes=transfer.sizes,
         )
+        if transfer.form.is_plain:  # its kernels take the checksums on the way
+            told.batches[0]["reports"] = told.digest["reports"] if transfer.checksums else 0
         self._kernels.copy([told.upload])
         return told
 
@@ -244,11 +246,12 @@ class Lane:
         self._kernels.copy([told.upload])
         return told.digest
 
-    def _results(self, transfer: Transfer, digest: NDArray[Any]) -> None:
-        """Have checksums taken if they are wanted, and bring what kernels have found."""
+    def _results(self, transfer: Transfer, digest: NDArray[Any] | None) -> None:
+        """Have *digest* taken where checksums are wanted, and bring what kernels have found."""
         copies = [] if transfer.form.is_plain else transfer.slot.found_copies()
         if transfer.checksums:
-            self._kernels.launch(DIGEST, digest)
+            if digest is not None:
+                self._kernels.launch(DIGEST, digest)
             count, size = len(transfer.chunks), transfer.form.size_bytes
             copies += transfer.slot.digest_copies(count, size)
         if copies:
@@ -369,7 +372,7 @@ class StoreLane(Lane):
         self._gather(transfer, told)
         self._behind_gather(transfer)
         self._copies.copy(out)
-        self._results(transfer, told.digest)
+        self._results(transfer, None if transfer.form.is_plain else told.digest)
 
     def _give_encoder(self, transfer: Encoding) -> None:
         launches, told = transfer.form.launches, self._tell(transfer)
@@ -447,7 +450,7 @@ class LoadLane(Lane):
         self._behind_engine(self._kernels, transfer)
         for launch, batch in zip(transfer.form.launches, told.batches, strict=True):
             self._launch(launch.scatter, batch)
-        self._results(transfer, told.digest)
+        self._results(transfer, None if transfer.form.is_plain else told.digest)
 
     def _give_direct(self, transfer: Transfer) -> None:
         batch = self._tell_pieces(transfer) if transfer.checksums else None

@@ -91,6 +91,42 @@ def raw_scatter(batch: NDArray[Any], memory: MemoryAt) -> list[Step]:
     return _copy_rows(batch, memory, to_pages=True)
 
 
+def _move_whole(batch: NDArray[Any], memory: MemoryAt, *, to_pages: bool) -> list[Step]:
+    """Return the steps of raw_gather or raw_scatter; the last of each chunk takes its digests."""
+    told = batch[0]
+    steps = _copy_rows(batch, memory, to_pages=to_pages)
+    if not told["reports"]:
+        return steps
+    chunks, rows = int(told["chunk_count"]), int(told["section_count"]) * int(told["heads"])
+    size = rows * int(told["tokens"]) * int(told["width"]) * _VECTOR_BYTES
+    starts = _read(memory, int(told["containers"]), "<u8", chunks).tolist()
+    found = _read(memory, int(told["reports"]), "<u8", chunks * block_count(size))
+    found = found.reshape(chunks, -1)
+    each = len(steps) // chunks
+    left = [each] * chunks
+
+    def digesting(move: Step, chunk: int) -> Step:
+        def run() -> None:
+            move()
+            left[chunk] -= 1
+            if left[chunk] == 0:
+                found[chunk] = block_digests(memory(starts[chunk], size).tobytes())
+
+        return run
+
+    return [digesting(step, number // each) for number, step in enumerate(steps)]
+
+
+def whole_gather(batch: NDArray[Any], memory: MemoryAt) -> list[Step]:
+    """Copy rows of pages to where chunks lie in one piece, and digest what was copied."""
+    return _move_whole(batch, memory, to_pages=False)
+
+
+def whole_scatter(batch: NDArray[Any], memory: MemoryAt) -> list[Step]:
+    """Copy chunks in one piece to rows of pages, and digest what was copied."""
+    return _move_whole(batch, memory, to_pages=True)
+
+
 def spans_lay(batch: NDArray[Any], memory: MemoryAt) -> list[Step]:
     """Lay measured sections one behind the other, with zeros between them: a step a container."""
     told = batch[0]
@@ -144,5 +180,7 @@ TWINS: Final[Mapping[str, Twin]] = {
     "raw_gather": raw_gather,
     "raw_scatter": raw_scatter,
     "spans_lay": spans_lay,
+    "whole_gather": whole_gather,
+    "whole_scatter": whole_scatter,
     "xxh3_blocks": xxh3_blocks,
 }

@@ -1,7 +1,7 @@
 /* XXH3-64 without a seed, of whole multiples of 16 bytes: the checksum of blocks.
  *
  * Written from the specification of the algorithm (XXH3, "small inputs" to "large inputs"). What is
- * longer than 240 bytes is folded by a warp: see xxh3.cu.
+ * longer than 240 bytes is folded by a thread block: see digests.cuh.
  */
 #ifndef KVSTORE_XXH3_CUH
 #define KVSTORE_XXH3_CUH

@@ -296,6 +296,16 @@ def test_events_of_our_streams_tell_the_time_and_fences_do_not(device, cupy) -> 
         last.seconds_since(first)
 
 
+def test_memory_of_a_lost_device_is_gone_with_it(device, cupy) -> None:
+    memory, pinned = device.allocate(100), device.pin(200)
+    cupy.status = 700
+    memory.free()
+    pinned.free()
+    cupy.status = 1
+    with pytest.raises(DeviceError):
+        memory.free()
+
+
 def test_copies_that_lie_behind_each_other_are_one() -> None:
     assert list(merged([])) == []
     assert list(merged([Copy(0, 8, 8), Copy(8, 16, 8), Copy(16, 32, 8)])) == [
