@@ -32,7 +32,10 @@ if TYPE_CHECKING:
     from kvstore.bench.report import Figures
     from kvstore.gpu.device import Device
 
-CODECS: Final = ("raw", "int8kv", "int4kv")
+CODECS: Final = ("raw", "int8kv", "int4kv", "exp3")
+LARGE_CODECS: Final = ("nvfp4-compat", "ecsq-mid")
+"""What is measured of chunks of *_LARGE_TOKENS* and more: smaller ones, ecsq leaves to others."""
+_LARGE_TOKENS: Final = 64
 _CODED_MIN: Final = {"int4kv": 3.2}
 """Raw bytes a second, by those of the raw path."""
 _POOL_MIN: Final = 0.80
@@ -47,7 +50,7 @@ def daemon_rows(device: Device, shape: GpuShape, rounds: int) -> Iterator[Figure
     total = shape.chunks * shape.layout(0).chunk_bytes
     with Rig(device, shape) as rig, _daemon(2 * total) as daemon:
         stream, raw = device.stream(Urgency.HIGH), dict[str, float]()
-        for codec in CODECS:
+        for codec in _codecs_for(shape):
             for what, call in _calls(device, rig, daemon, codec):
                 speed = rig.speed(rounds, call)
                 name = f"{what} through the daemon, {codec}"
@@ -60,6 +63,11 @@ def daemon_rows(device: Device, shape: GpuShape, rounds: int) -> Iterator[Figure
                 else:
                     target = _CODED_MIN.get(codec)
                     yield speed_row(shape, name, speed, f"{what}, raw", raw[what], target)
+
+
+def _codecs_for(shape: GpuShape) -> tuple[str, ...]:
+    is_large = shape.page_tokens * shape.pages_per_chunk >= _LARGE_TOKENS
+    return CODECS + LARGE_CODECS if is_large else CODECS
 
 
 def _calls(
