@@ -32,7 +32,7 @@ from tests.support.coded_engine import (
     stored,
 )
 from tests.support.daemon import REPOSITORY, Daemon
-from tests.support.device_engine import EACH, PAGE_TOKENS, DeviceEngine, patient
+from tests.support.device_engine import EACH, PAGE_TOKENS, DeviceEngine, Impatience, patient
 from tests.support.making import make_manifest
 from tests.support.waiting import wait_until
 
@@ -291,6 +291,27 @@ def test_a_head_that_gets_stuck_keeps_its_room_until_it_is_over(daemon, space, p
         wait_until(lambda: client.stats().reservations == 0)
         assert pool("used_bytes") == 0
         assert store(engine).stored == COUNT
+
+
+def test_a_load_whose_heads_get_stuck_is_a_miss_and_keeps_its_lease_until_it_is_over(
+    daemon, space
+) -> None:
+    with engine_of(daemon, space) as engine, daemon.connect() as client:
+        put(engine)
+        assert store(engine).stored == COUNT
+        assert len(load(engine)) == COUNT
+        lane = engine.on_gpu._loads
+        lane.settings = engine.settings._replace(wait=Impatience(5))
+        engine.device.stall()
+        assert load(engine) == []
+        assert engine.on_gpu.held == client.stats().leases == 1
+        assert space[0].delete(DIGESTS).busy == COUNT
+        engine.device.resume()
+        engine.device.drain()
+        assert engine.on_gpu.held == 0
+        wait_until(lambda: client.stats().leases == 0)
+        lane.settings = engine.settings
+        assert len(load(engine)) == COUNT
 
 
 def test_an_engine_killed_between_encoding_and_commit_leaves_nothing(daemon, space, pool) -> None:
