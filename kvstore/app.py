@@ -48,7 +48,7 @@ from kvstore.tiers.base import DurableTier, RemoteTier
 from kvstore.tiers.disk_open import open_disk_tier
 from kvstore.tiers.guard import GuardedTier
 from kvstore.tiers.host import HostTier, make_memory
-from kvstore.tiers.peer import PEER_TIER_SECONDS
+from kvstore.tiers.peer_reads import PEER_TIER_SECONDS
 from kvstore.types import TierKind
 from kvstore.units import format_size
 

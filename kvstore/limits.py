@@ -81,6 +81,8 @@ GHOSTS_MAX: Final = MIB
 # --- slower tiers ------------------------------------------------------------------------
 TIER_READS_MAX: Final = 8
 """Reads under way at once, a tier. Writes are half as many, so that a read finds room."""
+TIER_READS_BYTES: Final = 32 * MIB
+"""While so many bytes are under way, no more reads than those, whatever a tier takes at once."""
 TIER_WRITES_MAX: Final = 4
 TIER_FINDS_MAX: Final = 8
 # Chunks that are made smaller for a tier at once; each takes memory for itself as it is, plain
@@ -167,12 +169,12 @@ DIRECT_PAGE_MIN_BYTES: Final = 256 * KIB
 TRIED_PAGE_MIN_BYTES: Final = 16 * KIB
 TRIED_TRANSFER_MIN_BYTES: Final = 1 * MIB
 TRIED_TRANSFERS: Final = 6
-DEVICE_FAILURES_MAX: Final = 8
-# The device tier: its pool, and the pieces in which the daemon copies chunks out of it, and in.
 # Copies given to the device in one call. Below the first number a call for each is as good; one
 # call for tens of thousands has been seen to crash in the driver.
 BATCHED_COPIES_MIN: Final = 4
 BATCHED_COPIES_MAX: Final = 1024
+DEVICE_FAILURES_MAX: Final = 8
+# The device tier: its pool, and the pieces in which the daemon copies chunks out of it, and in.
 POOL_SIZE_MAX_BYTES: Final = 16 * TIB
 DEVICE_PIECE_BYTES: Final = 4 * MIB
 # Heads of encoded chunks on their way to a pool, or from there, at a time: on each side of the bus.
@@ -288,12 +290,16 @@ PEER_SPEED_MIN_BYTES_PER_SECOND: Final = 4 * MIB
 PEER_IDLE_SECONDS: Final = 120.0
 PEER_OFFERS_MAX: Final = 256
 PEER_SHARDS_PER_CHUNK_MAX: Final = 64
+# Reads from peers at once, as far as `TIER_READS_BYTES` lets them: small ones go in batches.
+PEER_READS_MAX: Final = 32
 # Questions to one other daemon about what it holds, at once.
 PEER_ASKS_MAX: Final = 4
 # A daemon that has not said by then what it holds counts as failing.
 PEER_ASK_SECONDS: Final = 0.5
-# Chunks sent to other daemons' tiers at once; one while loads of this host wait for slower tiers.
+# Turns of other daemons' tiers at once, and what is sent in one; one chunk while loads of this host
+# wait for slower tiers.
 PEER_SPARE_SENDS_MAX: Final = 8
+PEER_TURN_BYTES: Final = 4 * MIB
 # Who waits longer for a turn is told that there is none now.
 PEER_TURN_SECONDS: Final = 0.1
 # Chunks of which it is remembered which other daemon holds them, some 200 bytes each.
@@ -311,7 +317,7 @@ DIRECTORY_MEMBER_BYTES: Final = 16
 # Bytes that are digested together. Fewer calls are worth more than what is still in a cache.
 PEER_PART_BYTES: Final = 8 * MIB
 PEER_SOCKET_BUFFER_BYTES: Final = 4 * MIB
-# Shards of one hand-off are asked for in batches, so many of them at once.
+# Shards are asked for in batches: of one hand-off so many at once, of a tier one on each lane.
 PULL_BATCHES_AHEAD: Final = 6
 PULL_BATCH_CHUNKS_MAX: Final = 16
 PULL_BATCH_BYTES: Final = 16 * MIB

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import secrets
 import socket
@@ -28,6 +29,7 @@ from kvstore.limits import (
     PEER_SHARDS_PER_CHUNK_MAX,
     PEER_SPEED_MIN_BYTES_PER_SECOND,
     PEER_TIMEOUT_SECONDS,
+    PEER_TURN_BYTES,
     PULL_BATCH_BYTES,
     PULL_BATCH_CHUNKS_MAX,
 )
@@ -67,7 +69,7 @@ class _Ready(NamedTuple):
 
     lease: LeaseId
     view: memoryview
-    has_turn: bool
+    has_turn: bool = False
 
 
 class PeerEndpoint:
@@ -329,13 +331,22 @@ class PeerEndpoint:
     async def _begin_some(
         self, wants: Sequence[p.Want], session: SessionId
     ) -> list[_Ready | p.Gone | p.Busy]:
-        """Begin with the first of *wants*, and with as many more as are at hand at once."""
-        begun = [await self._begin(wants[0], session)]
-        for want in wants[1:]:
-            if want.spare or not self._is_in_host(want):
+        """Begin with the first of *wants*, and with as many more as are at hand at once.
+
+        For tiers those share a turn, as far as it goes; each has its own while loads here wait.
+        """
+        first = await self._begin(wants[0], session)
+        begun = [first]
+        left_bytes = PEER_TURN_BYTES if wants[0].spare else PULL_BATCH_BYTES
+        if wants[0].spare and (not isinstance(first, _Ready) or self._turns.is_short):
+            return begun
+        for before, want in itertools.pairwise(wants):
+            left_bytes -= before.shard.size_bytes
+            is_alike = want.spare == before.spare
+            if left_bytes <= 0 or not is_alike or not self._is_in_host(want):
                 break
             try:
-                begun.append(await self._begin(want, session))
+                begun.append(await self._lease(want, session))
             except KVStoreError:
                 # Met again as the first of what is left, and then said.
                 break
@@ -357,7 +368,7 @@ class PeerEndpoint:
         finally:
             if isinstance(ready, p.Gone):
                 self._turns.give()
-        return ready
+        return ready if isinstance(ready, p.Gone) else ready._replace(has_turn=True)
 
     def _is_in_host(self, want: p.Want) -> bool:
         space = self._store.known(NamespaceId(want.namespace))
@@ -388,7 +399,7 @@ class PeerEndpoint:
         if shard is None or (shard.heads, shard.size_bytes, shard.root) != wanted:
             self._release(session, lease)
             return p.Gone()
-        return _Ready(lease, self._store.host.view(shard.extent), want.spare)
+        return _Ready(lease, self._store.host.view(shard.extent))
 
     def _end_some(
         self, session: SessionId, begun: Sequence[_Ready | p.Gone | p.Busy], sent_bytes: int

@@ -28,6 +28,7 @@ from kvstore.limits import (
 )
 from kvstore.metrics import Counters
 from kvstore.protocol import peering as p
+from kvstore.tiers.peer_reads import Came, Wanted
 from kvstore.transfer.settling import settle
 from kvstore.transfer.wire import Wire, WireError, WireProtocolError, dial
 
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 Kind = TypeVar("Kind", bound=p.PeerMessage)
+Arrived = TypeVar("Arrived")
 
 
 class PeerAddress(NamedTuple):
@@ -116,24 +118,20 @@ class PeerLink:
         async with self._asks:
             return await self._run(work)
 
-    async def take(self, want: p.Want, target: memoryview) -> Digests64 | p.Gone | p.Busy:
-        """Fill *target* with one shard and return the digests of its blocks, as in `fetch`."""
+    async def take(self, wanted: Sequence[Wanted], arrived: Callable[[int, Came], None]) -> None:
+        """Fill each target with the shard of its host tier that is wanted there, as in `fetch`.
 
-        def work(wire: Wire) -> Digests64 | p.Gone | p.Busy:
+        *arrived* is told why nothing came where nothing did.
+        """
+
+        def begin(wire: Wire) -> Iterator[Came]:
             self._require(p.PEER_VERSION_HAVE)
-            _begin_fetch(wire, [want], len(target))
-            return _fetch_one(wire, want.shard, target)
+            return _fetch(wire, wanted)
 
-        async with self._lanes:
-            came = await self._run(work)
-        if not isinstance(came, p.Gone | p.Busy):
-            self._counters.peer_received_bytes += len(target)
-        return came
+        await self._carry(wanted, begin, arrived)
 
     async def fetch(
-        self,
-        wanted: Sequence[tuple[p.Want, memoryview]],
-        arrived: Callable[[int, Digests64 | None], None],
+        self, wanted: Sequence[Wanted], arrived: Callable[[int, Digests64 | None], None]
     ) -> None:
         """Fill each target with the shard that is wanted there.
 
@@ -143,27 +141,16 @@ class PeerLink:
         """
         loop = asyncio.get_running_loop()
 
-        came: deque[tuple[int, Digests64 | None]] = deque()
-
-        def tell() -> None:
-            while came:
-                number, blocks = came.popleft()
-                if blocks is not None:
-                    self._counters.peer_received_bytes += len(wanted[number][1])
-                arrived(number, blocks)
-
-        def work(wire: Wire) -> None:
+        def begin(wire: Wire) -> Iterator[Came | None]:
             arriving = None
             if self.nixl is not None and self._version >= p.PEER_VERSION_NIXL:
                 arriving = self.nixl.fetch(wire, wanted, loop)
-            for one in enumerate(arriving or _fetch(wire, wanted)):
-                came.append(one)
-                # What is told while the event loop is busy is told at once.
-                if len(came) == 1:
-                    loop.call_soon_threadsafe(tell)
+            return arriving or _fetch(wire, wanted)
 
-        async with self._lanes:
-            await self._run(work)
+        def told(number: int, one: Came | None) -> None:
+            arrived(number, None if isinstance(one, p.Gone | p.Busy) else one)
+
+        await self._carry(wanted, begin, told)
 
     def close(self) -> None:
         """End everything that is under way. Idempotent."""
@@ -172,6 +159,33 @@ class PeerLink:
             errand.cancel()
         self._forget()
         self._threads.shutdown(wait=False)
+
+    async def _carry(
+        self,
+        wanted: Sequence[Wanted],
+        begin: Callable[[Wire], Iterator[Arrived]],
+        arrived: Callable[[int, Arrived], None],
+    ) -> None:
+        """Tell *arrived* of all that comes over one connection, behind what *begin* asks for."""
+        loop = asyncio.get_running_loop()
+        came: deque[tuple[int, Arrived]] = deque()
+
+        def tell() -> None:
+            while came:
+                number, one = came.popleft()
+                if one is not None and not isinstance(one, p.Gone | p.Busy):
+                    self._counters.peer_received_bytes += len(wanted[number][1])
+                arrived(number, one)
+
+        def work(wire: Wire) -> None:
+            for one in enumerate(begin(wire)):
+                came.append(one)
+                # What is told while the event loop is busy is told at once.
+                if len(came) == 1:
+                    loop.call_soon_threadsafe(tell)
+
+        async with self._lanes:
+            await self._run(work)
 
     async def _run(self, work: Callable[[Wire], Result]) -> Result:
         """Return what *work* does with a connection, in a thread."""
@@ -305,22 +319,16 @@ def _receive(wire: Wire, kind: type[Kind]) -> Kind:
     raise WireProtocolError(f"{type(message).__name__} in place of {kind.__name__}")
 
 
-def _fetch(wire: Wire, wanted: Sequence[tuple[p.Want, memoryview]]) -> Iterator[Digests64 | None]:
+def _fetch(wire: Wire, wanted: Sequence[Wanted]) -> Iterator[Came]:
     """Ask for all at once, so that the other side never waits for us; yield each as it comes."""
-    _begin_fetch(wire, [want for want, _ in wanted], sum(len(target) for _, target in wanted))
-    for want, target in wanted:
-        came = _fetch_one(wire, want.shard, target)
-        yield None if isinstance(came, p.Gone | p.Busy) else came
-
-
-def _begin_fetch(wire: Wire, wanted: Sequence[p.Want], size_bytes: int) -> None:
+    size_bytes = sum(len(target) for _, target in wanted)
     wire.begin(PEER_TIMEOUT_SECONDS + size_bytes / PEER_SPEED_MIN_BYTES_PER_SECOND)
-    wire.send_frames([p.encode(want) for want in wanted])
+    wire.send_frames([p.encode(want) for want, _ in wanted])
+    for want, target in wanted:
+        yield _fetch_one(wire, want.shard, target)
 
 
-def _fetch_one(
-    wire: Wire, shard: p.OfferedShard, target: memoryview
-) -> Digests64 | p.Gone | p.Busy:
+def _fetch_one(wire: Wire, shard: p.OfferedShard, target: memoryview) -> Came:
     """Fill *target* with the next answer; return its digests, compared with the root announced."""
     assert len(target) == shard.size_bytes, "room for exactly what was offered"
     answer = receive(wire)

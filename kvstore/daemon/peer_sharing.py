@@ -45,7 +45,7 @@ def held_shards(store: Store, space: Namespace, digest: Digest) -> list[ShardRec
 
 
 class Turns:
-    """Who is sent chunks for a tier elsewhere: so many at once, and one while loads here wait."""
+    """Who is sent chunks for a tier elsewhere: so many at once, one chunk while loads here wait."""
 
     def __init__(self, mover: Mover) -> None:
         self._mover = mover
@@ -54,7 +54,7 @@ class Turns:
 
     async def take(self) -> bool:
         """Return whether it is the caller's turn, who then has to `give` it back."""
-        if self._taken and self._has_loads():
+        if self._taken and self.is_short:
             return False
         try:
             async with asyncio.timeout(PEER_TURN_SECONDS):
@@ -69,8 +69,9 @@ class Turns:
         self._taken -= 1
         self._gate.release()
 
-    def _has_loads(self) -> bool:
-        """Return whether engines here wait for slower tiers: but for peers, which wait for us."""
+    @property
+    def is_short(self) -> bool:
+        """Whether engines here wait for slower tiers: but for peers, which wait for us."""
         routes = self._mover.routes.values()
         return any(r.lane.is_loading for r in routes if r.kind is not TierKind.PEER)
 

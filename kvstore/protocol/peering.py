@@ -12,7 +12,8 @@ never travels: each sends an HMAC over both nonces. Fields are only appended, ta
     Grant (version 2)                       -->  Granted or NotGranted
     Returned, when it was granted           -->
 
-Both speak the newest version that both know. Version 1 is that of hand-offs alone.
+Both speak the newest version that both know. Version 1 is that of hand-offs alone. Wants
+may be sent while others are yet to be answered; answers come in their order.
 """
 
 from __future__ import annotations

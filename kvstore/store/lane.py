@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 
 from kvstore.limits import (
     REMOVE_QUEUE_CHUNKS_MAX,
+    TIER_READS_BYTES,
     TIER_READS_MAX,
     TIER_WRITES_MAX,
     WRITE_QUEUE_CHUNKS_MAX,
@@ -55,6 +56,7 @@ class Fetch:
         "parent",
         "reads",
         "runs_as_load",
+        "size_bytes",
         "slot",
         "ticket",
         "tried",
@@ -69,6 +71,7 @@ class Fetch:
         self.is_prefetch = False
         self.is_running = False
         self.runs_as_load = False
+        self.size_bytes = 0
         self.ticket = 0
         self.tried = 0
         self.reads: tuple[TierRead, ...] = ()
@@ -156,12 +159,16 @@ Job = Fetch | Write | Removal
 
 
 class Lane:
-    """The queues before one slower tier. *writes_max_bytes* bounds what waits to be written."""
+    """The queues before one slower tier. *writes_max_bytes* bounds what waits to be written.
 
-    def __init__(self, writes_max_bytes: int) -> None:
+    *reads_max* are read at once, beyond the usual only while their bytes are few.
+    """
+
+    def __init__(self, writes_max_bytes: int, reads_max: int = TIER_READS_MAX) -> None:
         self.write_bytes = 0
         self.dropped_writes = 0
         self._writes_max_bytes = writes_max_bytes
+        self._reads_max = reads_max
         # (not a load, deadline, ticket, fetch); only the last ticket of a fetch is good.
         self._fetches: list[tuple[bool, float, int, Fetch]] = []
         self._writes: dict[WriteKey, Write] = {}
@@ -170,6 +177,7 @@ class Lane:
         self._under_way: dict[WriteKey, Write] = {}
         self._removals: deque[Removal] = deque()
         self._reading = 0
+        self._reading_bytes = 0
         self._reading_loads = 0
         self._writing = 0
 
@@ -276,6 +284,7 @@ class Lane:
         """Note that *job* is under way no more."""
         if isinstance(job, Fetch):
             self._reading -= 1
+            self._reading_bytes -= job.size_bytes
             self._reading_loads -= job.runs_as_load
             job.is_running = job.runs_as_load = False
         else:
@@ -284,13 +293,15 @@ class Lane:
                 del self._under_way[job.key]
 
     def _next_fetch(self) -> Fetch | None:
-        if self._reading >= TIER_READS_MAX:
+        has_many = self._reading >= TIER_READS_MAX and self._reading_bytes >= TIER_READS_BYTES
+        if has_many or self._reading >= self._reads_max:
             return None
         while self._fetches:
             *_, ticket, fetch = heapq.heappop(self._fetches)
             if _is_good(ticket, fetch):
                 fetch.is_running = True
                 self._reading += 1
+                self._reading_bytes += fetch.size_bytes
                 fetch.runs_as_load = bool(fetch.waiters)
                 self._reading_loads += fetch.runs_as_load
                 return fetch

@@ -71,7 +71,7 @@ class Mover:
     ) -> Route:
         """Move to and from *tier*, too, which the store knows; *transcoder* makes its forms."""
         assert tier.kind in self._store.slower.residents, "the store knows its tiers"
-        lane = Lane(self._store.host.usage().capacity_bytes // WRITE_QUEUE_SHARE)
+        lane = Lane(self._store.host.usage().capacity_bytes // WRITE_QUEUE_SHARE, tier.reads_max)
         route = Route(self._store, tier, lane, policy, admission, self._in_thread, transcoder)
         self._store.slower.forming |= tier.kind if transcoder else 0
         self.routes[tier.kind] = route
@@ -306,7 +306,7 @@ class Mover:
         if route is None or not fetch.is_needed:
             self._finish(fetch, is_here=False)
             return
-        route.lane.put_fetch(fetch)
+        route.put_fetch(fetch)
         self._kick(route)
 
     async def _run_fetch(self, route: Route, fetch: Fetch) -> None:

@@ -131,6 +131,12 @@ class Route:
 
     # --- up -----------------------------------------------------------------------------
 
+    def put_fetch(self, fetch: Fetch) -> None:
+        """Queue *fetch*, whose shard is here."""
+        record = self._store.index.shard(fetch.slot, fetch.heads, self.kind)
+        fetch.size_bytes = 0 if record is None else record.size_bytes
+        self.lane.put_fetch(fetch)
+
     async def fetch(self, fetch: Fetch) -> bool:
         """Bring a shard into the host tier; return whether it is there now.
 

@@ -26,6 +26,7 @@ from kvstore.limits import (
     BREAKER_PAUSE_MIN_SECONDS,
     BREAKER_TROUBLE_MAX_SECONDS,
     TIER_BANDWIDTH_FLOOR_BYTES,
+    TIER_READS_MAX,
     TIER_TIMEOUT_SECONDS,
 )
 from kvstore.tiers.base import Recovered, RemoteTier, Shard, SharedTier, TierUsage
@@ -118,6 +119,7 @@ class GuardedTier:
     ) -> None:
         self.tier: Final = tier
         self.kind: Final[TierKind] = tier.kind
+        self.reads_max: Final[int] = getattr(tier, "reads_max", TIER_READS_MAX)
         self.is_shared: Final = hasattr(tier, "find") and tier.kind is not TierKind.DISK
         self.counters = GuardCounters()
         self.reads = Meter(clock)

@@ -11,7 +11,8 @@ import asyncio
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Final, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 import msgspec
 
@@ -21,13 +22,12 @@ from kvstore.limits import (
     BREAKER_PAUSE_MAX_SECONDS,
     PEER_ASK_SECONDS,
     PEER_HOLDERS_MAX,
-    PEER_LANES,
-    PEER_SPEED_MIN_BYTES_PER_SECOND,
-    PEER_TIMEOUT_SECONDS,
+    PEER_READS_MAX,
 )
 from kvstore.protocol import peering as p
 from kvstore.tiers.base import Recovered, Shard, ShardKey, TierUsage
 from kvstore.tiers.guard import Breaker
+from kvstore.tiers.peer_reads import PeerLine, PeerReads
 from kvstore.types import Digest, HeadRange, NamespaceId, Place, Root, TierKind
 
 if TYPE_CHECKING:
@@ -40,19 +40,6 @@ log = logging.getLogger(__name__)
 _PLACE: Final = Place(0)
 # A chunk that its first holder does not have after all is asked for at another one.
 _ROUNDS: Final = 2
-
-PEER_TIER_SECONDS: Final = 4 * PEER_TIMEOUT_SECONDS
-"""What a call may take besides its bytes: to wait for others, to dial, and to be answered."""
-
-
-class PeerLine(Protocol):
-    """The way to one other daemon. Both raise `TierError`, or worse when it breaks the protocol."""
-
-    async def have(self, request: p.Have) -> p.Holding:
-        """Return what it holds, one answer for each digest asked for."""
-
-    async def take(self, want: p.Want, target: memoryview) -> Digests64 | p.Gone | p.Busy:
-        """Fill *target*; return the digests of its blocks, whose root has been compared."""
 
 
 class PeerCounters(msgspec.Struct):
@@ -82,19 +69,20 @@ class _Peer:
         self.line = line
         self.breaker = Breaker()
         self.asked_again_at = 0.0
-        self.reads = asyncio.Semaphore(PEER_LANES)
 
 
 class PeerTier:
     """Reads what peers hold. Nothing is ever written to them, and nothing removed there."""
 
     kind: Final = TierKind.PEER
+    reads_max: Final = PEER_READS_MAX
 
     def __init__(self, directory: Directory, clock: Callable[[], float]) -> None:
         self.directory: Final = directory
         self.counters = PeerCounters()
         self._clock = clock
         self._peers: dict[str, _Peer] = {}
+        self._reads: dict[str, PeerReads] = {}
         self._manifest_of: Callable[[NamespaceId], Manifest | None] = lambda _: None
         # Shard -> the name of its holder, the one that was of use last at the end.
         self._holders: OrderedDict[ShardKey, str] = OrderedDict()
@@ -108,6 +96,12 @@ class PeerTier:
     ) -> None:
         """Ask *lines*, the configured daemons by name, from now on; before, nobody is asked."""
         self._peers = {name: _Peer(name, line) for name, line in lines.items()}
+        self._reads = {
+            name: PeerReads(
+                peer.line, self._clock, partial(self._may_ask, peer), partial(self._ended, peer)
+            )
+            for name, peer in self._peers.items()
+        }
         self._manifest_of = manifest_of
 
     def usage(self) -> TierUsage:
@@ -118,6 +112,8 @@ class PeerTier:
         """Let go of the directory; the lines belong to whoever has given them. Idempotent."""
         for asking in self._asking:
             asking.cancel()
+        for reads in self._reads.values():
+            reads.close()
         self.directory.close()
 
     # --- promises of a shared tier --------------------------------------------------------
@@ -127,8 +123,8 @@ class PeerTier:
         return None
 
     async def remove(self, shard: Shard, place: Place) -> bool:
-        """Forget who has *shard*; nothing changes there."""
-        return self._holders.pop(shard.key, None) is not None
+        """Do nothing: it stays there, and by now may have been found there again."""
+        return False
 
     async def introduce(self, namespace: NamespaceId, manifest: bytes) -> None:
         """Do nothing: peers know the manifests of what they hold."""
@@ -144,14 +140,24 @@ class PeerTier:
 
         One that fails has lost it, as far as this tier goes: it is found again when it answers.
         """
-        peer = self._peers.get(self._holders.pop(shard.key, ""))
-        if peer is None:
+        name = self._holders.pop(shard.key, "")
+        if name not in self._reads:
             return False
-        async with peer.reads:
-            # Those before may have shown that it does not answer.
-            if not self._may_ask(peer):
-                return False
-            return await self._read_from(peer, shard, target, table)
+        offered = p.OfferedShard(*shard.key.heads, shard.size_bytes, shard.root)
+        want = p.Want(shard.key.namespace, shard.key.digest, offered, spare=True)
+        came = await self._reads[name].read(want, target)
+        if came is None:
+            return False
+        if isinstance(came, p.Gone):
+            self.counters.stale += 1
+            return False
+        self._remember(shard.key, name)
+        if isinstance(came, p.Busy):
+            self.counters.busy += 1
+            raise TierError(f"peer {name} has no time now")
+        if table is not None:
+            table[:] = came
+        return True
 
     async def find(
         self, namespace: NamespaceId, digests: Sequence[Digest]
@@ -192,36 +198,6 @@ class PeerTier:
 
     # --- how ------------------------------------------------------------------------------
 
-    async def _read_from(
-        self, peer: _Peer, shard: Shard, target: memoryview, table: Digests64 | None
-    ) -> bool:
-        offered = p.OfferedShard(*shard.key.heads, shard.size_bytes, shard.root)
-        want = p.Want(shard.key.namespace, shard.key.digest, offered, spare=True)
-        began_at = self._clock()
-        # Silence on the line ends much sooner, by the line itself.
-        seconds = PEER_TIER_SECONDS + shard.size_bytes / PEER_SPEED_MIN_BYTES_PER_SECOND
-        try:
-            async with asyncio.timeout(seconds):
-                came = await peer.line.take(want, target)
-        except asyncio.CancelledError:
-            # Whoever has lost patience has seen what we have.
-            self._failed(peer, began_at, TierError("no answer in time"))
-            raise
-        except (KVStoreError, TimeoutError) as error:
-            self._failed(peer, began_at, error)
-            return False
-        self._succeeded(peer)
-        if isinstance(came, p.Gone):
-            self.counters.stale += 1
-            return False
-        self._remember(shard.key, peer.name)
-        if isinstance(came, p.Busy):
-            self.counters.busy += 1
-            raise TierError(f"peer {peer.name} has no time now")
-        if table is not None:
-            table[:] = came
-        return True
-
     def _choose(self, left: Mapping[str, set[int]]) -> dict[str, list[int]]:
         """Return whom to ask for which positions: each one peer, and as few of them as may be.
 
@@ -252,7 +228,7 @@ class PeerTier:
         asking = asyncio.ensure_future(peer.line.have(p.Have(namespace, list(digests))))
         # Given up, it may take a while to end: nobody waits for that.
         self._asking.add(asking)
-        asking.add_done_callback(self._ended)
+        asking.add_done_callback(self._asked)
         try:
             await asyncio.wait([asking], timeout=PEER_ASK_SECONDS)
             if not asking.done():
@@ -270,7 +246,7 @@ class PeerTier:
                 self._remember(one.shard.key, peer.name)
         return shards
 
-    def _ended(self, asking: asyncio.Future[p.Holding]) -> None:
+    def _asked(self, asking: asyncio.Future[p.Holding]) -> None:
         self._asking.discard(asking)
         if not asking.cancelled():
             asking.exception()
@@ -284,6 +260,13 @@ class PeerTier:
     def _may_ask(self, peer: _Peer) -> bool:
         """Return whether *peer* is asked now: one that fails is, once after every pause."""
         return not peer.breaker.is_open or self._clock() >= peer.asked_again_at
+
+    def _ended(self, peer: _Peer, began_at: float, failure: Exception | None) -> None:
+        """Note how a call of *peer* went that began at *began_at*."""
+        if failure is None:
+            self._succeeded(peer)
+        else:
+            self._failed(peer, began_at, failure)
 
     def _succeeded(self, peer: _Peer) -> None:
         if peer.breaker.is_open:

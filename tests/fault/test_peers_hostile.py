@@ -11,7 +11,7 @@ import struct
 import pytest
 
 from kvstore.daemon.peer_link import PeerAddress, PeerLink
-from kvstore.errors import LimitError, TierError
+from kvstore.errors import LimitError, ProtocolError, TierError
 from kvstore.metrics import Counters
 from kvstore.protocol import peering as p
 from kvstore.types import HandoffState
@@ -19,7 +19,7 @@ from tests.support.daemon import Daemon
 from tests.support.handoffs import is_right, store_one, take_all, wait
 from tests.support.hosts import TOKEN, called, caller, free_port
 from tests.support.liars import MANIFEST, SIZE, Liar, frame, offer, read, right
-from tests.support.making import make_digests
+from tests.support.making import make_digests, make_payload
 from tests.support.redis import SERVER, RedisServer
 from tests.support.redis_tls import make_certificates
 from tests.support.waiting import DEADLINE_SECONDS, wait_until
@@ -142,8 +142,48 @@ async def test_a_peer_that_says_why_it_sends_nothing_has_not_lied():
     with link_to(liar, counters) as link:
         for _ in range(2):
             with pytest.raises(LimitError, match="too many leases"):
-                await link.take(want, memoryview(bytearray(SIZE)))
+                await link.take([(want, memoryview(bytearray(SIZE)))], lambda *_: None)
     assert counters.peer_faults == 0
+
+
+async def take_some(liar: Liar, counters: Counters) -> None:
+    """Want three chunks of *liar* at once; raise what it leads to, once what came is right."""
+    order = [DIGESTS[0], DIGESTS[2], DIGESTS[1]]
+    wants = [p.Want(bytes(16), digest, offer(digest).shards[0], spare=True) for digest in order]
+    targets = [memoryview(bytearray(SIZE)) for _ in order]
+    came: list[int] = []
+    with link_to(liar, counters) as link:
+        try:
+            wanted = list(zip(wants, targets, strict=True))
+            await link.take(wanted, lambda number, _: came.append(number))
+        finally:
+            assert came == [0]
+            assert targets[0] == make_payload(order[0], SIZE)
+
+
+@pytest.mark.parametrize("lie", LIES)
+async def test_what_came_before_a_lie_is_good_and_nothing_behind_it_comes(lie):
+    _, lying = LIES[lie]
+    counters = Counters()
+    liar = Liar([], lambda want: (right if want.digest == DIGESTS[0] else lying)(want))
+    with pytest.raises(ProtocolError):
+        await take_some(liar, counters)
+    assert (counters.peer_faults, counters.peer_received_bytes) == (1, SIZE)
+
+
+async def test_what_came_before_the_end_of_a_peer_is_good():
+    answers = iter([right, lambda want: right(want)[: SIZE // 2]])
+
+    def answer(want: p.Want) -> bytes:
+        answering = next(answers, None)
+        if answering is None:
+            raise ConnectionResetError("killed")
+        return answering(want)
+
+    counters = Counters()
+    with pytest.raises(TierError):
+        await take_some(Liar([], answer), counters)
+    assert (counters.peer_faults, counters.peer_received_bytes) == (0, SIZE)
 
 
 @pytest.mark.skipif(SERVER is None, reason="redis-server is not installed")

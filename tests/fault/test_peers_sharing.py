@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from concurrent.futures import ThreadPoolExecutor
 from itertools import count
@@ -9,12 +10,22 @@ from itertools import count
 import pytest
 
 from kvstore.client.sync import Client
-from kvstore.protocol import messages as m
+from kvstore.daemon.peer_link import PeerAddress, _greet
+from kvstore.hashing import root_of
+from kvstore.limits import PEER_SPARE_SENDS_MAX
+from kvstore.protocol import messages as m, peering as p
+from kvstore.transfer.wire import Wire, dial
 from kvstore.types import Digest
 from tests.support.daemon import Daemon
 from tests.support.handoffs import is_right
-from tests.support.hosts import called, caller, free_port
-from tests.support.making import make_digests, make_manifest, sources_of
+from tests.support.hosts import TOKEN, called, caller, free_port
+from tests.support.making import (
+    make_digests,
+    make_manifest,
+    make_payload,
+    make_root,
+    sources_of,
+)
 from tests.support.redis import SERVER, RedisServer
 from tests.support.waiting import DEADLINE_SECONDS, wait_until
 
@@ -53,10 +64,10 @@ class Hosts:
 
     def __init__(self, directory) -> None:
         self.redis = RedisServer(directory / "redis")
-        port = free_port()
+        self.port = free_port()
         chosen = settings(self.redis)
-        self.one = called(directory / "one", port, chosen, LIMITS)
-        self.other = caller(directory / "other", port, chosen, LIMITS)
+        self.one = called(directory / "one", self.port, chosen, LIMITS)
+        self.other = caller(directory / "other", self.port, chosen, LIMITS)
 
     def told(self, digest: Digest) -> bool:
         """Return whether the directory says that *one* holds *digest*."""
@@ -127,6 +138,31 @@ def test_what_one_host_stores_is_a_hit_on_the_other_and_comes_once(hosts, ends):
     assert after.counters["read_bytes"] - before.counters["read_bytes"] == size
     assert reader.lookup(digests).tiers == [(2 + 16, COUNT)]
     assert tier_of(hosts.other, "redis").counters["write_chunks"] == 0
+
+
+def test_what_a_tier_wants_at_once_is_answered_in_its_order_and_no_turn_is_lost(hosts, ends):
+    writer, _ = ends
+    digests = stored(hosts, writer)
+    order = [*digests[:2], *make_digests(1, next(PROMPTS)), *digests[2:]]
+    size = MANIFEST.chunk_bytes
+    wants = []
+    for digest in order:
+        root = make_root(make_payload(digest, size))
+        wants.append(p.Want(SPACE, digest, p.OfferedShard(0, MANIFEST.kv_heads, size, root), True))
+    address = PeerAddress("prefill", "127.0.0.1", hosts.port, TOKEN.strip().encode())
+    connection = dial(address.host, address.port, None, timeout_seconds=DEADLINE_SECONDS)
+    with contextlib.closing(Wire(connection, DEADLINE_SECONDS)) as wire:
+        _greet(wire, address, "decode")
+        for _ in range(PEER_SPARE_SENDS_MAX + 1):
+            wire.begin(DEADLINE_SECONDS)
+            wire.send_frames([p.encode(want) for want in wants])
+            for want in wants:
+                answer = p.decode(wire.receive_frame())
+                assert answer == (p.Gone() if want.digest == order[2] else p.Sending(size))
+                if isinstance(answer, p.Sending):
+                    blocks = wire.receive_bytes(memoryview(bytearray(size)))
+                    assert root_of(blocks) == want.shard.root
+        assert wire.is_quiet()
 
 
 def test_neither_another_manifest_nor_another_tenant_sees_any_of_it(hosts, ends):

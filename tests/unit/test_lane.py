@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from kvstore.limits import TIER_READS_MAX, TIER_WRITES_MAX, WRITE_QUEUE_CHUNKS_MAX
+from kvstore.limits import (
+    TIER_READS_BYTES,
+    TIER_READS_MAX,
+    TIER_WRITES_MAX,
+    WRITE_QUEUE_CHUNKS_MAX,
+)
 from kvstore.store.lane import Fetch, Lane, Removal, Write
 from kvstore.store.namespace import Namespace
 from kvstore.store.recompute import worth_loading
@@ -87,6 +92,21 @@ def test_only_so_many_reads_are_under_way(lane):
     assert lane.next(0.0) is None
     lane.ended(begun[0])
     assert lane.next(0.0) is fetches[-1]
+
+
+@pytest.mark.parametrize(
+    ("size_bytes", "begun"),
+    [(1, TIER_READS_MAX + 2), (TIER_READS_BYTES // TIER_READS_MAX, TIER_READS_MAX)],
+)
+def test_a_tier_that_takes_more_reads_gets_them_while_they_are_small(size_bytes, begun):
+    lane = Lane(QUEUE_BYTES, TIER_READS_MAX + 2)
+    for slot in range(begun + 2):
+        load(lane, slot, 1.0).size_bytes = size_bytes
+    running = list(iter(lambda: lane.next(0.0), None))
+    assert len(running) == begun
+    for fetch in running[:2]:
+        lane.ended(fetch)
+    assert len(list(iter(lambda: lane.next(0.0), None))) == 2
 
 
 def test_writes_yield_to_loads_and_not_to_prefetches(lane):

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 from types import SimpleNamespace
 
+import msgspec
 import pytest
 
 from kvstore.config import load
-from kvstore.daemon import peer_sharing
+from kvstore.daemon import peer_endpoint, peer_sharing
 from kvstore.daemon.peer_doctor import examine_peers
+from kvstore.daemon.peer_endpoint import PeerEndpoint
 from kvstore.daemon.peer_share_setup import check_sharing, open_peer_tier
 from kvstore.daemon.peer_sharing import Sharing, Turns, held_shards
 from kvstore.errors import ConfigError, TierError
@@ -22,7 +24,8 @@ from kvstore.limits import (
     PEER_SPARE_SENDS_MAX,
     PEER_TURN_SECONDS,
 )
-from kvstore.types import HeadRange, TierKind
+from kvstore.protocol import peering as p
+from kvstore.types import HeadRange, SessionId, TierKind
 from tests.support.hosts import token_file
 from tests.support.liars import Liar, right
 from tests.support.making import make_digests, make_manifest, opaque_manifest
@@ -236,6 +239,52 @@ def test_turns_are_bounded_and_yield_to_loads_of_this_host():
         turns.give()
         turns.give()
         assert await turns.take(), "one goes on under loads without end"
+
+    run(main())
+
+
+def test_what_is_wanted_together_is_one_turn_unless_loads_wait_here(monkeypatch):
+    async def main() -> None:
+        store = make_store()
+        lanes = {kind: SimpleNamespace(is_loading=False) for kind in (TierKind.DISK, TierKind.PEER)}
+        routes = {k: SimpleNamespace(kind=k, lane=lane) for k, lane in lanes.items()}
+        server = SimpleNamespace(
+            store=store, loop=asyncio.get_running_loop(), mover=SimpleNamespace(routes=routes)
+        )
+        endpoint = PeerEndpoint(server, None, name="here", token=b"", tls=None, shares=True)
+        engine, digests = Engine(store, MANIFEST), make_digests(4)
+        engine.put(digests)
+        wants = []
+        for digest in [*digests, *make_digests(1, 1)]:
+            shards = held_shards(store, engine.space, digest) or held_shards(
+                store, engine.space, digests[0]
+            )
+            offered = p.OfferedShard(*shards[0].heads, shards[0].size_bytes, shards[0].root)
+            wants.append(p.Want(engine.space.id, digest, offered, spare=True))
+        session = SessionId(7)
+        for is_loading, turns in ((False, [True, False, False, False]), (True, [True])):
+            lanes[TierKind.DISK].is_loading = is_loading
+            begun = await endpoint._begin_some(wants, session)
+            assert [ready.has_turn for ready in begun] == turns
+            # Others have no turn meanwhile, if it is the only one.
+            lanes[TierKind.DISK].is_loading = True
+            assert await endpoint._begin_some(wants[:1], session) == [p.Busy()]
+            endpoint._end_some(session, begun, 0)
+        lanes[TierKind.DISK].is_loading = False
+        # A turn goes as far as its bytes.
+        monkeypatch.setattr(peer_endpoint, "PEER_TURN_BYTES", 2 * MANIFEST.chunk_bytes)
+        begun = await endpoint._begin_some(wants, session)
+        assert [ready.has_turn for ready in begun] == [True, False]
+        endpoint._end_some(session, begun, 0)
+        # What is not here, and what is no tier's, is nothing that follows.
+        mixed = [wants[4], wants[0]]
+        assert await endpoint._begin_some(mixed, session) == [p.Gone()]
+        for_handoff = msgspec.structs.replace(wants[1], spare=False)
+        begun = await endpoint._begin_some([wants[0], for_handoff], session)
+        assert len(begun) == 1
+        endpoint._end_some(session, begun, 0)
+        assert len(store.leases) == 0
+        store.host.close()
 
     run(main())
 

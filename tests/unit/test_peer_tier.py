@@ -9,11 +9,17 @@ import pytest
 
 from kvstore.errors import ProtocolError, TierError
 from kvstore.hashing import block_digests, root_of
-from kvstore.limits import BREAKER_PAUSE_MAX_SECONDS, PEER_ASK_SECONDS
+from kvstore.limits import (
+    BREAKER_PAUSE_MAX_SECONDS,
+    PEER_ASK_SECONDS,
+    PEER_LANES,
+    PULL_BATCH_CHUNKS_MAX,
+)
 from kvstore.protocol import peering as p
-from kvstore.tiers import peer
+from kvstore.tiers import peer, peer_reads
 from kvstore.tiers.base import Shard, ShardKey
-from kvstore.tiers.peer import PEER_TIER_SECONDS, PeerTier
+from kvstore.tiers.peer import PeerTier
+from kvstore.tiers.peer_reads import PEER_TIER_SECONDS
 from kvstore.types import Digest, HeadRange, NamespaceId, Place, ReserveOutcome, TierKind
 from tests.support.making import make_digests, make_manifest, make_payload
 from tests.support.stores import Engine
@@ -39,6 +45,8 @@ class Line:
         self.spoil = spoil
         self.questions: list[list[Digest]] = []
         self.wants: list[p.Want] = []
+        self.batches: list[int] = []
+        self.under_way = 0
         self.chunks: Callable[[Digest], p.HeldChunk] = held
 
     async def have(self, request: p.Have) -> p.Holding:
@@ -48,9 +56,19 @@ class Line:
         of = [self.chunks(d) if d in self.digests else nothing for d in request.digests]
         return p.Holding(of)
 
-    async def take(self, want: p.Want, target: memoryview):
-        self.wants.append(want)
-        await self._spoiled()
+    async def take(self, wanted, arrived) -> None:
+        self.batches.append(len(wanted))
+        self.under_way += 1
+        assert self.under_way <= PEER_LANES
+        try:
+            for number, (want, target) in enumerate(wanted):
+                self.wants.append(want)
+                await self._spoiled()
+                arrived(number, self._sent(want, target))
+        finally:
+            self.under_way -= 1
+
+    def _sent(self, want: p.Want, target: memoryview):
         if want.digest not in self.digests:
             return p.Gone()
         target[:] = make_payload(Digest(want.digest), len(target))
@@ -190,15 +208,117 @@ def test_a_busy_peer_fails_the_call_and_is_asked_again():
         line = Line(DIGESTS)
         tier = tier_of(Names(far=DIGESTS), far=line)
         assert await found(tier) == DIGESTS
-        take, line.take = line.take, lambda *_: _busy()
+        sent, line._sent = line._sent, lambda *_: p.Busy()
         with pytest.raises(TierError, match="peer far has no time now"):
             await read(tier, DIGESTS[0])
-        line.take = take
+        line._sent = sent
         assert await read(tier, DIGESTS[0])
         assert (tier.counters.busy, tier.counters.peer_failures) == (1, 0)
 
-    async def _busy() -> p.Busy:
-        return p.Busy()
+    run(main())
+
+
+def test_what_waits_together_is_asked_for_together_within_bounds(monkeypatch):
+    digests = make_digests(3 * PULL_BATCH_CHUNKS_MAX * PEER_LANES)
+
+    async def main() -> None:
+        line = Line(digests)
+        tier = tier_of(Names(far=digests), far=line)
+        for limit_bytes, largest in ((1, 1), (3 * SIZE + 1, 3), (1 << 30, PULL_BATCH_CHUNKS_MAX)):
+            monkeypatch.setattr(peer_reads, "PULL_BATCH_BYTES", limit_bytes)
+            line.batches.clear()
+            assert await found(tier, digests) == digests
+            assert all(await asyncio.gather(*(read(tier, digest) for digest in digests)))
+            assert line.batches[:PEER_LANES] == [largest] * PEER_LANES
+            assert max(line.batches) == largest
+            assert sum(line.batches) == len(digests), "each is asked for once"
+        # Few are spread, so that every way has some.
+        line.batches.clear()
+        assert await found(tier, digests[:6]) == digests[:6]
+        assert all(await asyncio.gather(*(read(tier, digest) for digest in digests[:6])))
+        assert line.batches == [2, 2, 2]
+
+    run(main())
+
+
+def test_what_has_come_counts_whatever_becomes_of_the_rest(monkeypatch):
+    monkeypatch.setattr(peer_reads, "PEER_LANES", 1)
+
+    async def main() -> None:
+        line = Line([*DIGESTS[:1], *DIGESTS[2:]])
+        tier = tier_of(Names(far=DIGESTS), far=line)
+        line.digests.append(DIGESTS[1])
+        assert await found(tier) == DIGESTS
+        line.digests.remove(DIGESTS[1])
+        line.spoil = lambda: lies() if len(line.wants) == 3 else None
+        got = await asyncio.gather(*(read(tier, digest) for digest in DIGESTS))
+        assert (got, line.batches) == ([True, False, False, False], [4])
+        counted = tier.counters
+        assert (counted.stale, counted.peer_failures, counted.lies) == (1, 1, 1)
+        # What waited behind it is not asked for: that peer is left alone.
+        assert await found(tier) == []
+
+    run(main())
+
+
+def test_a_read_that_is_given_up_ends_its_batch_and_no_other(monkeypatch):
+    monkeypatch.setattr(peer_reads, "PEER_LANES", 1)
+    monkeypatch.setattr(peer_reads, "PULL_BATCH_CHUNKS_MAX", 2)
+
+    async def main() -> None:
+        line = Line(DIGESTS)
+        tier = tier_of(Names(far=DIGESTS), far=line)
+        assert await found(tier) == DIGESTS
+        line.spoil = lambda: 1e6 if len(line.wants) == 2 else None
+        reads = [asyncio.create_task(read(tier, digest)) for digest in DIGESTS]
+        await asyncio.sleep(0.1)
+        assert len(line.wants) == 2
+        reads[3].cancel()
+        reads[1].cancel()
+        came = await asyncio.gather(*reads, return_exceptions=True)
+        assert came[:1] + came[2:3] == [True, True]
+        assert [type(one) for one in came[1::2]] == [asyncio.CancelledError] * 2
+        assert line.batches == [2, 1], "what was given up before is not asked for"
+        assert (line.under_way, tier.counters.peer_failures) == (0, 1)
+        # One that is given up as soon as it has begun.
+        assert await found(tier) == DIGESTS
+        line.spoil = None
+        early = asyncio.create_task(read(tier, DIGESTS[0]))
+        await asyncio.sleep(0)
+        early.cancel()
+        await asyncio.wait([early])
+        assert early.cancelled()
+        assert await read(tier, DIGESTS[1])
+        tier.close()
+
+    run(main())
+
+
+def test_when_it_is_closed_all_that_waits_is_a_miss():
+    async def main() -> None:
+        line = Line(DIGESTS, lambda: 1e6)
+        tier = tier_of(Names(far=DIGESTS), far=line)
+        line.spoil = None
+        assert await found(tier) == DIGESTS
+        line.spoil = lambda: 1e6
+        reads = [asyncio.create_task(read(tier, digest)) for digest in DIGESTS]
+        await asyncio.sleep(1)
+        assert line.under_way == 4
+        tier.close()
+        assert await asyncio.gather(*reads) == [False] * 4
+        assert line.under_way == 0
+
+    run(main())
+
+
+def test_what_is_deleted_here_can_be_found_again_at_once():
+    async def main() -> None:
+        tier = tier_of(Names(far=DIGESTS), far=Line(DIGESTS))
+        for _ in range(2):
+            ((one,), *_) = await tier.find(SPACE, DIGESTS[:1])
+            # The tier is told later than it is deleted, and maybe later than it is found.
+            assert not await tier.remove(one.shard, one.place)
+            assert await read(tier, DIGESTS[0])
 
     run(main())
 
