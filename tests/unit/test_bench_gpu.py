@@ -25,6 +25,7 @@ def device() -> Standin:
 
 
 def test_it_measures_every_row_beside_its_floor(device, monkeypatch) -> None:
+    monkeypatch.setattr(gpu, "POOL_CODECS", ("raw", "int4kv"))  # a daemon each
     monkeypatch.setattr(gpu_bus, "PAGE_SIZES", (256, 512, 1024, 4096))
     device.copies = SimpleNamespace(off="")
     run = gpu.Run()
