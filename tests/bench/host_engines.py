@@ -115,9 +115,9 @@ class Engine(abc.ABC):
         """End what a call has left behind, perhaps a look-up without its load; not timed."""
         return
 
-    def find_by_tokens(self, prepared: Any) -> int:
-        """Look up, beginning with token ids."""
-        return self.find(prepared)
+    def look_ups(self) -> dict[str, Callable[[Any], int]]:
+        """Return the ways to look up, by what they begin with."""
+        return {"keys": self.find}
 
     @abc.abstractmethod
     def clear(self) -> None:
@@ -161,7 +161,7 @@ class Engine(abc.ABC):
         """Look up the first *asked* chunks of a prompt of *chunks*, with all of them stored."""
         whole = next(iter(self._requests(number, 1, chunks)))
         answer: Answer = {}
-        for kind, find in (("keys", self.find), ("tokens", self.find_by_tokens)):
+        for kind, find in self.look_ups().items():
             parts = [
                 _first(whole, asked, f"{whole.name}-{kind}{asked}-{turn}")
                 for turn in range(times + WARM_UPS)
@@ -286,7 +286,10 @@ class Kvstore(Engine):
     def find(self, prepared: Any) -> int:
         return self._cache.lookup(prepared[0])
 
-    def find_by_tokens(self, prepared: Any) -> int:
+    def look_ups(self) -> dict[str, Callable[[Any], int]]:
+        return {"keys": self.find, "tokens": self._find_by_tokens}
+
+    def _find_by_tokens(self, prepared: Any) -> int:
         from kvstore.hashing import chunk_digests
 
         return self._cache.lookup(chunk_digests(prepared[2], CHUNK_TOKENS))
@@ -378,6 +381,9 @@ class Lmcache(Engine):
         self._client.lookup(key, 1).result(timeout=TIMEOUT_SECONDS)
         found = self._client.wait_prefetch_status(name, TIMEOUT_SECONDS)
         return int(found.result(timeout=TIMEOUT_SECONDS) or 0)
+
+    def look_ups(self) -> dict[str, Callable[[Any], int]]:
+        return {"tokens": self.find}
 
     def load(self, prepared: Any) -> int:
         name, _, key, blocks = prepared

@@ -66,15 +66,6 @@ WARM_UPS: Final = 2
 REQUESTS_MAX: Final = 24
 ANSWER_SECONDS: Final = 120.0
 STOP_SECONDS: Final = 15.0
-# What LMCache's copies need here: otherwise torch's temporaries are mapped, faulted in and given
-# back for every chunk, and OpenMP threads that wait take the processor from those that copy.
-TUNED: Final = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TOP_PAD_": str(64 * MIB),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
-    "OMP_WAIT_POLICY": "PASSIVE",
-}
 
 
 class Shape(NamedTuple):
@@ -205,7 +196,7 @@ class Starter:
 
     def lmcache(self, program: Path, threads: int) -> Store:
         """LMCache's server with so many OpenMP threads."""
-        env = environment(threads) | TUNED
+        env = environment(threads)
         log = self._folder / f"lmcache-{threads}.log"
         ports, process = self._stack.enter_context(lmcache_server(program, log, env, l1_gib=1))
         python = (str(program.with_name("python")), "lmcache", env)

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from kvstore.limits import MIB
 from tests.support.redis import free_port
 from tests.support.waiting import wait_until
 
@@ -24,6 +25,16 @@ QUIET = {
     "PYTHONUNBUFFERED": "1",
 }
 
+# What its copies need on CPUs: otherwise torch's temporaries are mapped, faulted in and given back
+# for every chunk, and OpenMP threads that wait take the processor from those that copy.
+TUNED = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TOP_PAD_": str(64 * MIB),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
+    "OMP_WAIT_POLICY": "PASSIVE",
+}
+
 
 class Ports(NamedTuple):
     """Where it is asked: by engines, and over HTTP."""
@@ -34,7 +45,7 @@ class Ports(NamedTuple):
 
 def environment(threads: int) -> dict[str, str]:
     """Return the environment of its processes, with so many OpenMP threads each."""
-    return os.environ | QUIET | {"OMP_NUM_THREADS": str(threads)}
+    return os.environ | QUIET | TUNED | {"OMP_NUM_THREADS": str(threads)}
 
 
 @contextlib.contextmanager
