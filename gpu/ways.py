@@ -88,16 +88,17 @@ class Ways:
     def choose(self, transfer: Transfer, host: HostMemory) -> Way:
         """Return how *transfer* goes."""
         layout, size = transfer.form.layout, transfer.form.layout.piece_bytes
-        if self._least is None or not self._could_be_direct(transfer, host):
+        least = TRIED_PAGE_MIN_BYTES if self._least == MEASURED else self._least
+        if least is None or size < least or not self._could_be_direct(transfer, host):
             return STAGED
         if self._least != MEASURED:
-            return Way(size >= self._least)
+            return Way(is_direct=True)
         trial, moved = self._trial(size), len(transfer.chunks) * layout.chunk_bytes
         # Between pages and a pool there is no bus: such a transfer tells nothing of the others.
         is_typical = not any(chunk.on_device for chunk in transfer.chunks)
         if not is_typical or (trial.is_direct is None and moved < TRIED_TRANSFER_MIN_BYTES):
             return Way(size >= DIRECT_PAGE_MIN_BYTES)
-        return trial.next() if size >= TRIED_PAGE_MIN_BYTES else STAGED
+        return trial.next()
 
     @staticmethod
     def _could_be_direct(transfer: Transfer, host: HostMemory) -> bool:
