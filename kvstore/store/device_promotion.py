@@ -86,13 +86,14 @@ class Promotions:
         if self._is_over or not self._guard.is_usable:
             return
         self._loads += 1
+        own = _spread(loading.space.number, loading.heads)
         for slot, chunk in zip(slots, chunks, strict=True):
             shard = chunk[0]
             if loading.is_pooled(shard):
                 self._last_read[slot] = self._loads
             elif shard.heads == loading.heads:
                 # Others are cut otherwise: no device puts them together.
-                self._note(slot, shard)
+                self._note(slot, shard, own)
         if self._waiting:
             self._asked.set()
         elif not self._is_working:
@@ -125,13 +126,16 @@ class Promotions:
 
     # --- which ----------------------------------------------------------------------------
 
-    def _note(self, slot: int, shard: ShardRecord) -> None:
-        """Note a load from the host tier, and ask for what was loaded so before."""
-        space, digest, heads = self._index.space_of(slot), self._index.digest(slot), shard.heads
-        mark = _mark(space.number, digest, heads)
+    def _note(self, slot: int, shard: ShardRecord, own: int) -> None:
+        """Note a load from the host tier, and ask for what was loaded so before.
+
+        *own* sets apart its namespace and heads.
+        """
+        digest = self._index.digest(slot)
+        mark = fingerprint(digest) ^ own
         span = max(_SPAN_MIN, self._tier.pool.size_bytes // shard.size_bytes)
         if len(self._waiting) < PROMOTE_QUEUE_CHUNKS_MAX and self._seen.take(mark, span):
-            self._waiting[space, digest, heads] = self._loads
+            self._waiting[self._index.space_of(slot), digest, shard.heads] = self._loads
             return
         self._seen.grow(span)
         self._seen.add(mark)
@@ -253,13 +257,12 @@ def _is_for_devices(content: memoryview) -> bool:
     return not is_sealed and codecs <= {CodecId.RAW, *KERNEL_NAMES, *VARIABLE_NAMES}
 
 
-def _mark(space: int, digest: Digest, heads: HeadRange) -> int:
-    """Return 64 bits that recognise a shard in namespace number *space*.
+def _spread(space: int, heads: HeadRange) -> int:
+    """Return 64 bits that set apart shards of these *heads*, in namespace number *space*.
 
     Ranks of one engine load a shard each: that is no second load of any.
     """
-    own = space << 32 | heads.start << 16 | heads.stop
-    return fingerprint(digest) ^ own * _SPREAD & _MARKS
+    return (space << 32 | heads.start << 16 | heads.stop) * _SPREAD & _MARKS
 
 
 class _Room:
