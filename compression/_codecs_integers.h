@@ -333,7 +333,7 @@ TARGET static void NAME(int4_values_encode)(head *h) {
         end = lesser(first + KV_TILE, tokens);
         for (size_t t = first; t < end; t++) {
             size_t at = (t - first) * groups;
-            NAME(range_groups)(h, t, KV_INT4_CHANNELS, g.least + at, g.most + at);
+            NAME(range_groups)(h, t, g.least + at, g.most + at);
         }
         NAME(int4_store)(h, &g, part16(h, 1) + first * groups * 2, (end - first) * groups);
         for (size_t t = first; t < end; t++) {

@@ -160,22 +160,22 @@ INLINE void NAME(keys_of_16)(
 
 /* The order keys of the least and the greatest value of each group of channels of a token. */
 TARGET static void NAME(range_groups)(
-    const head *h, size_t token, size_t group, int32_t *least, int32_t *most) {
-    size_t n = h->ask->width;
+    const head *h, size_t token, int32_t *least, int32_t *most) {
+    size_t n = h->ask->width, whole = n / KV_INT4_CHANNELS, at = whole * KV_INT4_CHANNELS;
     float row[BLOCK];
     if (NAME(has_16_bits)(h->ask)) {
         const any16 *values = (const any16 *)(void *)values_at(h, token);
-        for (size_t c = 0; c < n; c += group, least++, most++) {
-            if (n - c >= KV_INT4_CHANNELS && group == KV_INT4_CHANNELS) {
-                NAME(keys_of_16)(h->ask, values + c, least, most, KV_INT4_CHANNELS);
-            } else {
-                NAME(keys_of_16)(h->ask, values + c, least, most, lesser(group, n - c));
-            }
+        for (size_t g = 0; g < whole; g++) { /* of a number of channels that the compiler knows */
+            const any16 *group = values + g * KV_INT4_CHANNELS;
+            NAME(keys_of_16)(h->ask, group, least + g, most + g, KV_INT4_CHANNELS);
+        }
+        if (at < n) {
+            NAME(keys_of_16)(h->ask, values + at, least + whole, most + whole, n - at);
         }
         return;
     }
     NAME(read_row)(h, token, row);
-    for (size_t c = 0; c < n; c += group, least++, most++) {
-        NAME(keys_of_row)(row + c, least, most, lesser(group, n - c));
+    for (size_t c = 0; c < n; c += KV_INT4_CHANNELS, least++, most++) {
+        NAME(keys_of_row)(row + c, least, most, lesser(KV_INT4_CHANNELS, n - c));
     }
 }

@@ -304,7 +304,6 @@ WIDE __m512i rans_encode_half(const rans_encoder *table, const __m512i *held, __
     __m256i given = _mm512_cvtepi32_epi16(_mm512_maskz_compress_epi32(gives, state));
     unsigned count = (unsigned)__builtin_popcount(gives);
     *at -= count;
-    /* The words before these are written later, so that 16 may be written where 16 are free. */
     _mm256_mask_storeu_epi16(words + *at, (__mmask16)((1u << count) - 1u), given);
     state = _mm512_mask_srli_epi32(state, gives, state, 16);
     __m512i whole = rans_divide(state, frequency);
