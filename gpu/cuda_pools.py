@@ -24,7 +24,7 @@ from kvstore.gpu.cuda_driver import (
     Driver,
     Properties,
 )
-from kvstore.gpu.device import DeviceError
+from kvstore.gpu.device import DeviceError, DeviceLostError
 from kvstore.gpu.pools import Exported, OwnPool, Pool, PoolError
 from kvstore.limits import MIB
 
@@ -148,7 +148,8 @@ class MappedPool:
             self._is_open = False
             if self.exported.fd >= 0:
                 os.close(self.exported.fd)
-            with self._device.entered():
+            # Of a context that is gone, mappings are gone with it.
+            with contextlib.suppress(DeviceLostError), self._device.entered():
                 self._driver.unmap(self.address, self.size_bytes)
 
 
@@ -177,7 +178,7 @@ class HandlePool:
         """Give it back."""
         if self._is_open:
             self._is_open = False
-            with self._device.entered() as runtime:
+            with contextlib.suppress(DeviceLostError), self._device.entered() as runtime:
                 getattr(runtime, self._end)(self.address)
 
 

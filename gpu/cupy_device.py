@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -114,7 +114,7 @@ class CupyStream:
 
     def copy(self, copies: Sequence[Copy]) -> None:
         """Move *copies*, those that lie behind each other at both ends in one go."""
-        runs = list(merged(copies))
+        runs = list(merged(copies, self._device.registered))
         with self._device.entered() as runtime:
             # The driver takes the thread's context as given, and this may be the first call here.
             runtime.setDevice(self._device.index)
@@ -152,6 +152,8 @@ class CupyDevice:
         self._folder = folder
         self._architecture = int(self._device.compute_capability)
         self._functions: dict[str, Any] = {}
+        self.registered: set[int] = set()
+        """Where registrations of host memory begin."""
         self._loading = threading.Lock()
         self.multiprocessors = int(self._device.attributes["MultiProcessorCount"])
         self.name = f"cuda:{index} (sm_{self._architecture})"
@@ -185,6 +187,7 @@ class CupyDevice:
         try:
             with self.entered() as runtime:
                 runtime.hostRegister(address, size_bytes, _PORTABLE)
+                self.registered.add(address)
         except DeviceLostError:
             raise
         except DeviceError as error:
@@ -194,6 +197,7 @@ class CupyDevice:
         """End a registration."""
         with self.entered() as runtime:
             runtime.hostUnregister(address)
+            self.registered.discard(address)
 
     def pools(self) -> CudaPools:
         """Return what shares memory with other processes."""
@@ -224,13 +228,18 @@ class CupyDevice:
             raise error_of(int(error.status), str(error)) from error
 
 
-def merged(copies: Sequence[Copy]) -> Iterator[Copy]:
-    """Join neighbours that lie behind each other at both ends."""
+def merged(copies: Sequence[Copy], borders: Container[int] = ()) -> Iterator[Copy]:
+    """Join neighbours that lie behind each other at both ends, if no border is between them.
+
+    CUDA refuses a copy that goes from one registration of memory to the next.
+    """
     last: Copy | None = None
     for copy in copies:
-        if last is not None and (copy.target - last.target, copy.source - last.source) == (
-            last.size_bytes,
-            last.size_bytes,
+        if (
+            last is not None
+            and copy.target - last.target == copy.source - last.source == last.size_bytes
+            and copy.target not in borders
+            and copy.source not in borders
         ):
             last = Copy(last.target, last.source, last.size_bytes + copy.size_bytes)
             continue

@@ -16,7 +16,7 @@ import pytest
 
 from kvstore.gpu.cuda_driver import Access, Properties
 from kvstore.gpu.cuda_pools import CudaPools
-from kvstore.gpu.device import DeviceError, DeviceMemoryError
+from kvstore.gpu.device import DeviceError, DeviceLostError, DeviceMemoryError
 from kvstore.gpu.pools import Exported, PoolError
 
 PAGE = 2 << 20
@@ -226,6 +226,21 @@ def test_memory_that_cannot_be_passed_on_is_not_kept(cuda) -> None:
     with pytest.raises(DeviceError, match="no handles"):
         CudaPools(cuda, None).make(PAGE)
     assert cuda.is_clean
+
+
+@pytest.mark.parametrize("by", ["descriptor", "handle"])
+def test_a_pool_of_a_lost_device_is_gone_with_it(cuda, by) -> None:
+    before = open_fds()
+    pool = CudaPools(cuda, cuda if by == "descriptor" else None).make(PAGE)
+    cuda.fails["cuMemUnmap"] = 700
+    cuda.runtime.free = lambda _: lost()
+    pool.close()
+    pool.close()
+    assert open_fds() == before
+
+
+def lost() -> None:
+    raise DeviceLostError("an illegal access")
 
 
 def test_a_device_reaches_itself_and_the_peers_that_it_can_access(cuda) -> None:

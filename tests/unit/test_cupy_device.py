@@ -314,6 +314,21 @@ def test_copies_that_lie_behind_each_other_are_one() -> None:
     ]
 
 
+def test_no_copy_goes_from_one_registration_to_the_next(device, cupy) -> None:
+    stream = device.stream(Urgency.LOW)
+    for start in (4096, 8192):
+        device.register(start, 4096)
+    across = [Copy(64, 8192 - 32, 32), Copy(96, 8192, 32), Copy(128, 8192 + 32, 32)]
+    stream.copy(across)
+    stream.copy([Copy(copy.source, copy.target, copy.size_bytes) for copy in across])
+    moved = [call[1:4] for call in cupy.calls if call[0] == "memcpyAsync"]
+    assert moved == [(64, 8160, 32), (96, 8192, 64), (8160, 64, 32), (8192, 96, 64)]
+    device.unregister(8192)
+    cupy.calls.clear()
+    stream.copy(across)
+    assert [call[3] for call in cupy.calls if call[0] == "memcpyAsync"] == [96]
+
+
 def test_no_gpu_is_a_value(cupy, monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
     assert open_device() is None
