@@ -12,7 +12,7 @@ TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
 UV_VERSION := 0.13.8
 NATIVE := $(wildcard hatch_build.py transfer/*.c transfer/*.h compression/*.c compression/*.h gpu/cuda/*.cuh)
 
-.PHONY: help demo test test-vllm check coverage lint format bench bench-codecs setup clean redis-server \
+.PHONY: help demo test test-vllm check coverage lint format bench bench-codecs gpu setup clean redis-server \
     operators-tools engines
 
 # $(call install,ENVIRONMENT,WHAT). Nobody's torch is one for GPUs: that for other machines is found
@@ -31,6 +31,7 @@ help:
 	@echo "make coverage  all tests of the daemon and its client, with branch coverage"
 	@echo "make lint      style, types, floors"
 	@echo "make bench     transfer and look-up against floors measured in the same run"
+	@echo "make gpu       on a GPU: kernels, tests and benchmark; what fails is in gpu.log"
 	@echo "make bench-codecs  what codecs do to a model, how fast they are: docs/benchmarks/codecs.md"
 	@echo "make clean     remove everything that was made here, the environments included"
 
@@ -67,6 +68,10 @@ bench: $(VENV)/dev.stamp
 
 bench-codecs: $(VENV)/hf.stamp
 	$(BIN)/kvstore bench codec --write docs/benchmarks/codecs.md
+
+# With the Python at hand: on a machine with a GPU it has the PyTorch and the CuPy for that.
+gpu:
+	PYTHONPATH=. $(PYTHON) tests/gpu/run.py
 
 setup: $(VENV)/dev.stamp
 
