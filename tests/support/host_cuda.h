@@ -2,8 +2,12 @@
  *
  * Every CUDA thread is a fiber of its own. Barriers and warp collectives are where fibers switch,
  * so a kernel that would hang, or that lets some lanes of a warp miss a collective, is stopped
- * with a message instead. Memory is ordinary: with AddressSanitizer every access is checked.
- * Blocks run one after the other, which CUDA allows; speed is not the point.
+ * with a message instead; so is one whose threads wait at different barriers. Lanes and warps take
+ * their turns forwards and backwards, changing at every barrier and block, so that whoever reads
+ * what another thread was to write, with no barrier in between, finds it missing every other time.
+ * Memory is ordinary: with AddressSanitizer every access is checked. Blocks run one after the
+ * other, which CUDA allows; speed is not the point. What it cannot see: blocks that meet in memory
+ * of the device, and what happens within one turn of a thread.
  */
 #ifndef KVSTORE_HOST_CUDA_H
 #define KVSTORE_HOST_CUDA_H
@@ -47,6 +51,7 @@ struct Fiber {
     State state;
     unsigned posted[2]; /* what this lane gave to a collective; two, so that none is overwritten */
     unsigned turn;
+    int barrier; /* the line of the one it waits at */
     bool is_new;
 };
 
@@ -56,6 +61,12 @@ inline jmp_buf scheduler_place;
 inline unsigned current;
 inline std::function<void()> body;
 inline dim3 block_index, block_size, grid_size;
+inline unsigned turns; /* odd: backwards */
+
+/* Who is the *nth* of *count* to take a turn. */
+inline unsigned in_turn(unsigned nth, unsigned count) {
+    return turns % 2 == 0 ? nth : count - 1 - nth;
+}
 
 inline void stop(const char *why) {
     fprintf(stderr, "host_cuda: block %u thread %u: %s\n", block_index.x, current, why);
@@ -92,7 +103,8 @@ inline void run_lane(unsigned lane) {
 inline void run_warp(unsigned first, unsigned end) {
     for (;;) {
         unsigned at_warp = 0, at_block = 0, ended = 0;
-        for (unsigned lane = first; lane < end; lane++) {
+        for (unsigned i = 0; i < end - first; i++) {
+            unsigned lane = first + in_turn(i, end - first);
             if (fibers[lane].state == RUNS) {
                 run_lane(lane);
             }
@@ -106,6 +118,7 @@ inline void run_warp(unsigned first, unsigned end) {
         if (at_block + ended != 0) {
             stop("lanes of one warp wait at different places");
         }
+        turns++;
         for (unsigned lane = first; lane < end; lane++) {
             fibers[lane].state = RUNS;
         }
@@ -133,8 +146,12 @@ inline void run_block() {
     }
     for (;;) {
         unsigned ended = 0;
-        for (unsigned first = 0; first < count; first += WARP) {
+        turns++;
+        for (unsigned i = 0; i < count / WARP; i++) {
+            unsigned first = in_turn(i, count / WARP) * WARP;
+            unsigned way = turns; /* as many turns as collectives: the order of warps stays */
             run_warp(first, first + WARP);
+            turns = way;
         }
         for (unsigned i = 0; i < count; i++) {
             ended += fibers[i].state == ENDED;
@@ -146,6 +163,9 @@ inline void run_block() {
             stop("threads have ended while others wait at a barrier");
         }
         for (unsigned i = 0; i < count; i++) {
+            if (fibers[i].barrier != fibers[0].barrier) {
+                stop("threads wait at different barriers");
+            }
             fibers[i].state = RUNS;
         }
     }
@@ -165,6 +185,11 @@ inline void launch(unsigned grid, unsigned block, std::function<void()> kernel) 
         block_index = {i, 0, 0};
         run_block();
     }
+}
+
+inline void wait_at(int line) {
+    fibers[current].barrier = line;
+    wait_as(AT_BLOCK);
 }
 
 /* Give *value* to the warp and wait until every lane has; then `given(lane)` reads any of them. */
@@ -189,7 +214,7 @@ inline dim3 thread_index() { return {current, 0, 0}; }
 #define blockDim (host_cuda::block_size)
 #define gridDim (host_cuda::grid_size)
 
-inline void __syncthreads() { host_cuda::wait_as(host_cuda::AT_BLOCK); }
+#define __syncthreads() host_cuda::wait_at(__LINE__)
 
 inline void __syncwarp() { host_cuda::post(0); }
 

@@ -87,8 +87,10 @@ class HostKernels:
         library.host_launch(address, ctypes.c_uint(BLOCKS), ctypes.c_void_p(batch.ctypes.data))
 
 
-def build_host_library(source: str, factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """Compile one source for the host, once for all processes of a test run.
+def build_host_library(
+    source: str, factory: pytest.TempPathFactory, sources: Path = SOURCES
+) -> ctypes.CDLL:
+    """Compile one of *sources* for the host, once for all processes of a test run.
 
     Skips the test where there is no g++.
     """
@@ -102,7 +104,7 @@ def build_host_library(source: str, factory: pytest.TempPathFactory) -> ctypes.C
     command = [
         *(compiler, "-std=c++17", "-O1", "-shared", "-fPIC", "-ffp-contract=off"),
         *("-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"),
-        f'-DKERNEL_SOURCE="{SOURCES / source}.cu"',
+        *(f"-I{SOURCES}", f'-DKERNEL_SOURCE="{sources / source}.cu"'),
         *("-o", str(library), str(SUPPORT / "host_launch.cpp")),
     ]
     with library.with_suffix(".lock").open("w") as lock:
