@@ -75,6 +75,10 @@ class Way:
             except DeviceError as error:
                 self.trouble = error
                 raise TierError(f"device: {error}") from error
+            except BaseException as error:
+                # Whatever it was, what had been begun may be under way.
+                self.trouble = DeviceError(f"{type(error).__name__}: {error}")
+                raise
 
         await self.crew.do([attempt])
 

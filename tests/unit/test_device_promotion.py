@@ -220,6 +220,33 @@ async def test_room_that_a_stuck_copy_may_still_go_to_is_nobodys_until_that_has_
         read(tiers, engine, digests)
 
 
+async def test_room_stays_set_aside_behind_a_copy_that_failed_outside_of_the_device(monkeypatch):
+    copy, copied = device_copies.copy_at, []
+
+    def copy_once(*asked, **words):
+        if copied:
+            raise MemoryError("no room for digests")
+        copied.append(asked)
+        return copy(*asked, **words)
+
+    monkeypatch.setattr(device_copies, "DEVICE_PIECE_BYTES", CHECKSUM_BLOCK_BYTES)
+    manifest = make_manifest(layers=16, kv_heads=8)
+    async with running(PooledTiers(pool_bytes=4 * MIB)) as tiers:
+        engine, digests = tiers.engine(manifest), make_digests(1)
+        engine.put(digests)
+        tiers.device.stall()
+        monkeypatch.setattr(device_copies, "copy_at", copy_once)
+        for _ in range(2):
+            tiers.read(engine, digests)
+        await until(lambda: tiers.guard.counters.failures)
+        # The first piece is on its way still.
+        assert tiers.tier.usage().used_bytes == manifest.chunk_bytes
+        tiers.device.resume()
+        await tiers.settle()
+        assert tiers.tier.usage().used_bytes == 0
+        assert tiers.bits(engine, digests) == [HOST]
+
+
 async def test_memory_that_a_piece_is_copied_from_is_filled_again_when_that_has_ended(monkeypatch):
     monkeypatch.setattr(device_copies, "DEVICE_PIECE_BYTES", CHECKSUM_BLOCK_BYTES)
     manifest = make_manifest(layers=16, kv_heads=8)
