@@ -18,15 +18,16 @@ import asyncio
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from kvstore.compression.container import Flags, open_container
 from kvstore.compression.shapes import CodecId
 from kvstore.errors import ContainerError, TierError
 from kvstore.limits import PROMOTE_QUEUE_CHUNKS_MAX
-from kvstore.store.policy import Ghost
+from kvstore.store.policy import SPAN_MIN, Ghost
 from kvstore.store.residence import fingerprint
-from kvstore.store.route import shard_of
+from kvstore.store.route import TakenRoom, shard_of
 from kvstore.store.shards import find_form
 from kvstore.types import NO_SLOT, Digest, Extent, HeadRange, TierKind
 
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
     from kvstore.store.shards import ShardRecord
     from kvstore.store.shelves import Shelves
     from kvstore.store.store import Loading
-    from kvstore.tiers.base import ShardKey
     from kvstore.tiers.device import DeviceTier
     from kvstore.tiers.guard import GuardedTier
 
@@ -43,9 +43,6 @@ log = logging.getLogger(__name__)
 
 _HOST: Final = TierKind.HOST
 _DEVICE: Final = TierKind.DEVICE
-_ENTRIES_LOG2: Final = 10
-# A pool of a few chunks remembers as many as an eviction policy does.
-_SPAN_MIN: Final = 64
 # Spreads small numbers over all 64 bits: the golden ratio.
 _SPREAD: Final = 0x9E3779B97F4A7C15
 _MARKS: Final = 2**64 - 1
@@ -64,7 +61,7 @@ class Promotions:
         self._index = store.index
         self._guard = guard
         self._take = take
-        self._seen = Ghost(_ENTRIES_LOG2)
+        self._seen = Ghost()
         # By what it is, the load that has asked for it: loads are counted, from the start on.
         self._waiting: dict[Key, int] = {}
         self._loads = 0
@@ -133,7 +130,7 @@ class Promotions:
         """
         digest = self._index.digest(slot)
         mark = fingerprint(digest) ^ own
-        span = max(_SPAN_MIN, self._tier.pool.size_bytes // shard.size_bytes)
+        span = max(SPAN_MIN, self._tier.pool.size_bytes // shard.size_bytes)
         if len(self._waiting) < PROMOTE_QUEUE_CHUNKS_MAX and self._seen.take(mark, span):
             self._waiting[self._index.space_of(slot), digest, shard.heads] = self._loads
             return
@@ -172,7 +169,7 @@ class Promotions:
             self._drop_all(asked)
             return
         self._tier.expect(shard.key, extent)
-        room = _Room(self._tier, shard.key)
+        room = TakenRoom(partial(self._tier.give_up, shard.key))
         source = self._store.host.view(record.extent)
         try:
             place = await self._guard.write(shard, source, room.ended)
@@ -263,26 +260,3 @@ def _spread(space: int, heads: HeadRange) -> int:
     Ranks of one engine load a shard each: that is no second load of any.
     """
     return (space << 32 | heads.start << 16 | heads.stop) * _SPREAD & _MARKS
-
-
-class _Room:
-    """Room that is being copied into: free again when no copy goes there, unless kept."""
-
-    def __init__(self, tier: DeviceTier, key: ShardKey) -> None:
-        self._tier = tier
-        self._key = key
-        self._has_ended = False
-        self._is_unwanted = False
-
-    def ended(self) -> None:
-        """Note that the copy has ended, or is known not to."""
-        self._has_ended = True
-        if self._is_unwanted:
-            self._tier.give_up(self._key)
-
-    def discard(self) -> None:
-        """Give the room up as soon as that is safe."""
-        if self._has_ended:
-            self._tier.give_up(self._key)
-        else:
-            self._is_unwanted = True

@@ -138,6 +138,11 @@ class Queue:
         self.count -= 1
 
 
+# A ghost is remembered for as many others as there are chunks, and for no fewer than these.
+SPAN_MIN: Final = 64
+_GHOST_ENTRIES_LOG2: Final = 10
+
+
 class Ghost:
     """Remembers which chunks left lately: 8 bytes each, fingerprint and turn.
 
@@ -147,7 +152,7 @@ class Ghost:
 
     __slots__ = ("_mask", "_table", "_turn")
 
-    def __init__(self, entries_log2: int) -> None:
+    def __init__(self, entries_log2: int = _GHOST_ENTRIES_LOG2) -> None:
         self._mask = (1 << entries_log2) - 1
         self._table = array("Q", bytes(8 << entries_log2))
         self._turn = 0
@@ -184,9 +189,6 @@ _USES_MAX: Final = 2
 _SMALL_SHARE_START: Final = 0.3
 _SMALL_SHARE_MIN: Final = 0.1
 _SMALL_SHARE_MAX: Final = 0.9
-_GHOST_ENTRIES_LOG2: Final = 10
-# A ghost is remembered for as many others as there are chunks, and for no fewer than these.
-_SPAN_MIN: Final = 64
 # How many of those that were held are tried again before one that is to leave last does.
 RETRIES: Final = 64
 
@@ -341,8 +343,8 @@ class S3Fifo(_Waiting):
         """Start empty; the policies of one tier share *columns*."""
         super().__init__(columns)
         self.small_share = _SMALL_SHARE_START
-        self._left_small = Ghost(_GHOST_ENTRIES_LOG2)
-        self._left_main = Ghost(_GHOST_ENTRIES_LOG2)
+        self._left_small = Ghost()
+        self._left_main = Ghost()
 
     def admit(self, slot: int, size_bytes: int, fingerprint: int, after: int = NO_SLOT) -> None:
         """Take *slot* in: a newcomer to the small queue, all others to the main one."""
@@ -373,12 +375,12 @@ class S3Fifo(_Waiting):
         """Return whether a chunk has left lately, and learn from it."""
         small = self._queues[_SMALL].count
         others = sum(queue.count for queue in self._queues[_MAIN:])
-        step = 1 / max(_SPAN_MIN, small + others)
+        step = 1 / max(SPAN_MIN, small + others)
         for ghost in (self._left_small, self._left_main):
             ghost.grow(small + others)
-        if self._left_main.take(fingerprint, max(small, _SPAN_MIN)):
+        if self._left_main.take(fingerprint, max(small, SPAN_MIN)):
             share = self.small_share - step * max(1.0, small / max(1, others))
-        elif self._left_small.take(fingerprint, max(others, _SPAN_MIN)):
+        elif self._left_small.take(fingerprint, max(others, SPAN_MIN)):
             share = self.small_share + step * max(1.0, others / max(1, small))
         else:
             return False

@@ -151,22 +151,28 @@ class Route:
         extent = store.take_room(slot, record.size_bytes)
         if extent is None:
             return False
-        reading = _Reading(store, slot, extent)
+        room = TakenRoom(partial(store.give_up_room, extent))
+        store.hold(slot)
+
+        def ended() -> None:
+            store.let_go(slot)
+            room.ended()
+
         began_at = perf_counter()
         try:
             shard = self._shard(slot, record)
             target = store.host.view(extent)
             damaged = self._damaged
             blocks = np.zeros(block_count(record.size_bytes), np.uint64)
-            here = await self.tier.read(shard, record.place, target, reading.ended, blocks)
+            here = await self.tier.read(shard, record.place, target, ended, blocks)
         except BaseException:
-            reading.discard()
+            room.discard()
             raise
         finally:
             read = TierRead(self.kind, record.size_bytes, began_at, perf_counter())
             fetch.reads = (*fetch.reads, read)
         if not here or root_of(blocks) != record.root:
-            reading.discard()
+            room.discard()
             store.counters.checksum_failures += here
             self._note_gone(slot, is_damaged=here or self._damaged > damaged)
             store.slower.left(slot, self.kind, fetch.heads)
@@ -326,28 +332,24 @@ class Route:
         return shard_of(self._store, slot, record)
 
 
-class _Reading:
-    """Room that is being read into: free again when the tier has let go of it, unless published."""
+class TakenRoom:
+    """Room that is being copied into: given up when nothing touches it any more, unless kept."""
 
-    def __init__(self, store: Store, slot: int, extent: Extent) -> None:
-        self._store = store
-        self._slot = slot
-        self._extent = extent
+    def __init__(self, give_up: Callable[[], None]) -> None:
+        self._give_up = give_up
         self._has_ended = False
         self._is_unwanted = False
-        store.hold(slot)
 
     def ended(self) -> None:
-        """Note that the tier does not touch the room any more."""
+        """Note that nobody copies into the room any more."""
         self._has_ended = True
-        self._store.let_go(self._slot)
         if self._is_unwanted:
-            self._store.give_up_room(self._extent)
+            self._give_up()
 
     def discard(self) -> None:
         """Give the room up as soon as that is safe."""
         if self._has_ended:
-            self._store.give_up_room(self._extent)
+            self._give_up()
         else:
             self._is_unwanted = True
 
