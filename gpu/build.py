@@ -78,10 +78,14 @@ def ptx_name(source: str) -> str:
 def find_code(folder: Path, source: str, architecture: int) -> Path:
     """Return the file in *folder* to load *source* from: machine code, or else PTX.
 
-    The driver compiles what was not built for the architecture.
+    A GPU runs the code of those before it whose major number is its own; the driver compiles what
+    was built for none of them.
     """
-    cubin = folder / cubin_name(source, architecture)
-    return cubin if cubin.exists() else folder / ptx_name(source)
+    for known in range(architecture, architecture // 10 * 10 - 1, -1):
+        cubin = folder / cubin_name(source, known)
+        if cubin.exists():
+            return cubin
+    return folder / ptx_name(source)
 
 
 def compile_cubin(
@@ -100,11 +104,15 @@ def compile_ptx(compiler: Compiler, source: str) -> bytes:
 
 
 def build(compiler: Compiler, folder: Path) -> list[KernelUse]:
-    """Write the code of all kernels into *folder*; return what each uses."""
+    """Write the code of all kernels into *folder*; return what each uses.
+
+    An older compiler leaves out the GPUs that it does not know.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    known = set(compiler.architectures())
     uses = []
     for source in source_names():
-        for architecture in ARCHITECTURES:
+        for architecture in sorted(known.intersection(ARCHITECTURES)):
             code, found = compile_cubin(compiler, source, architecture)
             uses += found
             _replace(folder / cubin_name(source, architecture), code)

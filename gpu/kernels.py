@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import tempfile
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -180,7 +181,16 @@ def find_built() -> Path | None:
     compiler = find_compiler()
     if compiler is None:
         return None
-    build(compiler, cached)
+    cached.parent.mkdir(parents=True, exist_ok=True)
+    # Others look for the folder meanwhile: it is there when all of it is.
+    with tempfile.TemporaryDirectory(dir=cached.parent) as passing:
+        made = Path(passing, "made")
+        build(compiler, made)
+        try:
+            made.rename(cached)
+        except OSError:
+            if not cached.is_dir():  # no other process was faster
+                raise
     return cached
 
 

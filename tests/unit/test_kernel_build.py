@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -124,6 +125,55 @@ def test_the_fingerprint_follows_the_sources(
     assert build.fingerprint() == before
     (tmp_path / "int8.cuh").write_text("/* another */")
     assert build.fingerprint() != before
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [(80, "sm_80.cubin"), (86, "sm_80.cubin"), (90, "sm_90.cubin"), (75, "ptx"), (120, "ptx")],
+)
+def test_a_gpu_takes_code_of_its_own_major_number(
+    tmp_path: Path, architecture: int, expected: str
+) -> None:
+    for known in (80, 90):
+        (tmp_path / build.cubin_name("raw", known)).touch()
+    assert build.find_code(tmp_path, "raw", architecture).name.endswith(expected)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_kernels_are_there_when_all_of_them_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_late: bool
+) -> None:
+    def make(_: object, folder: Path) -> None:
+        folder.mkdir()
+        (folder / "raw.ptx").write_text("ours")
+        assert not cached.exists()
+        if is_late:
+            cached.mkdir()
+            (cached / "raw.ptx").write_text("another's")
+
+    cached = tmp_path / "kvstore" / "kernels" / build.fingerprint()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "find_compiler", object)
+    monkeypatch.setattr(kernels, "build", make)
+    assert kernels.find_built() == cached
+    assert (cached / "raw.ptx").read_text() == ("another's" if is_late else "ours")
+    assert list(cached.parent.iterdir()) == [cached]
+
+
+def test_an_older_compiler_leaves_out_what_it_does_not_know(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def compile_cubin(_: object, source: str, architecture: int) -> tuple[bytes, list[object]]:
+        asked.append(architecture)
+        return b"", []
+
+    monkeypatch.setattr(build, "compile_cubin", compile_cubin)
+    monkeypatch.setattr(build, "compile_ptx", lambda *_: b"")
+    monkeypatch.setattr(build, "source_names", lambda: ["raw"])
+    build.build(SimpleNamespace(architectures=lambda: [75, 80, 90, 89]), tmp_path)
+    assert asked == [80, 89, 90]
 
 
 def test_a_codec_of_variable_rate_needs_more_than_others() -> None:
