@@ -40,7 +40,10 @@ class DeviceCounters(msgspec.Struct, kw_only=True):
     promoted_chunks: int = 0
     promoted_bytes: int = 0
     promote_chunks_dropped: int = 0
-    """Hot in the host tier and not brought up: no room, gone meanwhile, or a copy that failed."""
+    """Hot in the host tier and not brought up.
+
+    No device decodes them, there was no room, they were gone meanwhile, or the copy failed.
+    """
 
 
 class DeviceTier:
