@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
 import threading
 from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
@@ -30,6 +31,8 @@ from kvstore.gpu.device import (
     Urgency,
 )
 from kvstore.gpu.kernels import CODECS, StreamOf, find_built
+
+log = logging.getLogger(__name__)
 
 SOURCES_OF: Final = {"raw": "raw", "whole": "whole", "spans": "spans", "xxh3": "xxh3", **CODECS}
 """What names of kernels begin with, and the source of each."""
@@ -261,6 +264,9 @@ def open_device(index: int = 0, *, folder: Path | None = None) -> Device | None:
     except Exception as error:  # CuPy's errors are its own; without a driver it has these
         if type(error).__name__ not in {"CUDARuntimeError", "CUDADriverError"}:
             raise
+        return None
+    if not hasattr(cupy.cuda.Stream, "from_external"):
+        log.warning("the GPU is left alone: CuPy is older than 14")
         return None
     built = folder or find_built()
     return None if built is None else CupyDevice(cupy, index, built, library=find_driver())

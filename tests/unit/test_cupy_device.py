@@ -348,6 +348,14 @@ def test_no_gpu_is_a_value(cupy, monkeypatch, tmp_path) -> None:
     assert open_device() is None
 
 
+def test_an_older_cupy_is_no_gpu(cupy, monkeypatch, tmp_path, caplog) -> None:
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    assert open_device(folder=tmp_path) is not None
+    monkeypatch.delattr(cupy.cuda.Stream, "from_external")
+    assert open_device(folder=tmp_path) is None
+    assert "CuPy is older than 14" in caplog.text
+
+
 def test_the_daemon_knows_no_gpu() -> None:
     code = (
         "import sys, kvstore.app, kvstore.cli, kvstore.doctor\n"
