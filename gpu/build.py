@@ -7,10 +7,12 @@ needs a GPU or a driver.
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -32,6 +34,7 @@ OPTIONS: Final = (
 _REPORT_OPTIONS: Final = ("--ptxas-options=-v",)
 
 INSTRUCTION_BYTES: Final = 16
+_COMPILERS_MAX: Final = 8
 
 _ENTRY: Final = re.compile(
     r"entry function '(\w+)' for '\w+'.*?"
@@ -108,16 +111,39 @@ def build(compiler: Compiler, folder: Path) -> list[KernelUse]:
 
     An older compiler leaves out the GPUs that it does not know.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    known = set(compiler.architectures())
-    uses = []
-    for source in source_names():
-        for architecture in sorted(known.intersection(ARCHITECTURES)):
-            code, found = compile_cubin(compiler, source, architecture)
-            uses += found
-            _replace(folder / cubin_name(source, architecture), code)
-        _replace(folder / ptx_name(source), compile_ptx(compiler, source))
+    known = set(compiler.architectures()).intersection(ARCHITECTURES)
+    jobs = [(source, architecture) for source in source_names() for architecture in sorted(known)]
+    uses = _build(compiler, folder, jobs)
+    _build(compiler, folder, [(source, None) for source in source_names()])
     return uses
+
+
+def build_for(compiler: Compiler, folder: Path, architecture: int) -> None:
+    """Write the code of all kernels for one GPU into *folder*: PTX where it is not known."""
+    target = architecture if architecture in compiler.architectures() else None
+    _build(compiler, folder, [(source, target) for source in source_names()])
+
+
+def _build(
+    compiler: Compiler, folder: Path, jobs: Sequence[tuple[str, int | None]]
+) -> list[KernelUse]:
+    """Compile sources for an architecture each, None: to PTX; return what kernels use.
+
+    Several at a time: each takes a processor seconds, and somebody may be waiting.
+    """
+
+    def compiled(job: tuple[str, int | None]) -> list[KernelUse]:
+        source, architecture = job
+        if architecture is None:
+            _replace(folder / ptx_name(source), compile_ptx(compiler, source))
+            return []
+        code, uses = compile_cubin(compiler, source, architecture)
+        _replace(folder / cubin_name(source, architecture), code)
+        return uses
+
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(min(_COMPILERS_MAX, os.cpu_count() or 1)) as pool:
+        return [use for uses in pool.map(compiled, jobs) for use in uses]
 
 
 def _replace(path: Path, code: bytes) -> None:

@@ -268,5 +268,5 @@ def open_device(index: int = 0, *, folder: Path | None = None) -> Device | None:
     if not hasattr(cupy.cuda.Stream, "from_external"):
         log.warning("the GPU is left alone: CuPy is older than 14")
         return None
-    built = folder or find_built()
+    built = folder or find_built(int(cupy.cuda.Device(index).compute_capability))
     return None if built is None else CupyDevice(cupy, index, built, library=find_driver())

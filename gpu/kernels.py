@@ -7,6 +7,7 @@ load: "no GPU" is a value.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import tempfile
 from functools import cache
@@ -17,8 +18,10 @@ from numpy.typing import NDArray
 
 from kvstore.errors import RequestError
 from kvstore.gpu.batches import THREADS, Chunks, Pages, Places, batch_of
-from kvstore.gpu.build import SOURCES, build, find_code, fingerprint
-from kvstore.gpu.nvrtc import find_compiler
+from kvstore.gpu.build import SOURCES, build_for, find_code, fingerprint
+from kvstore.gpu.nvrtc import CompileError, Compiler, find_compiler
+
+log = logging.getLogger(__name__)
 
 CODECS: Final = {
     "fp8": "fp8",
@@ -168,30 +171,43 @@ def load(folder: Path | None = None) -> Kernels | None:
         return None
     if not torch.cuda.is_available():
         return None
-    built = folder or find_built()
+    built = folder or find_built(int(cupy.cuda.Device().compute_capability))
     return None if built is None else Kernels(cupy, torch, built)
 
 
-def find_built() -> Path | None:
-    """Return the folder with the built kernels; build them where there is a compiler but none."""
-    cached = _cache_folder() / fingerprint()
+def find_built(architecture: int) -> Path | None:
+    """Return the folder with the kernels that were built for GPUs of this *architecture*.
+
+    Where there are none but a compiler, they are built, once on this host: for this one alone, as
+    somebody is waiting. None where there is no compiler either, or they cannot be built.
+    """
+    cached = _cache_folder() / f"{fingerprint()}.sm_{architecture}"
     for folder in (SHIPPED / fingerprint(), cached):
         if folder.is_dir():
             return folder
     compiler = find_compiler()
     if compiler is None:
         return None
-    cached.parent.mkdir(parents=True, exist_ok=True)
-    # Others look for the folder meanwhile: it is there when all of it is.
-    with tempfile.TemporaryDirectory(dir=cached.parent) as passing:
-        made = Path(passing, "made")
-        build(compiler, made)
-        try:
-            made.rename(cached)
-        except OSError:
-            if not cached.is_dir():  # no other process was faster
-                raise
+    log.info("kernels are built for this GPU, once", extra={"folder": str(cached)})
+    try:
+        _build_aside(compiler, cached, architecture)
+    except (OSError, CompileError) as error:
+        log.warning("the GPU is left alone: its kernels cannot be built: %s", error)
+        return None
     return cached
+
+
+def _build_aside(compiler: Compiler, folder: Path, architecture: int) -> None:
+    """Build into *folder*, which others look for meanwhile: it is there when all of it is."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as passing:
+        made = Path(passing, "made")
+        build_for(compiler, made, architecture)
+        try:
+            made.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # no other process was faster
+                raise
 
 
 def _cache_folder() -> Path:

@@ -338,7 +338,7 @@ def test_no_gpu_is_a_value(cupy, monkeypatch, tmp_path) -> None:
     cupy.devices = 2
     assert open_device(2, folder=tmp_path) is None
     assert open_device(1, folder=tmp_path).name == "cuda:1 (sm_90)"
-    monkeypatch.setattr(cupy_device, "find_built", lambda: None)
+    monkeypatch.setattr(cupy_device, "find_built", lambda _: None)
     assert open_device() is None
 
     def no_driver() -> int:

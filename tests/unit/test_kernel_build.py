@@ -143,7 +143,8 @@ def test_a_gpu_takes_code_of_its_own_major_number(
 def test_kernels_are_there_when_all_of_them_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_late: bool
 ) -> None:
-    def make(_: object, folder: Path) -> None:
+    def make(_: object, folder: Path, architecture: int) -> None:
+        assert architecture == 90
         folder.mkdir()
         (folder / "raw.ptx").write_text("ours")
         assert not cached.exists()
@@ -151,13 +152,29 @@ def test_kernels_are_there_when_all_of_them_are(
             cached.mkdir()
             (cached / "raw.ptx").write_text("another's")
 
-    cached = tmp_path / "kvstore" / "kernels" / build.fingerprint()
+    cached = tmp_path / "kvstore" / "kernels" / f"{build.fingerprint()}.sm_90"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(kernels, "find_compiler", object)
-    monkeypatch.setattr(kernels, "build", make)
-    assert kernels.find_built() == cached
+    monkeypatch.setattr(kernels, "build_for", make)
+    assert kernels.find_built(90) == cached
     assert (cached / "raw.ptx").read_text() == ("another's" if is_late else "ours")
     assert list(cached.parent.iterdir()) == [cached]
+
+
+def test_kernels_that_cannot_be_built_are_no_kernels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*_: object) -> None:
+        raise CompileError("raw.cu does not compile")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "find_compiler", object)
+    monkeypatch.setattr(kernels, "build_for", refuse)
+    assert kernels.find_built(90) is None
+    assert "raw.cu does not compile" in caplog.text
+    monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
+    assert kernels.find_built(90) is None
+    assert "Not a directory" in caplog.text
 
 
 def test_an_older_compiler_leaves_out_what_it_does_not_know(
@@ -173,7 +190,12 @@ def test_an_older_compiler_leaves_out_what_it_does_not_know(
     monkeypatch.setattr(build, "compile_ptx", lambda *_: b"")
     monkeypatch.setattr(build, "source_names", lambda: ["raw"])
     build.build(SimpleNamespace(architectures=lambda: [75, 80, 90, 89]), tmp_path)
-    assert asked == [80, 89, 90]
+    assert sorted(asked) == [80, 89, 90]
+
+    for architecture, expected in ((90, "raw.sm_90.cubin"), (120, "raw.compute_80.ptx")):
+        folder = tmp_path / str(architecture)
+        build.build_for(SimpleNamespace(architectures=lambda: [80, 90]), folder, architecture)
+        assert [path.name for path in folder.iterdir()] == [expected]
 
 
 def test_a_codec_of_variable_rate_needs_more_than_others() -> None:
