@@ -35,8 +35,8 @@ INLINE void NAME(ecsq_values_of)(int is_narrow, const uint8_t *KV_RESTRICT symbo
  * sixteen for each token alone and from there for all side by side. */
 TARGET static void NAME(ecsq_deviations)(head *h, size_t first, size_t count, any16 *stored) {
     size_t n = h->ask->width, power = power_of_two_from(n > GROUP ? n : GROUP);
-    float squares[2 * BLOCK], rows[GROUP * GROUP] = {0.0f}, columns[GROUP * GROUP];
-    memset(squares + n, 0, (power - n) * sizeof *squares);
+    float squares[BLOCK], rows[GROUP * GROUP] = {0.0f}, columns[GROUP * GROUP];
+    memset(squares + n, 0, (power - n) * sizeof *squares); /* folds leave that alone */
     for (size_t t = 0; t < count; t++) {
         NAME(read_row)(h, first + t, squares);
         NAME(square_row)(squares, squares, n);
@@ -44,7 +44,6 @@ TARGET static void NAME(ecsq_deviations)(head *h, size_t first, size_t count, an
             NAME(fold)(squares, half);
         }
         memcpy(rows + GROUP * t, squares, GROUP * sizeof *rows);
-        memset(squares + n, 0, (power - n) * sizeof *squares);
     }
     NAME(turn_rows)(rows, GROUP, columns, GROUP);
     for (size_t half = GROUP / 2; half > 0; half /= 2) {

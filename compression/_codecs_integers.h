@@ -174,8 +174,7 @@ TARGET static void NAME(int4_store)(head *h, NAME(int4_groups) *g, any16 *pairs,
         int32_t least = g->least[i], most = g->most[i], is_empty = least > most;
         float low = kv_float_of_key(least), high = kv_float_of_key(most);
         uint16_t scale = kv_int4_scale(low, high), zero = kv_int4_zero(low);
-        broken |= least < KV_KEY_MIN_FINITE;
-        broken |= !is_empty & (most > KV_KEY_MAX_FINITE);
+        broken |= (least < KV_KEY_MIN_FINITE) | (most > KV_KEY_MAX_FINITE);
         g->scale_bits[i] = is_empty ? 0 : scale;
         g->zero_bits[i] = is_empty ? 0 : zero;
     }

@@ -1,6 +1,7 @@
 /* nvfp4, a head at a time; see _codecs_heads.h. */
 
-/* kv_e2m1_nearest of a size. */
+/* What kv_e2m1_of_float's code of a size stands for, without making it: adding and taking away what has
+ * the step between codes as its last place rounds to that step. */
 INLINE float NAME(nvfp4_nearest)(float size) {
     float capped = NAME(held_above_zero)(size, KV_E2M1_MAX);
     int32_t bits = (int32_t)kv_bits_of_float(capped);

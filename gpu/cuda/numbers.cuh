@@ -144,14 +144,6 @@ KV_INLINE uint32_t kv_e2m1_of_float(float value) {
     return sign | (bits < 0x3f800000u ? small : normal);
 }
 
-/* What the code of a size stands for, without making it: adding and taking away what has the step
- * between codes as its last place rounds to that step. */
-KV_INLINE float kv_e2m1_nearest(float size) {
-    float capped = kv_min(size, KV_E2M1_MAX);
-    float magic = capped < 2.0f ? 0.5f * KV_MAGIC : capped < 4.0f ? KV_MAGIC : 2.0f * KV_MAGIC;
-    return kv_sub(kv_add(capped, magic), magic);
-}
-
 KV_INLINE float kv_float_of_e2m1(uint32_t code) {
     uint32_t size = code & 7u;
     uint32_t normal = (size << 22) + (126u << 23);
