@@ -38,7 +38,7 @@ def running_daemon(settings: Sequence[str] = ()) -> Generator[tuple[Path, subpro
             _wait_until_ready(socket, process, log_path)
             yield socket, process
         finally:
-            _stop(process)
+            stop(process, _STOP_SECONDS_MAX)
 
 
 def _wait_until_ready(socket: Path, process: subprocess.Popen[bytes], log_path: Path) -> None:
@@ -57,10 +57,11 @@ def _wait_until_ready(socket: Path, process: subprocess.Popen[bytes], log_path: 
             return
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes], seconds: float) -> None:
+    """Ask *process* to end, and kill it when it has not after so many *seconds*."""
     process.terminate()
     try:
-        process.wait(_STOP_SECONDS_MAX)
+        process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

@@ -42,13 +42,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import numpy as np
 
-from deploy.demo.daemon import running_daemon
+from deploy.demo.daemon import running_daemon, stop
 from kvstore.bench.report import Figures, machine, print_heading, print_json, print_table
 from kvstore.bench.shapes import Pool, Shape as BareShape
 from kvstore.limits import MIB
@@ -106,11 +106,10 @@ class Engine:
         self, python: str, kind: str, settings: Settings, env: Mapping[str, str], log: Path
     ) -> None:
         self._log = log
-        words = {name: getattr(settings, name) for name in Settings.__dataclass_fields__}
         module = ["-m", "tests.bench.host_engines"] if kind == "kvstore" else [str(ENGINES)]
         with log.open("ab") as file:
             self._process = subprocess.Popen(
-                [python, *module, kind, json.dumps(words)],
+                [python, *module, kind, json.dumps(asdict(settings))],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=file,
@@ -242,7 +241,7 @@ class Starter:
     ) -> subprocess.Popen[bytes]:
         with log.open("ab") as file:
             process = subprocess.Popen(list(map(str, command)), stdout=file, stderr=file, env=env)
-        self._stack.callback(_stop, process)
+        self._stack.callback(stop, process, STOP_SECONDS)
         wait_until(lambda: _listens(process.pid, port), what=f"{command[0]} listens; {log}")
         return process
 
@@ -269,15 +268,6 @@ class Starter:
             engines.append(Engine(program, kind, settings, env, log))
             self._stack.callback(engines[-1].close)
         return Store(name, *engines)
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    process.terminate()
-    try:
-        process.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
 
 
 def _listens(process: int, port: int) -> bool:

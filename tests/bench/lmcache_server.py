@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from deploy.demo.daemon import stop
 from kvstore.limits import MIB
 from tests.support.redis import free_port
 from tests.support.waiting import wait_until
@@ -73,12 +74,7 @@ def lmcache_server(
             raise SystemExit(f"LMCache's server ended:\n{log.read_text()[-4000:]}")
         yield ports, server
     finally:
-        server.terminate()
-        try:
-            server.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+        stop(server, STOP_SECONDS)
 
 
 def _is_ready(http_port: int) -> bool:

@@ -30,7 +30,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-from deploy.demo.daemon import running_daemon
+from deploy.demo.daemon import running_daemon, stop
 from kvstore.connectors.vllm_launch import transfer_config
 from tests.bench.vllm_ttft import FRESH_TOKENS, MODELS, PREFIX, SUFFIX, seconds
 from tests.engine.vllm import models
@@ -38,6 +38,7 @@ from tests.engine.vllm.driver import Engine
 from tests.support.waiting import wait_until
 
 SERVER_SECONDS_MAX = 120.0
+STOP_SECONDS = 30.0
 CAPACITY_GIB = 3
 NO_HITS: dict[str, object] = {"seconds": {}, "ratios": {}}
 QUIET = {
@@ -147,12 +148,7 @@ def lmcache_server(folder: Path, log: Path) -> Iterator[int]:
             raise SystemExit(f"LMCache's server ended:\n{log.read_text()[-4000:]}")
         yield port
     finally:
-        process.terminate()
-        try:
-            process.wait(30)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
+        stop(process, STOP_SECONDS)
 
 
 def tame_llvmlite() -> None:
