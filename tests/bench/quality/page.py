@@ -250,7 +250,7 @@ Queries see every channel alike.
 _SPEED_INTRODUCTION: Final = """
 ## Speed on the CPU
 
-Sections of 8 heads of 128 and 256 tokens, of K and V by turns, in {threads} threads, with the C library
-and without. GB/s count bfloat16 bytes of the engine; beside them stands memcpy of the same bytes in
-the same run, which did {copy:.1f} GB/s.
+Sections of 8 heads of 128 and 256 tokens, of K and V by turns, in {threads} threads, with the C
+library and without. GB/s count bfloat16 bytes of the engine; beside them stands memcpy of the same
+bytes in the same run, which did {copy:.1f} GB/s.
 """
