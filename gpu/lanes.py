@@ -214,23 +214,20 @@ class Lane:
 
     def _tell(self, transfer: Transfer) -> Told:
         """Bring what the kernels read to the device; return what they are told."""
-        slot, size = transfer.slot, transfer.form.size_bytes
-        pages = [chunk.pages for chunk in transfer.chunks]
-        places = [
-            chunk.address if chunk.on_device else slot.chunk(number, size)
-            for number, chunk in enumerate(transfer.chunks)
-        ]
-        form, chunks = transfer.form, transfer.chunks
+        slot, form, chunks = transfer.slot, transfer.form, transfer.chunks
         told = slot.tell(
             form,
-            pages,
-            places,
+            [chunk.pages for chunk in chunks],
+            [
+                chunk.address if chunk.on_device else slot.chunk(number, form.size_bytes)
+                for number, chunk in enumerate(chunks)
+            ],
             encodes=self.encodes,
             scratch=self.ring.scratch() if form.scratch_bytes else 0,
             spans=[chunk.spans for chunk in chunks if chunk.spans is not None],
             sizes=transfer.sizes,
         )
-        if transfer.form.is_plain:  # its kernels take the checksums on the way
+        if form.is_plain:  # its kernels take the checksums on the way
             told.batches[0]["reports"] = told.digest["reports"] if transfer.checksums else 0
         self._kernels.copy([told.upload])
         return told

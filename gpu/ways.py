@@ -64,12 +64,16 @@ class Trial:
         self._begun += 1
         return Way(turn % 2 == 1, counts=number > 0)
 
-    def note(self, *, is_direct: bool, seconds_per_byte: float) -> None:
-        """Take note of a transfer that counts; the last that is needed settles it."""
+    def note(self, *, is_direct: bool, seconds_per_byte: float) -> bool:
+        """Take note of a transfer that counts; return whether it is the one that settles it."""
+        if self.is_direct is not None:
+            return False
         self._taken[is_direct].append(seconds_per_byte)
         staged, direct = (self._taken[way] for way in (False, True))
-        if self.is_direct is None and min(len(staged), len(direct)) >= TRIED_TRANSFERS:
-            self.is_direct = median(direct) <= _AS_GOOD * median(staged)
+        if min(len(staged), len(direct)) < TRIED_TRANSFERS:
+            return False
+        self.is_direct = median(direct) <= _AS_GOOD * median(staged)
+        return True
 
     def give_up(self, *, is_direct: bool) -> None:
         """Settle it without having measured."""
@@ -132,18 +136,9 @@ class Ways:
             trial.give_up(is_direct=size >= DIRECT_PAGE_MIN_BYTES)
             return
         moved = len(transfer.chunks) * layout.chunk_bytes
-        trial.note(is_direct=transfer.way.is_direct, seconds_per_byte=seconds / moved)
-        if trial.is_direct is not None:
+        if trial.note(is_direct=transfer.way.is_direct, seconds_per_byte=seconds / moved):
             told = {"page_bytes": size, "is_direct": trial.is_direct}
             log.info("it is known which way pages are faster", extra=told)
-
-    def settled(self) -> dict[int, bool]:
-        """Return which way is faster, by the length of pieces, a power of two, as far as known."""
-        return {
-            1 << (length - 1): trial.is_direct
-            for length, trial in sorted(self._trials.items())
-            if trial.is_direct is not None
-        }
 
     def _trial(self, piece_bytes: int) -> Trial:
         return self._trials.setdefault(piece_bytes.bit_length(), Trial())
