@@ -14,9 +14,10 @@ from kvstore.limits import CHECKSUM_BLOCK_BYTES
 from kvstore.transfer.copies import digest_blocks
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from kvstore.client.chunks import Vacancy
+    from kvstore.gpu.transfers import UnderWay
     from kvstore.hashing import Digests64
 
 
@@ -34,6 +35,22 @@ class Headed(NamedTuple):
 
 class HeadedCall(Call):
     """A store whose chunks the device encodes where they will stay."""
+
+    def _landed(
+        self,
+        step: UnderWay,
+        vacancies: Sequence[Vacancy],
+        wait: Callable[[], object] | None = None,
+    ) -> bool:
+        """Wait for *step*, or *wait* for a part of it; return whether that went well.
+
+        If it did not, *vacancies* are given back, once nothing writes to them.
+        """
+        let_go = partial(self._space.give_back, vacancies)
+        outcome = land(step, self._parts.held, lambda: self._until_over(let_go), wait)
+        if outcome is Outcome.FAILED:
+            let_go()
+        return outcome is Outcome.LANDED
 
     def _put_heads(self, headed: Sequence[Headed]) -> list[Vacancy]:
         """Put heads, all of one length, to their chunks; return the rooms that can be committed.
@@ -57,11 +74,7 @@ class HeadedCall(Call):
         places = [self._arena.at(vacancy.offset) for vacancy in vacancies]
         digested = 0 if group[0].digests is None else _digested_bytes(group[0])
         step = self._parts.store_heads.put(places, [one.head for one in group], digested)
-        let_go = partial(self._space.give_back, vacancies)
-        outcome = land(step, self._parts.held, lambda: self._until_over(let_go))
-        if outcome is not Outcome.LANDED:
-            if outcome is Outcome.FAILED:
-                let_go()
+        if not self._landed(step, vacancies):
             return []
         for position, one in enumerate(group):
             if one.digests is not None and step.digests is not None:

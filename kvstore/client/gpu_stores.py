@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from kvstore.client.coding import Scratch
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from kvstore.client.sync import Space
     from kvstore.gpu.forms import Form
     from kvstore.gpu.transfers import Transfer
-    from kvstore.hashing import Digests64
 
 _scratch = Scratch()
 
@@ -51,14 +49,13 @@ class Storing(HeadedCall):
         self.left: list[int] = []
         self._coding = coding
         self._lane = asked.parts.stores
-        self._todo: list[Wanted] = []
 
     def run(self, wanted: Sequence[Wanted]) -> None:
         """Store what is *wanted*; what is not stored is given back, or kept until it is over."""
         begun = 0
         reserved = [one for one in wanted if one.vacancy.is_reserved]
         self._leave([one for one in reserved if one.form is None])
-        self._todo = [one for one in reserved if one.form is not None]
+        todo = [one for one in reserved if one.form is not None]
 
         def begin(group: list[Wanted]) -> Transfer:
             nonlocal begun
@@ -77,26 +74,22 @@ class Storing(HeadedCall):
             return transfer
 
         try:
-            groups = alike(self._todo, _form_of, self._lane.capacity)
+            groups = alike(todo, _form_of, self._lane.capacity)
             pipeline(self._lane, groups, begin, self._end, self._drop)
         finally:
-            self._space.give_back([one.vacancy for one in self._todo[begun:]])
+            self._space.give_back([one.vacancy for one in todo[begun:]])
             self.left.sort()
 
     def _end(self, transfer: Transfer, group: list[Wanted]) -> bool:
-        if not self._land(transfer, group):
+        vacancies = [one.vacancy for one in group]
+        if not self._landed(transfer, vacancies):
             return False
-        every: list[Digests64 | None] = [None] * len(group)
-        if transfer.digests is not None:
-            every = list(transfer.digests)
-        ready: list[Vacancy] = []
         if transfer.form.is_plain:
-            for one, found in zip(group, every, strict=True):
-                one.vacancy.seal_with(found)
-                ready.append(one.vacancy)
-            return self._publish(ready, of=len(group))
+            for position, vacancy in enumerate(vacancies):
+                vacancy.seal_with(transfer.digests_of(position))
+            return self._publish(vacancies, of=len(group))
         headed, misfits = list[Headed](), list[Wanted]()
-        for position, (one, found) in enumerate(zip(group, every, strict=True)):
+        for position, one in enumerate(group):
             # Where every section is raw, nothing is reported.
             reports = () if transfer.reports is None else transfer.reports[position]
             try:
@@ -104,7 +97,7 @@ class Storing(HeadedCall):
             except UnfitError:
                 misfits.append(one)
             else:
-                headed.append(Headed(one.vacancy, head, found))
+                headed.append(Headed(one.vacancy, head, transfer.digests_of(position)))
         self._leave(misfits)
         self._parts.counters.misfit_chunks += len(misfits)
         return self._publish(self._put_heads(headed), of=len(headed))
@@ -129,15 +122,9 @@ class Storing(HeadedCall):
         self._space.give_back([one.vacancy for one in wanted])
 
     def _drop(self, transfer: Transfer, group: list[Wanted]) -> None:
-        if self._land(transfer, group):
-            self._space.give_back([one.vacancy for one in group])
-
-    def _land(self, transfer: Transfer, group: list[Wanted]) -> bool:
-        let_go = partial(self._space.give_back, [one.vacancy for one in group])
-        outcome = land(transfer, self._parts.held, lambda: self._until_over(let_go))
-        if outcome is Outcome.FAILED:
-            let_go()
-        return outcome is Outcome.LANDED
+        vacancies = [one.vacancy for one in group]
+        if self._landed(transfer, vacancies):
+            self._space.give_back(vacancies)
 
 
 def _form_of(one: Wanted) -> Form:

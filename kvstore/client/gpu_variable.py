@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from functools import partial
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from kvstore.client.coding import size_of
 from kvstore.client.gpu_forms import encoded_of
 from kvstore.client.gpu_heads import Headed, HeadedCall
-from kvstore.client.gpu_steps import Outcome, alike, land
+from kvstore.client.gpu_steps import alike
 from kvstore.client.sync import NOTHING_STORED, report_of
 from kvstore.compression.container import Section
 from kvstore.compression.shapes import LOSSLESS, CodecId, Encoded
@@ -27,7 +26,7 @@ from kvstore.gpu.transfers import Moved, Room
 from kvstore.types import ReserveOutcome
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
 
     from kvstore.client.chunks import Vacancy
     from kvstore.client.coding import Coding
@@ -132,7 +131,7 @@ class StoringMeasured(HeadedCall):
     def _measure(self, batch: _Batch) -> bool:
         """Wait until it is known how long chunks become; leave what does not fit its codec."""
         transfer = batch.transfer
-        if not self._landed(batch, transfer.measured):
+        if not self._landed(transfer, batch.vacancies, transfer.measured):
             return False
         assert transfer.spans is not None, "what was measured has spans"
         assert transfer.reports is not None, "and what measures reports"
@@ -172,7 +171,7 @@ class StoringMeasured(HeadedCall):
 
     def _end(self, batch: _Batch) -> bool:
         """Write heads, and publish; return whether all went well."""
-        if not self._landed(batch):
+        if not self._landed(batch.transfer, batch.vacancies):
             return False
         headed, misfits = list[Headed](), list[ToEncode]()
         for filled in batch.filled:
@@ -216,16 +215,8 @@ class StoringMeasured(HeadedCall):
         self._parts.counters.misfit_chunks += len(misfits)
 
     def _drop(self, batch: _Batch) -> None:
-        if self._landed(batch):
+        if self._landed(batch.transfer, batch.vacancies):
             self._space.give_back(batch.vacancies)
-
-    def _landed(self, batch: _Batch, wait: Callable[[], object] | None = None) -> bool:
-        let_go = partial(self._space.give_back, batch.vacancies)
-        keep = partial(self._until_over, let_go)
-        outcome = land(batch.transfer, self._parts.held, keep, wait)
-        if outcome is Outcome.FAILED:
-            let_go()
-        return outcome is Outcome.LANDED
 
 
 def _sections(
