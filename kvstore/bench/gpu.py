@@ -204,8 +204,7 @@ def measure(
     measured = [row for row in run.found["pages"] if "page_kib" in row]
     for what, where in (("store", "host"), ("load", "device")):
         if measured:
-            name = f"pages skip staging to the {where}, from KiB"
-            run.checks[name] = break_even_kib(measured, what)
+            run.checks[gpu_page.EVEN.format(where)] = break_even_kib(measured, what)
     return run.report({"device": device.name})
 
 
@@ -214,7 +213,7 @@ def _host_time(device: Device, shape: GpuShape, rounds: int) -> Figures:
         called, begun = host_microseconds(rig, rounds)
         return {
             f"{shape.name}: arena registered, seconds": rig.register_seconds,
-            f"{shape.name}: engine's thread, a store of 32 chunks, us": called,
+            f"{shape.name}: engine's thread, {gpu_page.CALL_ENDING}": called,
             f"{shape.name}: our thread, a transfer, us": begun,
         }
 
@@ -250,7 +249,7 @@ def _matmul_slowdown(device: Device, shape: GpuShape, matmul: Callable[[int], fl
             stop.set()
             thread.join()
             lane.close()
-    return {"matmul beside stores, slower by": beside / alone - 1}
+    return {gpu_page.MATMUL: beside / alone - 1}
 
 
 def _find_matmul(index: int) -> Callable[[int], float]:

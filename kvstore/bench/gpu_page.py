@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import kvstore
 from kvstore.bench import report
+from kvstore.bench.gpu_bus import WAYS
 from kvstore.bench.report import Figures, Verdict
 from kvstore.gpu.devices import find_devices
 
@@ -23,6 +24,7 @@ CALL_MICROSECONDS_MAX: Final = 100.0
 MATMUL_SLOWER_MAX: Final = 0.03
 MATMUL: Final = "matmul beside stores, slower by"
 CALL_ENDING: Final = "a store of 32 chunks, us"
+EVEN: Final = "pages skip staging to the {}, from KiB"
 BLOCKS: Final = ("figures", "beside LMCache")
 _LMCACHE: Final = (
     "one stream for store and load of a worker: no use of both directions",
@@ -44,11 +46,7 @@ _ROWS: Final = {
 }
 _PAGES: Final = {
     "page_kib": "pages, KiB",
-    **{
-        f"{what}, {way}": f"{what}, {way}"
-        for what in ("store", "load")
-        for way in ("staged", "one by one", "batched")
-    },
+    **{f"{what}, {way}": f"{what}, {way}" for what in ("store", "load") for way in WAYS},
     "verdict": "",
 }
 MODELS: Final = {
@@ -166,7 +164,7 @@ def beside_lmcache(found: Figures) -> str:
 
 
 def _even(checks: Figures, to: str) -> str:
-    size = checks.get(f"pages skip staging to the {to}, from KiB")
+    size = checks.get(EVEN.format(to))
     return "none at any size" if size is None else f"{size:.0f} KiB"
 
 
