@@ -128,7 +128,11 @@ def test_decoders_say_what_is_damaged(daemon, space) -> None:
 
 
 # Two transfers of seven launches and two copies each come before one is brought to its room.
-FAULTS = [*(("launch", n) for n in (1, 8, 14)), *(("copy", n) for n in (0, 3, 4, 5, 6))]
+FAULTS = [
+    *(("launch", n) for n in (1, 8, 14)),
+    *(("copy", n) for n in (0, 3, 4, 5, 6)),
+    ("allocate", 0),  # what kernels note
+]
 
 
 @pytest.mark.parametrize(("fault", "after"), FAULTS)

@@ -20,6 +20,7 @@ from kvstore.gpu.lanes import Lane, LaneSettings, LoadLane, StoreLane
 from kvstore.gpu.standin import Standin
 from kvstore.gpu.transfers import Encoding, Moved, Transfer
 from tests.support.device import (
+    RUBBISH,
     World,
     abandoned_load_scene,
     abandoned_store_scene,
@@ -71,6 +72,15 @@ def slow_bus_scene(world: World, lane: Lane, device: Standin) -> bool:
     return bool(np.array_equal(world.chunk_in([3, 5]), world.decoded(stored)))
 
 
+def unverified_scene(world: World, lane: Lane, _device: Standin) -> bool:
+    """Load without checksums; the moment that it has ended, the chunk is evicted."""
+    stored, _ = world.stored(world.content())
+    world.place(0)[: stored.size] = stored
+    lane.begin([world.moved([3, 5], 0)], world.fence(), checksums=False, form=world.form).finish()
+    world.place(0)[:] = RUBBISH
+    return bool(np.array_equal(world.chunk_in([3, 5]), world.decoded(stored)))
+
+
 def slow_bus_measured_scene(world: World, lane: StoreLane, device: Standin) -> bool:
     """Store what is measured first while copies stand still, whenever somebody waits."""
 
@@ -105,7 +115,9 @@ def play(
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(("scene", "kind"), [(STORE, StoreLane), (LOAD, LoadLane)])
+@pytest.mark.parametrize(
+    ("scene", "kind"), [(STORE, StoreLane), (LOAD, LoadLane), (unverified_scene, LoadLane)]
+)
 def test_what_arrives_is_what_was_there(scene: Scene, kind: type[Lane], way: str) -> None:
     told = settings(direct=WAYS[way]["direct"])
     bad = [seed for seed in SEEDS if not play(scene, kind, seed, way=way, told=told)]
@@ -184,6 +196,10 @@ def only_copies(lane: Lane) -> Event:
     return lane._copies.record()
 
 
+def only_kernels(lane: Lane) -> Event:
+    return lane._kernels.record()
+
+
 def no_wait(event: Event) -> None:
     """Take for done what is not."""
     event.is_done()
@@ -224,6 +240,16 @@ MUTANTS: dict[str, tuple[Scene, type[Lane], LaneSettings]] = {
         PATIENT,
     ),
     "a chunk is evicted while it is loaded": (LOAD, LoadLane, HASTY),
+    "it is evicted while it goes directly and nobody verifies it": (
+        unverified_scene,
+        broken(LoadLane, _join=only_kernels),
+        settings(direct=True),
+    ),
+    "what a load has found is read before it has come": (
+        LOAD,
+        broken(LoadLane, _join=only_copies),
+        PATIENT,
+    ),
     "the engine computes what a load still writes": (
         abandoned_load_scene,
         broken(LoadLane, _engine_behind=nothing),
@@ -281,7 +307,7 @@ MEASURED_MUTANTS: dict[str, tuple[Scene, type[Lane], LaneSettings]] = {
     ),
     "a chunk is committed before its copy has arrived": (
         slow_bus_measured_scene,
-        broken(StoreLane, _join=lambda lane: lane._kernels.record()),
+        broken(StoreLane, _join=only_kernels),
         PATIENT,
     ),
 }
