@@ -6,9 +6,10 @@ structure and number here against them. That there is no driver, or an old one, 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -41,6 +42,7 @@ READ_WRITE: Final = 3
 RECOMMENDED: Final = 1
 IN_STREAM_ORDER: Final = 1
 BESIDE_COMPUTE: Final = 1
+OWN_CAPTURES_ALONE: Final = 1
 _GENERATION_MAX: Final = 9
 """Of GPUs that are given batches, by the number of their architecture: Hopper. On Blackwell others
 have seen drivers crash and hang in batches, and no engine is risked for a few calls less."""
@@ -204,6 +206,31 @@ class BatchedCopies:
             raise DeviceLostError(reason)
         self.off = reason
         log.warning("copies are given one by one from here on", extra={"reason": reason})
+
+
+class Captures:
+    """Keeps calls of a thread apart from the graphs that other threads capture.
+
+    While an engine captures one, CUDA refuses what any thread asks that would not be part of it:
+    memory, registrations, how far an event is. The engine's capture would fail with it. Threads may
+    declare that captures of others are none of their business.
+    """
+
+    def __init__(self, library: Any | None) -> None:  # noqa: ANN401
+        self._exchange: Callable[..., int] | None = None
+        if library is not None:
+            self._exchange = getattr(library, "cuThreadExchangeStreamCaptureMode", None)
+
+    @contextlib.contextmanager
+    def apart(self) -> Iterator[None]:
+        """Have it so for the calls inside, and then as it was."""
+        mode = ctypes.c_int(OWN_CAPTURES_ALONE)
+        changed = self._exchange is not None and self._exchange(ctypes.byref(mode)) == SUCCESS
+        try:
+            yield
+        finally:
+            if changed and self._exchange is not None:
+                self._exchange(ctypes.byref(mode))
 
 
 def open_copies(library: Any | None, ordinal: int) -> BatchedCopies:  # noqa: ANN401

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kvstore.errors import RequestError
 from kvstore.gpu.batches import THREADS
 from kvstore.gpu.build import find_code
-from kvstore.gpu.cuda_driver import error_of, find_driver, open_copies
+from kvstore.gpu.cuda_driver import Captures, error_of, find_driver, open_copies
 from kvstore.gpu.cuda_pools import CudaPools
 from kvstore.gpu.device import (
     Copy,
@@ -149,6 +149,7 @@ class CupyDevice:
     ) -> None:
         self.index = index
         self.copies = open_copies(library, index)
+        self._captures = Captures(library)
         self._library = library
         self._cupy = cupy
         self._device = cupy.cuda.Device(index)
@@ -222,10 +223,13 @@ class CupyDevice:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[Any]:
-        """Have this device current, and errors of CUDA raised as ours; gives CUDA's runtime."""
+        """Have this device current, and errors of CUDA raised as ours; gives CUDA's runtime.
+
+        A graph that the engine captures meanwhile, in another thread, is not disturbed.
+        """
         cuda = self._cupy.cuda
         try:
-            with self._device:
+            with self._captures.apart(), self._device:
                 yield cuda.runtime
         except (cuda.runtime.CUDARuntimeError, cuda.driver.CUDADriverError) as error:
             raise error_of(int(error.status), str(error)) from error

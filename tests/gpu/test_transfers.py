@@ -6,6 +6,8 @@ flow on the real thing that is tested, and that its kernels give the right bytes
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 
@@ -127,6 +129,33 @@ def test_many_copies_at_once_arrive(device: Device, batched: bool) -> None:
     assert batched is not bool(device.copies.off)
     device.copies.off = off
     memory.free()
+
+
+def test_a_graph_that_is_captured_meanwhile_is_whole(device: Device) -> None:
+    cupy = pytest.importorskip("cupy")
+    engine = cupy.cuda.Stream(non_blocking=True)
+    seen = cupy.zeros(1, dtype=cupy.int32)
+    cupy.cuda.runtime.deviceSynchronize()
+
+    def move() -> bool:
+        bounce = Bounce(device)
+        world = World(device, 1, registered=True, window_bytes=4096, put=bounce.put, get=bounce.get)
+        lane = world.lane(StoreLane, settings(direct=False))
+        moved = store_scene(world, lane)
+        lane.close()
+        world.windows.close()
+        return bool(moved)
+
+    move()  # kernels are loaded
+    with engine, ThreadPoolExecutor(1) as other:
+        engine.begin_capture(cupy.cuda.runtime.streamCaptureModeGlobal)
+        cupy.cuda.runtime.memsetAsync(seen.data.ptr, 1, 4, engine.ptr)
+        moved = other.submit(move).result()
+        graph = engine.end_capture()
+    graph.launch(engine)
+    engine.synchronize()
+    assert moved
+    assert int(seen[0]) == 0x01010101
 
 
 def test_what_there_is_no_room_for_is_an_error_and_no_more(device: Device) -> None:

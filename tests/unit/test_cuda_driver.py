@@ -5,18 +5,20 @@ The driver is scripted here; on a GPU, tests/gpu/test_transfers.py asks the real
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import importlib.util
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from kvstore.gpu import cuda_driver
-from kvstore.gpu.cuda_driver import Driver, open_copies
+from kvstore.gpu.cuda_driver import Captures, Driver, open_copies
 from kvstore.gpu.device import Copy, DeviceError, DeviceLostError, DeviceMemoryError
 from kvstore.gpu.pools import PoolError
 from kvstore.limits import BATCHED_COPIES_MAX, BATCHED_COPIES_MIN
@@ -70,6 +72,7 @@ NUMBERS = {
     "CU_MEM_ALLOC_GRANULARITY_RECOMMENDED": (cuda_driver.RECOMMENDED, 1),
     "CU_MEMCPY_SRC_ACCESS_ORDER_STREAM": (cuda_driver.IN_STREAM_ORDER, 1),
     "CU_MEMCPY_FLAG_PREFER_OVERLAP_WITH_COMPUTE": (cuda_driver.BESIDE_COMPUTE, 1),
+    "CU_STREAM_CAPTURE_MODE_THREAD_LOCAL": (cuda_driver.OWN_CAPTURES_ALONE, 1),
     "(long)CU_STREAM_LEGACY": (max(cuda_driver._DEFAULT_STREAMS), 1),
 }
 LOST = {
@@ -302,3 +305,23 @@ def test_a_call_that_fails_is_an_error_of_ours(status: int, kind: type[DeviceErr
     with pytest.raises(DeviceError, match=f"cuInit: error {status}") as raised:
         Driver(driver, 0)
     assert type(raised.value) is kind
+
+
+@pytest.mark.parametrize("status", [0, 3])
+def test_captures_of_others_are_ignored_inside_alone(status: int) -> None:
+    modes = [0]
+
+    def exchange(mode: Any) -> int:
+        if not status:
+            mode._obj.value, was = modes[-1], mode._obj.value
+            modes.append(was)
+        return status
+
+    captures = Captures(SimpleNamespace(cuThreadExchangeStreamCaptureMode=exchange))
+    with contextlib.suppress(KeyError), captures.apart():
+        assert modes == ([0, 1] if not status else [0])
+        raise KeyError
+    assert modes == ([0, 1, 0] if not status else [0])
+    for library in (None, SimpleNamespace()):
+        with Captures(library).apart():
+            pass

@@ -329,6 +329,23 @@ def test_no_copy_goes_from_one_registration_to_the_next(device, cupy) -> None:
     assert [call[3] for call in cupy.calls if call[0] == "memcpyAsync"] == [96]
 
 
+def test_what_is_asked_leaves_graphs_of_other_threads_alone(cupy, tmp_path) -> None:
+    modes = [0]
+
+    def exchange(mode: Any) -> int:
+        mode._obj.value, was = modes.pop(), mode._obj.value
+        modes.append(was)
+        return 0
+
+    library = SimpleNamespace(cuThreadExchangeStreamCaptureMode=exchange)
+    device = CupyDevice(cupy, 3, tmp_path, library=library)
+    event = device.stream(Urgency.LOW).record()
+    seen: list[int] = []
+    cupy.cuda.runtime.eventQuery = lambda _: seen.append(modes[0]) or 0
+    assert event.is_done()
+    assert (seen, modes) == ([1], [0])
+
+
 def test_no_gpu_is_a_value(cupy, monkeypatch, tmp_path) -> None:
     monkeypatch.setitem(sys.modules, "cupy", None)
     assert open_device() is None
