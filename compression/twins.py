@@ -7,7 +7,8 @@ twins do all in one of them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import product
 from types import MappingProxyType
 from typing import Any, Final
@@ -250,29 +251,15 @@ def coding_of(preset: Preset, kind: Kind) -> NDArray[Any]:
     return made
 
 
-def _twin(codec: CodecId, kind: Kind, direction: str, source: SourceType) -> Twin:
+def _twin(make: Callable[[NDArray[Any], MemoryAt], _Sections], step: str) -> Twin:
+    """Return what takes one step with all sections: their method of that name."""
+
     def run(batch: NDArray[Any], memory: MemoryAt) -> list[Step]:
-        sections = _Sections(batch, memory, codec, kind, source)
-        work = sections.encode if direction == "encode" else sections.decode
+        sections = make(batch, memory)
+        work = getattr(sections, step)
         return [lambda at=at: work(*at) for at in sections.indices]  # type: ignore[misc]
 
     return run
-
-
-def _varying_twin(codec: CodecId, direction: str, source: SourceType) -> Twin:
-    def run(batch: NDArray[Any], memory: MemoryAt) -> list[Step]:
-        sections = _Varying(batch, memory, codec, source)
-        work = getattr(sections, direction)
-        return [lambda at=at: work(*at) for at in sections.indices]  # type: ignore[misc]
-
-    return run
-
-
-def _steps(codec: CodecId, direction: str, source: SourceType, twin: Twin) -> dict[str, Twin]:
-    """Return the twins of all kernels of a direction: the first or the last of them does it all."""
-    names = kernels_of(codec, Kind.K, direction, source)
-    worker = names[0] if direction == "decode" else names[-1]
-    return dict.fromkeys(names, _nothing) | {worker: twin}
 
 
 def _nothing(_batch: NDArray[Any], _memory: MemoryAt) -> list[Step]:
@@ -281,19 +268,21 @@ def _nothing(_batch: NDArray[Any], _memory: MemoryAt) -> list[Step]:
 
 def _codec_twins() -> dict[str, Twin]:
     made: dict[str, Twin] = {}
-    for source, dtype in TYPES.items():
-        for codec, name in KERNEL_NAMES.items():
-            if dtype not in DTYPES_OF.get(name, DTYPES):
-                continue
-            for kind, direction in product(SIDES, ("encode", "decode")):
-                twin = _twin(codec, kind, direction, source)
-                names = kernels_of(codec, kind, direction, source)
-                made |= dict.fromkeys(names, _nothing) | {names[-1]: twin}
-        for codec, name in VARIABLE_NAMES.items():
-            if dtype in DTYPES_OF.get(name, DTYPES):
-                for direction in ("measure", "place", "decode"):
-                    twin = _varying_twin(codec, direction, source)
-                    made |= _steps(codec, direction, source, twin)
+    names_of = {**KERNEL_NAMES, **VARIABLE_NAMES}
+    for (codec, name), kind, (source, dtype) in product(names_of.items(), SIDES, TYPES.items()):
+        if dtype not in DTYPES_OF.get(name, DTYPES):
+            continue
+        make: Callable[[NDArray[Any], MemoryAt], _Sections]
+        if codec in VARIABLE_NAMES:
+            make = partial(_Varying, codec=codec, source=source)
+            steps: tuple[str, ...] = ("measure", "place", "decode")
+        else:
+            make = partial(_Sections, codec=codec, kind=kind, source=source)
+            steps = ("encode", "decode")
+        for step in steps:
+            names = kernels_of(codec, kind, step, source)
+            worker = names[0] if step == "decode" else names[-1]
+            made |= dict.fromkeys(names, _nothing) | {worker: _twin(make, step)}
     return made
 
 
