@@ -76,21 +76,31 @@ class PooledSpaces:
             _close(exported)
             return None
         try:
-            if self._pools is None:
-                self._pools = self._device.pools()
-            if not self._pools.reaches(attached.pool_device):
-                _close(exported)
-                raise PoolError(f"it lies on {attached.pool_device}, out of reach")
-            pool = self._pools.open(attached.pool_bytes, exported)
+            pools = self._reaching(attached.pool_device)
         except DeviceError as error:
-            self._counters.pools_refused += 1
-            log.warning(
-                "the daemon's device memory is not used: chunks go through host memory",
-                extra={"device": self._device.name, "reason": str(error)},
-            )
-            return None
+            _close(exported)
+            return self._refused(error)
+        try:
+            pool = pools.open(attached.pool_bytes, exported)
+        except DeviceError as error:
+            return self._refused(error)
         log.info("device memory mapped", extra={"pool_bytes": pool.size_bytes})
         return pool
+
+    def _reaching(self, device: str) -> Pools:
+        """Return what opens pools of *device*; raises `DeviceError`."""
+        if self._pools is None:
+            self._pools = self._device.pools()
+        if not self._pools.reaches(device):
+            raise PoolError(f"it lies on {device}, out of reach")
+        return self._pools
+
+    def _refused(self, error: DeviceError) -> None:
+        self._counters.pools_refused += 1
+        log.warning(
+            "the daemon's device memory is not used: chunks go through host memory",
+            extra={"device": self._device.name, "reason": str(error)},
+        )
 
 
 def _close(exported: Exported) -> None:

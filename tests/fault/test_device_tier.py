@@ -19,6 +19,7 @@ from kvstore.app import open_tiers
 from kvstore.client.sync import StoreReport
 from kvstore.config import load
 from kvstore.errors import ConfigError
+from kvstore.gpu.pools import PoolError, Pools
 from kvstore.gpu.standin import Standin
 from kvstore.protocol import messages as m
 from tests.support.daemon import REPOSITORY, Daemon
@@ -161,15 +162,32 @@ def test_an_engine_killed_in_mid_transfer_leaves_nothing_in_the_pool(daemon, pla
     assert client.stats().reservations == 0
 
 
-def test_a_pool_that_cannot_be_mapped_is_counted_and_the_host_tier_used(daemon, plain) -> None:
+def pools_open_here() -> int:
+    count = 0
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # some thread has just closed it
+            count += "kvstore-pool" in str(link.readlink())
+    return count
+
+
+class NoPools(Standin):
+    def pools(self) -> Pools:
+        raise PoolError("the driver has no cuMemCreate")
+
+
+@pytest.mark.parametrize("kind", [Standin, NoPools], ids=["no memory", "no way"])
+def test_a_pool_that_cannot_be_mapped_is_counted_and_the_host_tier_used(
+    daemon, plain, kind
+) -> None:
     client, _ = plain
-    stored = pool_of(client).counters["stored_chunks"]
-    device = Standin(np.random.default_rng(0))
+    stored, before = pool_of(client).counters["stored_chunks"], pools_open_here()
+    device = kind(np.random.default_rng(0))
     with DeviceEngine(daemon.socket, device=device) as engine:
         device.fail("allocate")
         assert engine.store(DIGESTS).stored == 8
         assert engine.load(DIGESTS) == 8
         assert engine.on_gpu.counters.pools_refused == 1
+        assert pools_open_here() == before
     assert pool_of(client).counters["stored_chunks"] == stored
     assert client.stats().tiers[0].chunks == 8
 
