@@ -79,11 +79,13 @@ class PooledSpaces:
             pools = self._reaching(attached.pool_device)
         except DeviceError as error:
             _close(exported)
-            return self._refused(error)
+            self._refused(error)
+            return None
         try:
             pool = pools.open(attached.pool_bytes, exported)
         except DeviceError as error:
-            return self._refused(error)
+            self._refused(error)
+            return None
         log.info("device memory mapped", extra={"pool_bytes": pool.size_bytes})
         return pool
 
