@@ -112,9 +112,12 @@ class Lane:
         """How many plain chunks one transfer can take."""
         return self.ring.shape.chunks
 
-    def capacity(self, form: Form) -> int:
-        """Return how many chunks of *form* one transfer can take: none, if it is too large."""
-        return self.ring.capacity(form)
+    def capacity(self, form: Form, *, on_device: bool = False) -> int:
+        """Return how many chunks of *form* one transfer can take: none, if it is too large.
+
+        More, if all of them are in memory *on_device*.
+        """
+        return self.ring.capacity(form, on_device=on_device)
 
     @property
     def can_begin(self) -> bool:
@@ -205,8 +208,9 @@ class Lane:
 
     def _check(self, chunks: Sequence[Moved], form: Form) -> None:
         form.layout.check_pages([chunk.pages for chunk in chunks])
-        if len(chunks) > self.capacity(form):
-            raise LimitError(f"{len(chunks)} chunks in one transfer of {self.capacity(form)}")
+        most = self.capacity(form, on_device=all(chunk.on_device for chunk in chunks))
+        if len(chunks) > most:
+            raise LimitError(f"{len(chunks)} chunks in one transfer of {most}")
         if not form.is_plain and any(NOWHERE in chunk.pages for chunk in chunks):
             raise RequestError("coded chunks with pages that are nowhere")
         if any(chunk.size_bytes > form.size_bytes for chunk in chunks):

@@ -23,6 +23,7 @@ from kvstore.limits import (
     CHECKSUM_SIZE_BYTES,
     CHUNKS_PER_TRANSFER_MAX,
     DEVICE_SCRATCH_BYTES,
+    POOLED_PER_TRANSFER_MAX,
     STAGED_PER_PLAIN_MAX,
 )
 
@@ -70,10 +71,11 @@ class Slot:
         head_bytes = _HEAD_BYTES + _HEAD_BYTES_PER_PLANE * len(layout.planes)
         self.room_bytes = chunks * _stride(layout.chunk_bytes + head_bytes)
         self.most = min(chunks * STAGED_PER_PLAIN_MAX, CHUNKS_PER_TRANSFER_MAX)
-        most = max(self.most, chunks)
-        blocks = block_count(self.room_bytes) + most
-        self._digest_bytes = padded(blocks * CHECKSUM_SIZE_BYTES)
-        self._words_bytes = self._digest_bytes + _words_bytes(layout, chunks, most)
+        self._listed = max(self.most, chunks, POOLED_PER_TRANSFER_MAX)
+        staged = block_count(self.room_bytes) + self.most
+        pooled = POOLED_PER_TRANSFER_MAX * block_count(layout.chunk_bytes + head_bytes)
+        self._digest_bytes = padded(max(staged, pooled) * CHECKSUM_SIZE_BYTES)
+        self._words_bytes = self._digest_bytes + _words_bytes(layout, chunks, self._listed)
         self._said = self._spanned = 0, 0
         self._sizes_at = 0
         self._owned: list[Memory] = []
@@ -98,6 +100,11 @@ class Slot:
     def capacity(self, size_bytes: int) -> int:
         """Return how many chunks of *size_bytes* fit."""
         return min(self.room_bytes // _stride(size_bytes), self.most)
+
+    def capacity_beside(self, size_bytes: int) -> int:
+        """Return how many chunks of *size_bytes* one transfer can take that need no room here."""
+        digests = self._digest_bytes // CHECKSUM_SIZE_BYTES
+        return min(self._listed, digests // block_count(size_bytes))
 
     def chunk(self, number: int, size_bytes: int) -> int:
         """Return where chunk *number* of those of *size_bytes* lies on the device."""
@@ -338,14 +345,17 @@ class Ring:
         """How large one slot is."""
         return self._all[0].room_bytes
 
-    def capacity(self, form: Form) -> int:
-        """Return how many chunks of *form* one transfer can take: none, if it is too large."""
-        if form.is_plain:
-            return self.shape.chunks
-        noted = (
-            DEVICE_SCRATCH_BYTES // form.scratch_bytes if form.scratch_bytes else self._all[0].most
-        )
-        return min(self._all[0].capacity(form.size_bytes), noted)
+    def capacity(self, form: Form, *, on_device: bool) -> int:
+        """Return how many chunks of *form* one transfer can take: none, if it is too large.
+
+        Those that stay *on_device* are not staged.
+        """
+        slot = self._all[0]
+        if on_device:
+            most = slot.capacity_beside(form.size_bytes)
+        else:
+            most = self.shape.chunks if form.is_plain else slot.capacity(form.size_bytes)
+        return min(most, DEVICE_SCRATCH_BYTES // form.scratch_bytes) if form.scratch_bytes else most
 
     def scratch(self) -> int:
         """Return where kernels note what they need of one transfer, made when first needed.

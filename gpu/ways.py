@@ -98,9 +98,7 @@ class Ways:
         if self._least != MEASURED:
             return Way(is_direct=True)
         trial, moved = self._trial(size), len(transfer.chunks) * layout.chunk_bytes
-        # Between pages and a pool there is no bus: such a transfer tells nothing of the others.
-        is_typical = not any(chunk.on_device for chunk in transfer.chunks)
-        if not is_typical or (trial.is_direct is None and moved < TRIED_TRANSFER_MIN_BYTES):
+        if trial.is_direct is None and moved < TRIED_TRANSFER_MIN_BYTES:
             return Way(size >= DIRECT_PAGE_MIN_BYTES)
         return trial.next()
 
@@ -111,7 +109,10 @@ class Ways:
             transfer.form.is_plain
             and layout.token_stride == layout.row_bytes
             and all(
-                NOWHERE not in chunk.pages and host.pinned_runs(chunk.address, layout.chunk_bytes)
+                # Between pages and a pool, kernels do in one pass what a copy would begin.
+                not chunk.on_device
+                and NOWHERE not in chunk.pages
+                and host.pinned_runs(chunk.address, layout.chunk_bytes)
                 for chunk in transfer.chunks
             )
         )

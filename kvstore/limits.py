@@ -159,6 +159,9 @@ STAGING_SIZE_MAX_BYTES: Final = 8 * GIB
 STAGING_SLOTS: Final = 4
 # How many encoded chunks share the staging of one that is plain, at most.
 STAGED_PER_PLAIN_MAX: Final = 8
+# Chunks that do not leave the device need no staging: so many go in one transfer, for a GPU is done
+# with one of them sooner than a host is with giving it a transfer.
+POOLED_PER_TRANSFER_MAX: Final = 64
 # What kernels of codecs of variable rate note of the chunks of one transfer, on the device.
 DEVICE_SCRATCH_BYTES: Final = 16 * MIB
 # The arena is registered in windows: one call for all of it would hold up the engine's own calls.

@@ -92,7 +92,7 @@ class Loading(Call):
             return self._lane.begin(moved, self._after, checksums=verify, form=form)
 
         self._fetch_heads()
-        groups = alike(self._sources(), lambda source: source.form, self._lane.capacity)
+        groups = alike(self._sources(), lambda one: (one.form, one.is_pooled), self._lane)
         pipeline(self._lane, groups, begin, self._end, self._drop)
         if self.damage is None and self._unread is not None and self._unread[0] == self.whole:
             self.damage = self._unread[1]

@@ -225,16 +225,21 @@ def groups_of(items: Sequence[Item], size: int) -> Iterator[list[Item]]:
 
 
 def alike(
-    items: Iterable[Item], form_of: Callable[[Item], Form], capacity: Callable[[Form], int]
+    items: Iterable[Item], kind_of: Callable[[Item], tuple[Form, bool]], lane: Lane
 ) -> Iterator[list[Item]]:
-    """Yield *items* that follow each other and have one form, at most its capacity at a time."""
+    """Yield *items* that follow each other and go in one transfer of *lane*.
+
+    These have one form, and are all in device memory or none: their kind.
+    """
     group: list[Item] = []
+    kind: tuple[Form, bool] | None = None
     for item in items:
-        if group and (
-            form_of(item) is not form_of(group[0]) or len(group) == capacity(form_of(item))
-        ):
+        form, on_device = kind_of(item)
+        is_full = len(group) == lane.capacity(form, on_device=on_device)
+        if group and ((form, on_device) != kind or is_full):
             yield group
             group = []
+        kind = form, on_device
         group.append(item)
     if group:
         yield group

@@ -74,7 +74,7 @@ class Storing(HeadedCall):
             return transfer
 
         try:
-            groups = alike(todo, _form_of, self._lane.capacity)
+            groups = alike(todo, _kind_of, self._lane)
             pipeline(self._lane, groups, begin, self._end, self._drop)
         finally:
             self._space.give_back([one.vacancy for one in todo[begun:]])
@@ -127,9 +127,9 @@ class Storing(HeadedCall):
             self._space.give_back(vacancies)
 
 
-def _form_of(one: Wanted) -> Form:
+def _kind_of(one: Wanted) -> tuple[Form, bool]:
     assert one.form is not None, "the device has a way to fill it"
-    return one.form
+    return one.form, one.vacancy.is_pooled
 
 
 def gather_to_host(asked: Asked) -> list[Runs] | None:

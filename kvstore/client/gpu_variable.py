@@ -96,7 +96,7 @@ class StoringMeasured(HeadedCall):
 
         What there is no room for ends it.
         """
-        groups = alike(todo, lambda one: one.form, self._lane.capacity)
+        groups = alike(todo, lambda one: (one.form, False), self._lane)
         group = next(groups, None)
         encoded: deque[_Batch] = deque()
         delivered: deque[_Batch] = deque()

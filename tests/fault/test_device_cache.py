@@ -160,7 +160,7 @@ def test_damage_is_found_by_the_device_and_the_chunk_computed_anew(daemon, plain
 
 def test_little_device_memory_makes_a_smaller_ring_and_none_an_error(daemon) -> None:
     device = standin()
-    device.memory_bytes_max = 8 * CHUNK_BYTES + 6 * CHUNK_BYTES
+    device.memory_bytes_max = 8 * CHUNK_BYTES + 8 * CHUNK_BYTES
     told = LaneSettings(64 * CHUNK_BYTES, 4, wait=patient)
     with DeviceEngine(daemon.socket, device=device, settings=told) as engine:
         assert engine.on_gpu.counters.smaller_rings > 0

@@ -14,11 +14,14 @@ import numpy as np
 import pytest
 
 from kvstore.compression.twins import CODEC_TWINS
+from kvstore.errors import LimitError
 from kvstore.gpu.device import Event, Fence
 from kvstore.gpu.forms import Form
 from kvstore.gpu.lanes import Lane, LaneSettings, LoadLane, StoreLane
 from kvstore.gpu.standin import Standin
 from kvstore.gpu.transfers import Encoding, Moved, Transfer
+from kvstore.hashing import block_digests
+from kvstore.limits import POOLED_PER_TRANSFER_MAX
 from tests.support.device import (
     RUBBISH,
     World,
@@ -386,3 +389,27 @@ def test_stores_and_loads_of_two_threads_do_not_meet(seed: int) -> None:
     for thread in threads:
         thread.join()
     assert results == {"store": True, "load": True}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_chunks_that_stay_on_the_device_are_not_bound_by_staging(seed: int) -> None:
+    world = World(Standin(np.random.default_rng(seed)), seed)
+    count, size, pages = POOLED_PER_TRANSFER_MAX, world.layout.chunk_bytes, [3, 5]
+    pool = world.device.allocate((count + 1) * size)
+    chunks = [Moved(pages, pool.address + n * size, on_device=True) for n in range(count + 1)]
+    content = world.content()
+    world.write(content, pages)
+    for kind in (StoreLane, LoadLane):
+        lane = world.lane(kind, settings(slots=1, chunks=1))
+        assert lane.capacity(lane.plain) == 1
+        assert lane.capacity(lane.plain, on_device=True) == count
+        for refused in (chunks, [chunks[0], world.moved(pages, 0)]):
+            with pytest.raises(LimitError, match=f"{len(refused)} chunks in one transfer"):
+                lane.begin(refused, world.fence())
+        digests = lane.begin(chunks[:count], world.fence()).finish()
+        assert digests is not None
+        assert (digests == block_digests(content.tobytes())).all()
+        assert digests.shape[0] == count
+        lane.close()
+    held = world.get(pool.address, count * size).reshape(count, -1)
+    assert (held == content.ravel()).all()
