@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
 ONE_WAY_MIN: Final = 0.90
 DUPLEX_MIN: Final = 0.85
+INSIDE_MIN: Final = 0.80
+_TIMES_INSIDE: Final = 16
+"""How often all chunks are moved without a pause: once takes a GPU less than a host's call."""
 PAGE_SIZES: Final = (16 * KIB, 32 * KIB, 64 * KIB, 128 * KIB, 256 * KIB, MIB, 4 * MIB)
 _PAGED_CHUNKS_MAX: Final = 4
 """Chunks that are cut into pages of every size: there are many calls, and many pages."""
@@ -87,8 +90,14 @@ def _lanes(rig: Rig, floors: dict[str, float], speed: Callable[..., float]) -> I
     ):
         found = speed(call, times)
         yield speed_row(rig.shape, f"{what}, gathered", found, floor, floors[floor], target)
-    store.close()
     load.close()
+    back, floor = rig.lane(LoadLane, rig.first), "copy on the device"
+    for what, lane in (("store", store), ("load", back)):
+        inside = partial(run_lane, lane, _TIMES_INSIDE * rig.inside())
+        found, name = speed(inside, _TIMES_INSIDE), f"{what}, on the device"
+        yield speed_row(rig.shape, name, found, floor, floors[floor], INSIDE_MIN)
+    store.close()
+    back.close()
 
 
 # --- pages as they are ------------------------------------------------------------------------

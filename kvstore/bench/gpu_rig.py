@@ -197,6 +197,13 @@ class Rig:
         start = self.base + half * self.total_bytes
         return [Moved(pages, start + n * size) for n, pages in enumerate(self.pages)]
 
+    def inside(self) -> list[Moved]:
+        """Return all chunks, with places in the memory of the second pages."""
+        size, start = self.chunk_bytes, self.second.address
+        return [
+            Moved(pages, start + n * size, on_device=True) for n, pages in enumerate(self.pages)
+        ]
+
     def paged(self, page_bytes: int) -> list[Moved]:
         """Return all chunks in pages of *page_bytes*, in no order, with places in the arena."""
         count = self.total_bytes // page_bytes
@@ -238,6 +245,11 @@ class Rig:
         for number, found in enumerate(digests):
             chunk = halves[0][number * size : (number + 1) * size]
             _require(np.array_equal(found, block_digests(chunk.data)), "digests are wrong")
+        run_lane(store, self.inside())
+        run_copies(
+            self.device.stream(Urgency.HIGH), self.flat(self.second, to_device=False, half=1)
+        )
+        _require(np.array_equal(halves[0], halves[1]), "chunks on the device are other ones")
         load, again = self.lane(LoadLane, self.second), self.lane(StoreLane, self.second)
         run_lane(load, self.moved())
         run_lane(again, self.moved(1))
@@ -315,7 +327,8 @@ def run_lane(lane: Lane, chunks: Sequence[Moved], *, checksums: bool = True) -> 
     def drop(transfer: Transfer, _: list[Moved]) -> None:
         transfer.finish()
 
-    pipeline(lane, groups_of(chunks, lane.chunks_per_transfer), begin, end, drop)
+    most = lane.capacity(lane.plain, on_device=chunks[0].on_device)
+    pipeline(lane, groups_of(chunks, most), begin, end, drop)
     return found
 
 

@@ -43,6 +43,8 @@ def test_it_measures_every_row_beside_its_floor(device, monkeypatch) -> None:
         "store, gathered",
         "load, gathered",
         "both, gathered",
+        "store, on the device",
+        "load, on the device",
         *(f"{what}, {where}" for where in through for what in ("store", "load")),
     ]
     assert all(row["gb_per_s"] > 0 and row["floor_gb_per_s"] > 0 for row in found["rows"])
@@ -53,6 +55,8 @@ def test_it_measures_every_row_beside_its_floor(device, monkeypatch) -> None:
         "store, gathered (tiny)": 0.90,
         "load, gathered (tiny)": 0.90,
         "both, gathered (tiny)": 0.85,
+        "store, on the device (tiny)": 0.80,
+        "load, on the device (tiny)": 0.80,
         "store through the daemon, raw (tiny)": 0.90,
         "load through the daemon, raw (tiny)": 0.90,
         "store through the daemon, int4kv (tiny)": 3.2,
