@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import mmap
 import os
 from pathlib import Path
@@ -149,8 +150,9 @@ def test_an_arena_that_cannot_be_mapped_is_refused_and_leaves_no_descriptor(monk
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
 
+    gc.collect()  # what other tests have left is closed at any time
     before = set(Path("/proc/self/fd").iterdir())
     monkeypatch.setattr(mmap, "mmap", refuse)
     with pytest.raises(ConfigError, match=f"{MIB} bytes, which cannot be mapped: Cannot allocate"):
         Arena.create(MIB)
-    assert set(Path("/proc/self/fd").iterdir()) == before
+    assert set(Path("/proc/self/fd").iterdir()) <= before
