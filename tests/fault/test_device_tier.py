@@ -7,6 +7,7 @@ reads there, and the daemon copies it down.
 from __future__ import annotations
 
 import contextlib
+import gc
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -163,6 +164,7 @@ def test_an_engine_killed_in_mid_transfer_leaves_nothing_in_the_pool(daemon, pla
 
 
 def pools_open_here() -> int:
+    gc.collect()  # what other tests have left is closed at any time
     count = 0
     for link in Path("/proc/self/fd").iterdir():
         with contextlib.suppress(FileNotFoundError):  # some thread has just closed it
@@ -187,7 +189,7 @@ def test_a_pool_that_cannot_be_mapped_is_counted_and_the_host_tier_used(
         assert engine.store(DIGESTS).stored == 8
         assert engine.load(DIGESTS) == 8
         assert engine.on_gpu.counters.pools_refused == 1
-        assert pools_open_here() == before
+        assert pools_open_here() <= before
     assert pool_of(client).counters["stored_chunks"] == stored
     assert client.stats().tiers[0].chunks == 8
 

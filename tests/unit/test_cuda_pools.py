@@ -7,6 +7,7 @@ GPU, tests/gpu/test_pools.py asks the real ones.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -152,8 +153,9 @@ def cuda() -> Scripted:
     return Scripted()
 
 
-def open_fds() -> int:
-    return len(list(Path("/proc/self/fd").iterdir()))
+def open_fds() -> set[Path]:
+    gc.collect()  # what other tests have left is closed at any time
+    return set(Path("/proc/self/fd").iterdir())
 
 
 def test_a_pool_goes_by_descriptor_and_is_mapped_by_who_gets_it(cuda) -> None:
@@ -170,7 +172,7 @@ def test_a_pool_goes_by_descriptor_and_is_mapped_by_who_gets_it(cuda) -> None:
         one.close()
     assert cuda.is_clean
     assert other.is_clean
-    assert open_fds() == before
+    assert open_fds() <= before
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ def test_a_call_that_fails_leaves_nothing_behind(cuda, call) -> None:
     with pytest.raises(DeviceMemoryError if call == "Create" else PoolError, match=call):
         pools.make(PAGE)
     assert cuda.is_clean
-    assert open_fds() == before
+    assert open_fds() <= before
 
 
 @pytest.mark.parametrize("call", ["ImportFromShareableHandle", "Map"])
@@ -194,7 +196,7 @@ def test_an_import_that_fails_closes_what_it_was_given(cuda, call) -> None:
     with pytest.raises(PoolError, match="error 801 of the driver"):
         pools.open(PAGE, Exported(fd))
     assert cuda.is_clean
-    assert open_fds() == before
+    assert open_fds() <= before
 
 
 @pytest.mark.parametrize("why", ["no driver", "no virtual memory", "no descriptors", "old driver"])
@@ -216,7 +218,7 @@ def test_without_descriptors_a_pool_goes_by_handle(cuda, why) -> None:
         before = open_fds()
         with pytest.raises(PoolError, match="no driver that maps it"):
             CudaPools(cuda, None).open(PAGE, Exported(os.memfd_create("given")))
-        assert open_fds() == before
+        assert open_fds() <= before
 
 
 def test_memory_that_cannot_be_passed_on_is_not_kept(cuda) -> None:
@@ -236,7 +238,7 @@ def test_a_pool_of_a_lost_device_is_gone_with_it(cuda, by) -> None:
     cuda.runtime.free = lambda _: lost()
     pool.close()
     pool.close()
-    assert open_fds() == before
+    assert open_fds() <= before
 
 
 def lost() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import sys
@@ -205,6 +206,7 @@ def test_what_starts_cold_is_warm_the_next_time(left):
 
 
 def open_fds() -> set[Path]:
+    gc.collect()  # what other tests have left is closed at any time
     return set(Path("/proc/self/fd").iterdir())
 
 
@@ -217,7 +219,7 @@ def test_a_file_that_is_not_ours_is_refused_and_left(path):
         KeptArena(path, SIZE)
     assert path.read_bytes() == b"precious"
     assert list(path.parent.iterdir()) == [path]
-    assert open_fds() == before
+    assert open_fds() <= before
 
 
 def test_an_arena_below_the_minimum_is_refused(path):
@@ -229,7 +231,7 @@ def test_what_cannot_be_held_is_refused_and_leaves_nothing_claimed(left):
     before = open_fds()
     with pytest.raises(ConfigError, match="has room for"):
         KeptArena(left, 2**50)
-    assert open_fds() == before
+    assert open_fds() <= before
     # And what was kept is kept.
     arena = KeptArena(left, SIZE)
     assert kept(arena.records) == {page(1): make_shard(1)}
@@ -245,7 +247,7 @@ def test_an_arena_whose_records_have_no_room_is_not_left_behind(path, monkeypatc
     with pytest.raises(ConfigError, match="no room"):
         KeptArena(path, SIZE)
     assert not path.exists()
-    assert open_fds() == before
+    assert open_fds() <= before
 
 
 def test_an_arena_that_cannot_be_mapped_is_refused_and_closed(left, monkeypatch):
@@ -256,7 +258,7 @@ def test_an_arena_that_cannot_be_mapped_is_refused_and_closed(left, monkeypatch)
     monkeypatch.setattr(Arena, "of_file", refuse)
     with pytest.raises(ConfigError, match="cannot be mapped"):
         KeptArena(left, SIZE)
-    assert open_fds() == before
+    assert open_fds() <= before
 
 
 def test_a_memfd_and_a_path_are_told_apart(path):
