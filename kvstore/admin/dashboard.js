@@ -296,7 +296,7 @@ function drawFlows() {
   const place = $("flows"), width = Math.max(260, place.clientWidth), upright = width < 460;
   const slower = latest.tiers.map((tier) => tier.tier).filter((name) => name !== "host");
   const hasEnd = latest.flows.some((flow) => flow.target === "none");
-  const height = upright ? 330 : Math.max(210, 110 * slower.length);
+  const height = upright ? 330 : Math.max(slower.includes("device") ? 330 : 210, 110 * slower.length);
   const at = upright ? uprightPlaces(width, height, slower) : levelPlaces(width, height, slower);
   const drawn = svg("svg", { viewBox: `0 0 ${width} ${height}`, height, "aria-hidden": "true" });
   const told = [], labels = [];
@@ -315,14 +315,19 @@ function drawFlows() {
   place.setAttribute("aria-label", told.length ? told.join("; ") : "Nothing has moved yet");
   place.replaceChildren(drawn);
 }
+// Engines use the device tier without the host tier: it stands beside their way to that.
 function levelPlaces(width, height, slower) {
-  const at = { engine: { x: 58, y: height * 0.36 }, host: { x: width / 2, y: height * 0.36 }, none: { x: width / 2, y: height - 24 } };
-  slower.forEach((name, i) => { at[name] = { x: width - 58, y: slower.length === 1 ? height * 0.36 : 34 + (height - 68) * i / (slower.length - 1) }; });
+  const below = slower.filter((name) => name !== "device"), level = height * (below.length < slower.length ? 0.5 : 0.36);
+  const at = { engine: { x: 58, y: level }, host: { x: width / 2, y: level }, none: { x: width / 2, y: height - 24 } };
+  if (below.length < slower.length) at.device = { x: width / 2, y: 26 };
+  below.forEach((name, i) => { at[name] = { x: width - 58, y: below.length === 1 ? level : 34 + (height - 68) * i / (below.length - 1) }; });
   return at;
 }
 function uprightPlaces(width, height, slower) {
+  const below = slower.filter((name) => name !== "device");
   const at = { engine: { x: 96, y: 26 }, host: { x: 96, y: height / 2 - 6 }, none: { x: width - 54, y: height / 2 - 6 } };
-  slower.forEach((name, i) => { at[name] = { x: slower.length === 1 ? 96 : 96 + (width - 150) * i / (slower.length - 1), y: height - 30 }; });
+  if (below.length < slower.length) at.device = { x: width - 54, y: 26 };
+  below.forEach((name, i) => { at[name] = { x: below.length === 1 ? 96 : 96 + (width - 150) * i / (below.length - 1), y: height - 30 }; });
   return at;
 }
 function node(name, { x, y }) {
