@@ -35,7 +35,7 @@ from kvstore.gpu.device import (
     Urgency,
     host_bytes,
 )
-from kvstore.gpu.forms import GATHER, SCATTER
+from kvstore.gpu.forms import DIGEST, GATHER, SCATTER
 from kvstore.gpu.pages import VECTOR_BYTES, digest_batch
 from kvstore.gpu.windows import Run
 from kvstore.hashing import Digests64, block_count
@@ -162,7 +162,7 @@ class Desk:
         """Digest the first *size_bytes* of the chunks whose heads were placed before."""
         base = self._words.address
         batch = digest_batch(count, size_bytes, pieces=1, starts=base + _PLACES, digests=base)
-        self.stream.launch("xxh3_blocks", batch)
+        self.stream.launch(DIGEST, batch)
         self._download(0, count * block_count(size_bytes) * CHECKSUM_SIZE_BYTES)
 
     def fetch(self, run: Run) -> None:

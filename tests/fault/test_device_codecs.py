@@ -14,7 +14,6 @@ import pytest
 from kvstore.client.sync import StoreReport
 from kvstore.compression.container import ENTRY, HEADER_BYTES, open_container
 from kvstore.compression.policy import CodecPolicy
-from kvstore.gpu.pages import NOWHERE
 from kvstore.transfer.copies import Runs
 from tests.support.coded_engine import (
     COUNT,
@@ -25,12 +24,13 @@ from tests.support.coded_engine import (
     decoded,
     engine_of,
     load,
+    load_with_gap,
     put,
     store,
     stored,
+    with_gap,
 )
 from tests.support.daemon import Daemon
-from tests.support.device_engine import EACH, PAGE_TOKENS
 from tests.support.making import make_manifest
 from tests.support.waiting import wait_until
 
@@ -115,16 +115,9 @@ def test_pages_that_are_nowhere_are_left_to_the_host(daemon, space) -> None:
     with engine_of(daemon, space) as engine:
         chunks = put(engine)
         assert store(engine).stored == COUNT
-        engine.memory.view[:] = 0
-        pages = [list(each) for each in engine.pages[:COUNT]]
-        pages[0][:2] = [NOWHERE, NOWHERE]
-        assert engine.on_gpu.load(DIGESTS, pages, after=engine.fence()) == COUNT
-        engine.device.drain()
+        load_with_gap(engine)
         (first, *_) = decoded(space, stored(space), len(chunks[0]))
-        form = (len(engine.layout.planes), engine.heads.width, EACH, PAGE_TOKENS, -1)
-        expected = np.frombuffer(first, np.uint8).reshape(form).copy()
-        expected[:, :, :2] = 0
-        assert engine.take(0) == expected.tobytes()
+        assert engine.take(0) == with_gap(engine, first)
         assert engine.on_gpu.counters.host_decoded_chunks == 1
 
 

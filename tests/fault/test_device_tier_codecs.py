@@ -27,12 +27,14 @@ from tests.support.coded_engine import (
     decoded,
     engine_of,
     load,
+    load_with_gap,
     put,
     store,
     stored,
+    with_gap,
 )
 from tests.support.daemon import REPOSITORY, Daemon
-from tests.support.device_engine import EACH, PAGE_TOKENS, DeviceEngine, Impatience, patient
+from tests.support.device_engine import DeviceEngine, Impatience, patient
 from tests.support.making import make_manifest
 from tests.support.waiting import wait_until
 
@@ -200,16 +202,9 @@ def test_pages_that_are_nowhere_are_filled_by_the_host(daemon, space) -> None:
     with engine_of(daemon, space) as engine:
         chunks = put(engine)
         assert store(engine).stored == COUNT
-        engine.memory.view[:] = 0
-        pages = [list(each) for each in engine.pages[:COUNT]]
-        pages[0][:2] = [NOWHERE, NOWHERE]
-        assert engine.on_gpu.load(DIGESTS, pages, after=engine.fence()) == COUNT
-        engine.device.drain()
+        load_with_gap(engine)
         first, *rest = decoded(space, by_host(space, chunks), len(chunks[0]))
-        form = (len(engine.layout.planes), engine.heads.width, EACH, PAGE_TOKENS, -1)
-        expected = np.frombuffer(first, np.uint8).reshape(form).copy()
-        expected[:, :, :2] = 0
-        assert engine.take(0) == expected.tobytes()
+        assert engine.take(0) == with_gap(engine, first)
         assert [engine.take(number) for number in range(1, COUNT)] == rest
         assert engine.on_gpu.counters.brought_chunks == 1
 

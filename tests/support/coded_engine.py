@@ -23,9 +23,10 @@ from kvstore.compression.floats import narrow
 from kvstore.compression.policy import CodecPolicy
 from kvstore.compression.shapes import SourceType, source_type
 from kvstore.gpu.device import Event
+from kvstore.gpu.pages import NOWHERE
 from kvstore.types import Digest
 from tests.support.daemon import Daemon
-from tests.support.device_engine import DeviceEngine, patient
+from tests.support.device_engine import EACH, PAGE_TOKENS, DeviceEngine, patient
 from tests.support.making import make_digests, make_manifest
 
 CodedSpace = tuple[Space, CodecPolicy]
@@ -80,6 +81,23 @@ def load(engine: DeviceEngine) -> list[bytes]:
     loaded = engine.on_gpu.load(DIGESTS, engine.pages[:COUNT], after=engine.fence())
     engine.device.drain()
     return [engine.take(number) for number in range(loaded)]
+
+
+def load_with_gap(engine: DeviceEngine) -> None:
+    """Load all chunks, two pages of the first nowhere, into pages that held nothing."""
+    engine.memory.view[:] = 0
+    pages = [list(each) for each in engine.pages[:COUNT]]
+    pages[0][:2] = [NOWHERE, NOWHERE]
+    assert engine.on_gpu.load(DIGESTS, pages, after=engine.fence()) == COUNT
+    engine.device.drain()
+
+
+def with_gap(engine: DeviceEngine, chunk: bytes) -> bytes:
+    """Return what the pages of the first *chunk* hold then."""
+    form = (len(engine.layout.planes), engine.heads.width, EACH, PAGE_TOKENS, -1)
+    expected = np.frombuffer(chunk, np.uint8).reshape(form).copy()
+    expected[:, :, :2] = 0
+    return expected.tobytes()
 
 
 def stored(space: CodedSpace) -> list[bytes]:

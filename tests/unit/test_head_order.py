@@ -60,18 +60,18 @@ def test_heads_come_where_they_belong(scene: Scene, told: LaneSettings) -> None:
 
 
 def _then(pooled: Pooled, encode: Callable[..., Transfer], told: LaneSettings) -> Any:
-    """Return *encode*, whose transfer is waited for with patience, and nothing behind it is."""
+    """Return *encode*, behind whose transfer the device is waited for as *told*."""
 
     def run(pages: list[list[int]]) -> Transfer:
         transfer = encode(pages)
         finish = transfer.finish
 
-        def finish_patiently() -> Any:
+        def finish_and_tell() -> Any:
             found = finish()
             pooled.stores.settings = told
             return found
 
-        transfer.finish = finish_patiently  # type: ignore[method-assign]
+        transfer.finish = finish_and_tell  # type: ignore[method-assign]
         return transfer
 
     return run
@@ -102,21 +102,7 @@ class HastyDigest(Desk):
 def hasty_reports(pooled: Pooled) -> bool:
     """Write heads of what encoders have not reported yet."""
     pooled.stores.settings = settings()._replace(wait=no_wait)
-    encode = pooled.encode
-
-    def then_patient(pages: list[list[int]]) -> Transfer:
-        transfer = encode(pages)
-        finish = transfer.finish
-
-        def hasty() -> Any:
-            found = finish()
-            pooled.stores.settings = PATIENT
-            return found
-
-        transfer.finish = hasty  # type: ignore[method-assign]
-        return transfer
-
-    pooled.encode = then_patient  # type: ignore[method-assign]
+    pooled.encode = _then(pooled, pooled.encode, PATIENT)  # type: ignore[method-assign]
     return store_scene(pooled)
 
 
