@@ -134,7 +134,7 @@ class CupyStream:
 
 
 class CupyDevice:
-    """One GPU, its kernels loaded from *folder* when first launched.
+    """One GPU, its kernels loaded from *folder* when first launched; None: it launches none.
 
     *cupy* is the module, *library* the driver's, None where it is not to be had.
     """
@@ -143,7 +143,7 @@ class CupyDevice:
         self,
         cupy: Any,  # noqa: ANN401
         index: int,
-        folder: Path,
+        folder: Path | None,
         *,
         library: Any | None = None,  # noqa: ANN401
     ) -> None:
@@ -209,6 +209,8 @@ class CupyDevice:
 
     def function(self, kernel: str) -> Any:  # noqa: ANN401  # CuPy's
         """Return *kernel*, built ahead for this device or compiled from PTX by the driver."""
+        if self._folder is None:
+            raise DeviceError(f"{kernel}: this device was opened without kernels")
         with self._loading:
             if kernel not in self._functions:
                 source = SOURCES_OF[kernel.partition("_")[0]]
@@ -257,8 +259,13 @@ def merged(copies: Sequence[Copy], borders: Container[int] = ()) -> Iterator[Cop
         yield last
 
 
-def open_device(index: int = 0, *, folder: Path | None = None) -> Device | None:
-    """Return GPU number *index*, or None where there is none that could be used."""
+def open_device(
+    index: int = 0, *, folder: Path | None = None, launches: bool = True
+) -> Device | None:
+    """Return GPU number *index*, or None where there is none that could be used.
+
+    One that *launches* nothing only copies: no kernels are looked for, nor built.
+    """
     try:
         cupy = importlib.import_module("cupy")
         if index >= cupy.cuda.runtime.getDeviceCount():
@@ -272,5 +279,9 @@ def open_device(index: int = 0, *, folder: Path | None = None) -> Device | None:
     if not hasattr(cupy.cuda.Stream, "from_external"):
         log.warning("the GPU is left alone: CuPy is older than 14")
         return None
-    built = folder or find_built(int(cupy.cuda.Device(index).compute_capability))
-    return None if built is None else CupyDevice(cupy, index, built, library=find_driver())
+    built = folder
+    if launches and built is None:
+        built = find_built(int(cupy.cuda.Device(index).compute_capability))
+        if built is None:
+            return None
+    return CupyDevice(cupy, index, built, library=find_driver())

@@ -47,7 +47,8 @@ def open_device_tier(gpu: str, capacity_bytes: int) -> DeviceTier:
 def _open(gpu: str) -> Device:
     if gpu == STANDIN:
         return Standin(np.random.default_rng(0), eager=True)
-    device = open_device(int(gpu))
+    # Engines launch kernels on the pool; the daemon copies.
+    device = open_device(int(gpu), launches=False)
     if device is None:
         raise ConfigError(
             f"tiers.device.gpu is {gpu}, and there is no such GPU, or no CuPy for it: "

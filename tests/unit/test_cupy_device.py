@@ -365,6 +365,21 @@ def test_no_gpu_is_a_value(cupy, monkeypatch, tmp_path) -> None:
     assert open_device() is None
 
 
+def test_a_device_that_only_copies_needs_no_kernels(cupy, monkeypatch) -> None:
+    def refuse(_: int) -> None:
+        raise AssertionError("kernels are looked for")
+
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr(cupy_device, "find_built", refuse)
+    cupy.devices = 4
+    device = open_device(3, launches=False)
+    assert device is not None
+    stream = device.stream(Urgency.LOW)
+    stream.copy([Copy(64, 8192, 32)])
+    with pytest.raises(DeviceError, match="raw_gather: this device was opened without kernels"):
+        stream.launch("raw_gather", np.zeros(1, BATCH))
+
+
 def test_an_older_cupy_is_no_gpu(cupy, monkeypatch, tmp_path, caplog) -> None:
     monkeypatch.setitem(sys.modules, "cupy", cupy)
     assert open_device(folder=tmp_path) is not None
